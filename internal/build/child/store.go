@@ -1,0 +1,145 @@
+//go:build linux
+
+package child
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
+	"github.com/hashicorp/yamux"
+	"github.com/moby/buildkit/util/resolver"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// storeHost stands for the parent's registry in URLs; no name server knows it.
+const storeHost = "store.atoll.invalid"
+
+// maxManifest is the size that the distribution specification asks registries to accept at least.
+const maxManifest = 4 << 20
+
+// store is the daemon's image store as BuildKit sees it: an images.Store that knows what a tag stands for, and a registry host for
+// the content. It has both so that BuildKit's own resolve modes hold: "local" asks here first, "pull" asks the registry for the tag.
+type store struct {
+	client *http.Client
+	remote docker.RegistryHosts
+}
+
+var _ images.Store = (*store)(nil)
+
+func newStore(session *yamux.Session) *store {
+	transport := &http.Transport{
+		DialContext: func(context.Context, string, string) (net.Conn, error) { return session.Open() },
+	}
+	return &store{client: &http.Client{Transport: transport}, remote: resolver.NewRegistryConfig(nil)}
+}
+
+// hosts lists where content of a registry is looked for: our store, then the registry itself.
+func (s *store) hosts(domain string) ([]docker.RegistryHost, error) {
+	remote, err := s.remote(domain)
+	if err != nil {
+		return nil, err
+	}
+	ours := docker.RegistryHost{
+		Client:       &http.Client{Transport: byDigest{s.client.Transport}},
+		Host:         storeHost,
+		Scheme:       "http",
+		Path:         "/v2",
+		Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve,
+	}
+	return append([]docker.RegistryHost{ours}, remote...), nil
+}
+
+// byDigest sends requests for content by digest to the store. It says 404 for tags: these are Get's, or the registry's. BuildKit
+// fetches tokens for the other hosts with the first host's client, so what is not for the store goes out as usual.
+type byDigest struct{ store http.RoundTripper }
+
+func (t byDigest) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.URL.Host != storeHost {
+		return http.DefaultTransport.RoundTrip(r)
+	}
+	last := r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:]
+	if _, err := digest.Parse(last); err != nil {
+		return &http.Response{
+			StatusCode: http.StatusNotFound,
+			Status:     "404 Not Found",
+			Proto:      "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+			Header:  http.Header{},
+			Body:    http.NoBody,
+			Request: r,
+		}, nil
+	}
+	return t.store.RoundTrip(r)
+}
+
+// Get resolves a tag in the store.
+func (s *store) Get(ctx context.Context, name string) (images.Image, error) {
+	named, err := reference.ParseNormalizedNamed(name)
+	if err != nil {
+		return images.Image{}, err
+	}
+	tagged, ok := reference.TagNameOnly(named).(reference.NamedTagged)
+	if !ok {
+		return images.Image{}, fmt.Errorf("image %s: %w", name, errdefs.ErrNotFound)
+	}
+	u := url.URL{
+		Scheme:   "http",
+		Host:     storeHost,
+		Path:     "/v2/" + reference.Path(named) + "/manifests/" + tagged.Tag(),
+		RawQuery: url.Values{"ns": {reference.Domain(named)}}.Encode(),
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return images.Image{}, err
+	}
+	req.Header.Set("Accept", strings.Join([]string{
+		ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageManifest,
+		images.MediaTypeDockerSchema2ManifestList, images.MediaTypeDockerSchema2Manifest,
+	}, ", "))
+	resp, err := s.client.Do(req)
+	if err != nil {
+		return images.Image{}, fmt.Errorf("asking the image store for %s: %w", name, err)
+	}
+	defer resp.Body.Close()
+	switch resp.StatusCode {
+	case http.StatusOK:
+	case http.StatusNotFound:
+		return images.Image{}, fmt.Errorf("image %s: %w", name, errdefs.ErrNotFound)
+	default:
+		return images.Image{}, fmt.Errorf("asking the image store for %s: %s", name, resp.Status)
+	}
+	manifest, err := io.ReadAll(io.LimitReader(resp.Body, maxManifest))
+	if err != nil {
+		return images.Image{}, fmt.Errorf("asking the image store for %s: %w", name, err)
+	}
+	return images.Image{Name: name, Target: ocispec.Descriptor{
+		MediaType: resp.Header.Get("Content-Type"),
+		Digest:    digest.FromBytes(manifest),
+		Size:      int64(len(manifest)),
+	}}, nil
+}
+
+// List names no image: none of them holds on to the build cache.
+func (*store) List(context.Context, ...string) ([]images.Image, error) { return nil, nil }
+
+// Create, Update and Delete are refused: the parent names images.
+func (*store) Create(context.Context, images.Image) (images.Image, error) {
+	return images.Image{}, errdefs.ErrNotImplemented
+}
+
+func (*store) Update(context.Context, images.Image, ...string) (images.Image, error) {
+	return images.Image{}, errdefs.ErrNotImplemented
+}
+
+func (*store) Delete(context.Context, string, ...images.DeleteOpt) error {
+	return errdefs.ErrNotImplemented
+}

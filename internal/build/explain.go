@@ -1,0 +1,163 @@
+//go:build linux
+
+package build
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/atollvm/atoll/internal/hint"
+	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
+	"github.com/moby/buildkit/client"
+	solvererrdefs "github.com/moby/buildkit/solver/errdefs"
+	"github.com/moby/buildkit/util/grpcerrors"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+)
+
+// keptLines of a failing step's output go into the error.
+const keptLines = 20
+
+// fullDisk is how little is left when a step's own "no space left" is put down to the host's disk.
+const fullDisk = 64 << 20
+
+// steps remembers each step's name and last lines.
+type steps struct {
+	byDigest map[digest.Digest]*step
+}
+
+type step struct {
+	name   string
+	output []byte
+}
+
+func newSteps() *steps { return &steps{byDigest: map[digest.Digest]*step{}} }
+
+func (s *steps) at(d digest.Digest) *step {
+	if s.byDigest[d] == nil {
+		s.byDigest[d] = &step{}
+	}
+	return s.byDigest[d]
+}
+
+func (s *steps) follow(status *client.SolveStatus) {
+	for _, v := range status.Vertexes {
+		s.at(v.Digest).name = v.Name
+	}
+	for _, l := range status.Logs {
+		v := s.at(l.Vertex)
+		v.output = tail(append(v.output, l.Data...))
+	}
+}
+
+// tail cuts output to its last lines.
+func tail(output []byte) []byte {
+	at := len(output) - 1 // the last byte may be the newline that ends the last line
+	for range keptLines {
+		if at = bytes.LastIndexByte(output[:max(at, 0)], '\n'); at < 0 {
+			return output
+		}
+	}
+	return output[at+1:]
+}
+
+var unresolved = regexp.MustCompile(`failed to resolve source metadata for ([^\s]+): (.*)`)
+
+// explain turns BuildKit's error into ours: class, the failing step's last lines, the guilty line of the Dockerfile, the next step.
+func (b *Builder) explain(ctx context.Context, p *process, s *steps, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if code := grpcerrors.Code(err); code == codes.Unavailable || code == codes.Canceled {
+		// The connection breaks a moment before the child is known to be dead.
+		select {
+		case <-p.done:
+			return p.err
+		case <-time.After(time.Second):
+		}
+	}
+
+	text := strings.TrimPrefix(err.Error(), "failed to solve: ")
+	var details strings.Builder
+	var vertex *solvererrdefs.VertexError
+	if errors.As(err, &vertex) {
+		if v := s.byDigest[digest.Digest(vertex.Vertex.Digest)]; v != nil && len(v.output) > 0 {
+			fmt.Fprintf(&details, "\n------\n > %s:\n%s\n------", v.name, bytes.TrimRight(v.output, "\n"))
+		}
+	}
+	sources := solvererrdefs.Sources(err)
+	for _, src := range sources {
+		var lines bytes.Buffer
+		if src.Print(&lines) == nil && lines.Len() > 0 {
+			fmt.Fprintf(&details, "\n%s", bytes.TrimRight(lines.Bytes(), "\n"))
+		}
+	}
+	whole := text + details.String()
+
+	if full := b.diskFull(text, details.String()); full != "" {
+		return hint.With(errdefs.ErrResourceExhausted.WithMessage(full+": "+whole), "free some space on that disk, then build again")
+	}
+	if m := unresolved.FindStringSubmatch(text); m != nil {
+		return b.unknownBase(m[1], m[2], details.String())
+	}
+	switch {
+	case strings.Contains(text, "target stage"):
+		return hint.With(errdefs.ErrNotFound.WithMessage(whole), "name a stage that the Dockerfile has: FROM … AS name")
+	case strings.Contains(text, "did not complete successfully"):
+		return errdefs.ErrFailedPrecondition.WithMessage(whole)
+	case len(sources) > 0, strings.Contains(text, "ockerfile"):
+		return errdefs.ErrInvalidArgument.WithMessage(whole)
+	}
+	return fmt.Errorf("%s%s: %w", text, details.String(), errdefs.Resolve(err))
+}
+
+// unknownBase is the error for an image that is neither in the store nor to be had from its registry.
+func (b *Builder) unknownBase(image, why, details string) error {
+	named, err := reference.ParseNormalizedNamed(image)
+	if err != nil {
+		return errdefs.ErrInvalidArgument.WithMessage(why + details)
+	}
+	name := reference.FamiliarString(named)
+	message := fmt.Sprintf("image %s is not in the image store, and its registry says: %s%s", name, why, details)
+	// A registry tells strangers 401 or 403 of what it does not have.
+	class := errdefs.ErrUnavailable.WithMessage(message)
+	for _, answer := range []string{"not found", "403", "401", "denied", "authorization failed"} {
+		if strings.Contains(why, answer) {
+			class = errdefs.ErrNotFound.WithMessage(message)
+		}
+	}
+	if b.o.KnownBase != nil && b.o.KnownBase(named) {
+		return hint.With(class, "atoll base build %s, or atoll pull %s", name, name)
+	}
+	return hint.With(class, "atoll pull %s", name)
+}
+
+// diskFull says which disk is full, or "". A step that fails by itself because of it only says so in its output.
+func (b *Builder) diskFull(text, output string) string {
+	const enospc = "no space left on device"
+	certain := strings.Contains(text, enospc)
+	if !certain && !strings.Contains(strings.ToLower(output), enospc) {
+		return ""
+	}
+	dir, free := b.o.Dir, uint64(0)
+	for i, d := range []string{b.o.Dir, b.o.ContentDir} {
+		var fs unix.Statfs_t
+		if unix.Statfs(d, &fs) != nil {
+			continue
+		}
+		if f := fs.Bavail * uint64(fs.Bsize); i == 0 || f < free {
+			dir, free = d, f
+		}
+	}
+	if !certain && free > fullDisk {
+		return ""
+	}
+	return fmt.Sprintf("the disk of %s is full (%d bytes free)", dir, free)
+}
