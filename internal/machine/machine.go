@@ -1,0 +1,184 @@
+// Package machine is the VM that users see: what it should be (Spec), what it is (Machine), and the steps that bring it from
+// one to the other and back. It owns a machine's directory and its record in the state; images, disks, kernels and networks
+// come through the small interfaces below, the VMM through vmm.Driver, the guest through agent/host.
+// Imported by server and daemon. Machines is safe for concurrent use; commands on one machine take turns.
+package machine
+
+import (
+	"context"
+	"net/netip"
+	"time"
+
+	"github.com/atollvm/atoll/internal/agent/transport"
+	"github.com/atollvm/atoll/internal/network"
+	"github.com/atollvm/atoll/internal/vmm"
+	"github.com/opencontainers/go-digest"
+)
+
+// ID names a machine in all places and on all hosts: 32 hex digits.
+type ID string
+
+// Short is the form shown to people and used in paths.
+func (id ID) Short() string { return string(id[:12]) }
+
+// State is where a machine is in its life.
+type State string
+
+// The states, in the order of a life.
+const (
+	Created  State = "created"
+	Starting State = "starting"
+	Running  State = "running"
+	Paused   State = "paused"
+	Stopping State = "stopping"
+	Stopped  State = "stopped"
+	Failed   State = "failed"
+)
+
+// Alive says that a VMM belongs to this state.
+func (s State) Alive() bool {
+	return s == Starting || s == Running || s == Paused || s == Stopping
+}
+
+// Reason is why a machine stopped.
+type Reason string
+
+// The reasons of architecture.md §4.
+const (
+	ReasonExited     Reason = "exited"
+	ReasonKilled     Reason = "killed"
+	ReasonPoweroff   Reason = "poweroff"
+	ReasonReboot     Reason = "reboot"
+	ReasonPanic      Reason = "panic"
+	ReasonVMMDied    Reason = "vmm-died"
+	ReasonHostReboot Reason = "host-reboot"
+)
+
+// Spec is what a user asked for. Zero values are filled by Create.
+type Spec struct {
+	Name          string
+	Image         string
+	Command       []string
+	Entrypoint    []string
+	SetEntrypoint bool // Entrypoint replaces the image's even when it is empty
+	Env           []string
+	WorkingDir    string
+	User          string
+	TTY           bool
+	Stdin         bool
+	Remove        bool
+	Hostname      string
+	CPUs          int
+	MemoryBytes   int64
+	DiskBytes     int64
+	Ports         []network.PortMapping
+	Labels        map[string]string
+	Network       string
+	Kernel        string
+	VMM           string
+	Platform      string
+	StopSignal    string
+	StopTimeout   time.Duration
+}
+
+// Machine is the record of one machine: spec and status, as stored.
+type Machine struct {
+	ID         ID
+	Host       string // the owner
+	Spec       Spec
+	State      State
+	Reason     Reason
+	ExitCode   int
+	Error      string
+	FailedStep string
+	Image      Image
+	Created    time.Time
+	Started    time.Time
+	Finished   time.Time
+	Lease      network.Lease
+	Ports      []network.PortMapping // as bound
+	VMM        VMMStatus
+	Steps      []StepTime      // of the last start
+	AgentToken transport.Token // reopens the agent's channel
+	HostBoot   string          // the host's boot ID at the last start
+}
+
+// VMMStatus says what runs, or last ran, the machine.
+type VMMStatus struct {
+	Driver      string
+	Accelerator string
+	PID         int
+	Kernel      string
+	Console     string
+}
+
+// StepTime is one step of a start and how long it took.
+type StepTime struct {
+	Name string
+	Took time.Duration
+}
+
+// Image is what a machine needs to know of its image, resolved once at create.
+type Image struct {
+	Digest     digest.Digest
+	Reference  string
+	Entrypoint []string
+	Cmd        []string
+	Env        []string
+	WorkingDir string
+	User       string
+	StopSignal string
+}
+
+// Images finds local images.
+type Images interface {
+	// Find returns the image of that reference or digest for a platform ("" = the host's). errdefs.ErrNotFound, or
+	// ErrInvalidArgument for an image that this host cannot run.
+	Find(ctx context.Context, ref, platform string) (Image, error)
+}
+
+// Disks makes the disks of a machine.
+type Disks interface {
+	// Root returns the read-only root disk of an image, made now when it is not there.
+	Root(ctx context.Context, img digest.Digest) (path string, err error)
+	// Scratch makes an empty file system of that size.
+	Scratch(path string, size int64) error
+}
+
+// Kernels finds kernels.
+type Kernels interface {
+	// Boot returns the kernel of that name ("" = the default) with its initramfs, ready for a VMM.
+	Boot(ctx context.Context, name string) (vmm.Kernel, string, error)
+}
+
+// Networks knows the networks, their drivers and what each machine has leased.
+type Networks interface {
+	Get(name string) (network.Network, network.Driver, error)
+	List() []network.Network
+	Lease(network, machineID string) (network.Lease, error)
+	Release(machineID string) error
+}
+
+// endpoint is the machine's NIC as the network sees it.
+func (m *Machine) endpoint() network.Endpoint {
+	return network.Endpoint{
+		ID:      m.ID.Short(),
+		Name:    m.Spec.Name,
+		Aliases: aliases(m),
+		MAC:     m.Lease.MAC,
+		Address: m.Lease.Address,
+		Ports:   m.Spec.Ports,
+	}
+}
+
+func aliases(m *Machine) []string {
+	a := []string{m.ID.Short()}
+	if m.Spec.Hostname != m.Spec.Name {
+		a = append(a, m.Spec.Hostname)
+	}
+	return a
+}
+
+func (m *Machine) address(n network.Network) netip.Prefix {
+	return netip.PrefixFrom(m.Lease.Address, n.Subnet.Bits())
+}

@@ -1,0 +1,303 @@
+package machine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sort"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/atollvm/atoll/internal/event"
+	"github.com/atollvm/atoll/internal/hint"
+	"github.com/atollvm/atoll/internal/machine/outlog"
+	"github.com/atollvm/atoll/internal/state"
+	"github.com/atollvm/atoll/internal/vmm"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+)
+
+// Options is what the room needs from others.
+type Options struct {
+	Dir      string // one directory per machine below it
+	Host     string // this host's ID
+	BootID   string // of this boot of the host
+	DB       *state.DB
+	Drivers  map[string]vmm.Driver // by name; "auto" is the one to prefer
+	Images   Images
+	Disks    Disks
+	Kernels  Kernels
+	Networks Networks
+	Events   *event.Bus
+	Log      *slog.Logger
+}
+
+// Machines is all machines of this host.
+type Machines struct {
+	Options
+	records *state.Collection[Machine]
+	life    context.Context // ends with Close; supervision stops, machines run on
+	endLife context.CancelFunc
+	workers sync.WaitGroup
+
+	mu     sync.Mutex // guards the maps; taken before an entry's mu
+	byID   map[ID]*entry
+	byName map[string]*entry
+}
+
+// entry is one machine in memory.
+type entry struct {
+	dir  string
+	log  *outlog.Log
+	turn chan struct{} // holds one token: commands that change the machine take turns
+
+	mu      sync.Mutex // guards the rest
+	m       Machine
+	run     *run          // while a VMM runs
+	changed chan struct{} // closed and replaced at every commit
+	gone    bool
+
+	cancelStart context.CancelFunc // while a start is under way
+}
+
+const logLimit = 32 << 20 // of each of a machine's two log files
+
+// Open reads the records. Recover must follow before anything else is called.
+func Open(o Options) (*Machines, error) {
+	records, err := state.Of[Machine](o.DB, "machines")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("opening machines: %w", err)
+	}
+	ms := &Machines{Options: o, records: records, byID: map[ID]*entry{}, byName: map[string]*entry{}}
+	ms.life, ms.endLife = context.WithCancel(context.Background())
+	all, err := records.All()
+	if err != nil {
+		return nil, fmt.Errorf("opening machines: %w", err)
+	}
+	for _, m := range all {
+		if _, err := ms.addLocked(m); err != nil {
+			return nil, fmt.Errorf("opening machine %s: %w", m.ID.Short(), err)
+		}
+	}
+	return ms, nil
+}
+
+func (ms *Machines) addLocked(m Machine) (*entry, error) {
+	dir := filepath.Join(ms.Dir, m.ID.Short())
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	l, err := outlog.Open(dir, logLimit)
+	if err != nil {
+		return nil, err
+	}
+	e := &entry{dir: dir, log: l, m: m, turn: make(chan struct{}, 1), changed: make(chan struct{})}
+	ms.byID[m.ID], ms.byName[m.Spec.Name] = e, e
+	return e, nil
+}
+
+// Close stops supervising; the machines run on.
+func (ms *Machines) Close() error {
+	ms.endLife()
+	ms.workers.Wait()
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	var errs []error
+	for _, e := range ms.byID {
+		errs = append(errs, e.log.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Create makes a machine: a record and a directory, nothing that runs.
+func (ms *Machines) Create(ctx context.Context, s Spec) (Machine, error) {
+	chosen := s.Name != ""
+	if !chosen {
+		s.Name = madeUpName()
+	}
+	s = s.withDefaults()
+	if err := s.validate(); err != nil {
+		return Machine{}, fmt.Errorf("creating machine: %w", err)
+	}
+	img, err := ms.Images.Find(ctx, s.Image, s.Platform)
+	if err != nil {
+		return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
+	}
+	if _, err := argv(s, img); err != nil {
+		return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
+	}
+	if s.Network != NoNetwork {
+		if _, _, err := ms.Networks.Get(s.Network); err != nil {
+			return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
+		}
+	}
+	m := Machine{ID: newID(), Host: ms.Host, Spec: s, State: Created, Image: img, Created: time.Now()}
+
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	for !chosen && ms.byName[m.Spec.Name] != nil {
+		m.Spec.Name = madeUpName() + "_" + m.ID.Short()[:4]
+		m.Spec.Hostname = s.Hostname
+	}
+	if other := ms.byName[m.Spec.Name]; other != nil {
+		err := fmt.Errorf("creating machine %q: the name is in use by machine %s: %w", m.Spec.Name, other.m.ID.Short(), errdefs.ErrAlreadyExists)
+		return Machine{}, hint.With(err, "choose another --name, or remove that one: atoll rm -f %s", m.Spec.Name)
+	}
+	e, err := ms.addLocked(m)
+	if err != nil {
+		return Machine{}, fmt.Errorf("creating machine %q: %w", m.Spec.Name, err)
+	}
+	if err := ms.records.Put(string(m.ID), m); err != nil {
+		delete(ms.byID, m.ID)
+		delete(ms.byName, m.Spec.Name)
+		return Machine{}, errors.Join(fmt.Errorf("creating machine %q: %w", m.Spec.Name, err), e.log.Close(), os.RemoveAll(e.dir))
+	}
+	ms.publish(&m, "create", nil)
+	return m, nil
+}
+
+// Get returns the machine of that name, ID or unambiguous ID prefix.
+func (ms *Machines) Get(name string) (Machine, error) {
+	e, err := ms.find(name)
+	if err != nil {
+		return Machine{}, err
+	}
+	return e.get(), nil
+}
+
+// List returns all machines, newest first.
+func (ms *Machines) List() []Machine {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	all := make([]Machine, 0, len(ms.byID))
+	for _, e := range ms.byID {
+		all = append(all, e.get())
+	}
+	sort.Slice(all, func(i, j int) bool { return all[i].Created.After(all[j].Created) })
+	return all
+}
+
+// UsersOf names the machines made from an image.
+func (ms *Machines) UsersOf(img digest.Digest) []string {
+	var names []string
+	for _, m := range ms.List() {
+		if m.Image.Digest == img {
+			names = append(names, m.Spec.Name)
+		}
+	}
+	return names
+}
+
+func (ms *Machines) find(name string) (*entry, error) {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	if e := ms.byName[name]; e != nil {
+		return e, nil
+	}
+	var found *entry
+	for id, e := range ms.byID {
+		if len(name) < 1 || !strings.HasPrefix(string(id), name) {
+			continue
+		}
+		if found != nil {
+			return nil, hint.With(fmt.Errorf("machine %q: several IDs begin so: %w", name, errdefs.ErrInvalidArgument), "give more digits of the ID")
+		}
+		found = e
+	}
+	if found == nil {
+		return nil, hint.With(fmt.Errorf("machine %q: %w", shorten(name), errdefs.ErrNotFound), "atoll ps -a lists the machines")
+	}
+	return found, nil
+}
+
+func (e *entry) get() Machine {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.m
+}
+
+// take waits for the machine's turn.
+func (e *entry) take(ctx context.Context) error {
+	select {
+	case e.turn <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for another command on machine %q: %w", e.get().Spec.Name, ctx.Err())
+	}
+}
+
+func (e *entry) give() { <-e.turn }
+
+// commit changes the record, in memory and on disk, and emits action when it is not empty. A record that cannot be written is
+// still changed in memory, where the truth about a running VMM must not be lost; the error says so.
+func (ms *Machines) commit(e *entry, action string, change func(m *Machine)) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return ms.commitLocked(e, action, change)
+}
+
+func (ms *Machines) commitLocked(e *entry, action string, change func(m *Machine)) error {
+	change(&e.m)
+	var err error
+	if !e.gone {
+		err = ms.records.Put(string(e.m.ID), e.m)
+	}
+	if action != "" {
+		ms.publish(&e.m, action, nil)
+	}
+	close(e.changed)
+	e.changed = make(chan struct{})
+	return err
+}
+
+func (ms *Machines) publish(m *Machine, action string, more map[string]string) {
+	a := map[string]string{"name": m.Spec.Name, "image": m.Spec.Image}
+	if action == "die" {
+		a["exitCode"], a["reason"] = fmt.Sprint(m.ExitCode), string(m.Reason)
+	}
+	for k, v := range more {
+		a[k] = v
+	}
+	ms.Events.Publish(event.Event{Type: event.Machine, Action: action, ID: string(m.ID), Attributes: a})
+}
+
+// until waits for the record to fulfil ok.
+func (e *entry) until(ctx context.Context, ok func(e *entry) bool) error {
+	for {
+		e.mu.Lock()
+		done, changed := ok(e), e.changed
+		e.mu.Unlock()
+		if done {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// Wait returns the machine once it does not run.
+func (ms *Machines) Wait(ctx context.Context, name string) (Machine, error) {
+	e, err := ms.find(name)
+	if err != nil {
+		return Machine{}, err
+	}
+	if err := e.until(ctx, func(e *entry) bool { return !e.m.State.Alive() }); err != nil {
+		return Machine{}, fmt.Errorf("waiting for machine %q: %w", name, err)
+	}
+	return e.get(), nil
+}
+
+func notRunning(m Machine) error {
+	err := fmt.Errorf("machine %q is not running (%s): %w", m.Spec.Name, m.State, errdefs.ErrFailedPrecondition)
+	return hint.With(err, "start it: atoll start %s", m.Spec.Name)
+}

@@ -1,0 +1,128 @@
+package outlog
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+func open(t *testing.T, dir string, limit int64) *Log {
+	t.Helper()
+	l, err := Open(dir, limit)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+func add(t *testing.T, l *Log, seq uint64, data string) {
+	t.Helper()
+	if err := l.Append(Record{Seq: seq, Stream: Stdout, Data: []byte(data)}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func all(t *testing.T, l *Log) []string {
+	t.Helper()
+	r, err := l.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	var got []string
+	for {
+		rec, err := r.Next(context.Background(), false)
+		if errors.Is(err, io.EOF) {
+			return got
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, string(rec.Data))
+	}
+}
+
+func TestRepeatedRecordsAreDropped(t *testing.T) {
+	l := open(t, t.TempDir(), 1<<20)
+	l.Begin()
+	add(t, l, 1, "a")
+	add(t, l, 2, "b")
+	add(t, l, 2, "b again")
+	add(t, l, 3, "c")
+	if got := fmt.Sprint(all(t, l)); got != "[a b c]" {
+		t.Fatalf("got %s", got)
+	}
+	l.Begin() // the next boot counts from one again
+	add(t, l, 1, "d")
+	if got := fmt.Sprint(all(t, l)); got != "[a b c d]" {
+		t.Fatalf("got %s", got)
+	}
+}
+
+func TestTornRecordIsCutOff(t *testing.T) {
+	dir := t.TempDir()
+	l := open(t, dir, 1<<20)
+	l.Begin()
+	add(t, l, 1, "whole")
+	l.Close()
+	f, err := os.OpenFile(filepath.Join(dir, fileName), os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprint(f, `{"seq":2,"data":"aGFs`)
+	f.Close()
+
+	l = open(t, dir, 1<<20)
+	if l.LastSeq() != 1 {
+		t.Fatalf("last seq %d", l.LastSeq())
+	}
+	l.Resume()
+	add(t, l, 2, "after")
+	if got := fmt.Sprint(all(t, l)); got != "[whole after]" {
+		t.Fatalf("got %s", got)
+	}
+}
+
+func TestFollowOverRotation(t *testing.T) {
+	l := open(t, t.TempDir(), 300)
+	l.Begin()
+	r, err := l.Tail()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	// Each record is read before the next is written, so that both the waiting and the rotation are met.
+	for i := 1; i <= 20; i++ {
+		go add(t, l, uint64(i), fmt.Sprint(i))
+		rec, err := r.Next(ctx, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rec.Seq != uint64(i) {
+			t.Fatalf("record %d, want %d", rec.Seq, i)
+		}
+	}
+	go l.End()
+	if _, err := r.Next(ctx, true); !errors.Is(err, io.EOF) {
+		t.Fatalf("after the end: %v", err)
+	}
+	sizes := int64(0)
+	for _, name := range []string{fileName, oldName} {
+		st, err := os.Stat(filepath.Join(l.dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		sizes += st.Size()
+	}
+	if sizes > 600 {
+		t.Fatalf("the files hold %d bytes", sizes)
+	}
+}

@@ -1,0 +1,336 @@
+package machine
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	agentv1 "github.com/atollvm/atoll/api/agent/v1"
+	"github.com/atollvm/atoll/internal/agent/host"
+	"github.com/atollvm/atoll/internal/agent/transport"
+	"github.com/atollvm/atoll/internal/machine/outlog"
+	"github.com/atollvm/atoll/internal/vmm"
+	"github.com/containerd/errdefs"
+)
+
+// run is one life of a VMM: its instance and the channel to its agent, which may break and be opened anew.
+type run struct {
+	inst vmm.Instance
+	e    *entry
+
+	drained chan struct{} // closed when the entrypoint's output is complete
+
+	// guarded by e.mu
+	agent  *host.Client // nil while the channel is down
+	exited *agentv1.EntrypointExited
+	down   agentv1.GoingDown_Reason
+	killed bool // Atoll ended the VMM
+}
+
+func newRun(inst vmm.Instance, e *entry) *run {
+	return &run{inst: inst, e: e, drained: make(chan struct{})}
+}
+
+// connect opens the agent's channel, as soon as the guest is there.
+func (r *run) connect(ctx context.Context, token transport.Token) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		select {
+		case <-r.inst.Done():
+			cancel(fmt.Errorf("the VMM ended: %s: %w", r.inst.Exit().Detail, errdefs.ErrUnavailable))
+		case <-ctx.Done():
+		}
+	}()
+	conn, err := r.inst.DialAgent(ctx)
+	if err != nil {
+		return fmt.Errorf("waiting for the guest's agent: %w", causeOf(ctx, err))
+	}
+	session, err := transport.Connect(ctx, conn, token)
+	if err != nil {
+		return fmt.Errorf("waiting for the guest's agent: %w", causeOf(ctx, err))
+	}
+	r.e.mu.Lock()
+	defer r.e.mu.Unlock()
+	r.agent = host.New(session)
+	return nil
+}
+
+func causeOf(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
+		return cause
+	}
+	return err
+}
+
+func (r *run) configure(ctx context.Context, c *agentv1.Config, progress func(step string)) error {
+	agent, err := r.client()
+	if err != nil {
+		return err
+	}
+	return agent.Configure(ctx, c, progress)
+}
+
+// client returns the agent, or errdefs.ErrUnavailable while the channel is down.
+func (r *run) client() (*host.Client, error) {
+	r.e.mu.Lock()
+	defer r.e.mu.Unlock()
+	if r.agent == nil {
+		return nil, fmt.Errorf("the guest's agent does not answer: %w", errdefs.ErrUnavailable)
+	}
+	return r.agent, nil
+}
+
+func (r *run) close() error {
+	r.e.mu.Lock()
+	agent := r.agent
+	r.agent = nil
+	r.e.mu.Unlock()
+	if agent != nil {
+		agent.Close()
+	}
+	return r.inst.Close()
+}
+
+// supervise watches a running machine until its VMM ends or the daemon does.
+func (ms *Machines) supervise(e *entry, r *run) {
+	ms.workers.Go(func() {
+		ctx, cancel := context.WithCancel(ms.life)
+		defer cancel()
+		ms.workers.Go(func() { ms.listen(ctx, e, r) })
+		select {
+		case <-r.inst.Done():
+			cancel()
+			ms.ended(e, r)
+		case <-ctx.Done():
+			if err := r.close(); err != nil {
+				ms.Log.Debug("letting go of a machine", "machine", e.get().ID, "err", err)
+			}
+		}
+	})
+}
+
+// listen reads the guest's output and events, opening the channel anew when it breaks.
+func (ms *Machines) listen(ctx context.Context, e *entry, r *run) {
+	pause := 10 * time.Millisecond
+	for ctx.Err() == nil {
+		agent, err := r.client()
+		if err == nil {
+			pause = 10 * time.Millisecond
+			err = ms.listenOnce(ctx, e, r, agent)
+			r.e.mu.Lock()
+			r.agent = nil
+			r.e.mu.Unlock()
+			agent.Close()
+		} else {
+			err = r.connect(ctx, e.get().AgentToken)
+		}
+		if err != nil && ctx.Err() == nil {
+			ms.Log.Debug("agent channel broke", "machine", e.get().ID, "err", err)
+			select {
+			case <-time.After(pause):
+			case <-ctx.Done():
+			}
+			pause = min(2*pause, 2*time.Second)
+		}
+	}
+}
+
+func (ms *Machines) listenOnce(ctx context.Context, e *entry, r *run, agent *host.Client) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	outputEnded := make(chan struct{})
+	go func() {
+		defer close(outputEnded)
+		err := agent.Output(ctx, e.log.LastSeq(), func(o *agentv1.Output) error { return r.output(o) })
+		if err != nil {
+			cancel(err)
+		}
+	}()
+	err := agent.Watch(ctx, func(ev *agentv1.Event) bool { return r.event(ctx, ev) })
+	cancel(err)
+	<-outputEnded
+	return causeOf(ctx, err)
+}
+
+func (r *run) output(o *agentv1.Output) error {
+	if o.GetEof() {
+		r.e.mu.Lock()
+		defer r.e.mu.Unlock()
+		select {
+		case <-r.drained:
+		default:
+			close(r.drained)
+		}
+		return nil
+	}
+	stream := outlog.Stdout
+	if o.GetStream() == agentv1.Stream_STREAM_STDERR {
+		stream = outlog.Stderr
+	}
+	return r.e.log.Append(outlog.Record{Seq: o.GetSeq(), Time: time.Unix(0, o.GetUnixNanos()), Stream: stream, Data: o.GetData()})
+}
+
+// drainTimeout bounds how long a guest that says it exited may keep its last output back.
+const drainTimeout = 2 * time.Second
+
+// event takes one event and says whether it may be acknowledged: after that the agent powers off.
+func (r *run) event(ctx context.Context, ev *agentv1.Event) bool {
+	if x := ev.GetExited(); x != nil {
+		select {
+		case <-r.drained:
+		case <-time.After(drainTimeout):
+		case <-ctx.Done():
+			return false
+		}
+		r.e.mu.Lock()
+		r.exited = x
+		r.e.mu.Unlock()
+	}
+	if g := ev.GetGoingDown(); g != nil {
+		r.e.mu.Lock()
+		r.down = g.GetReason()
+		r.e.mu.Unlock()
+	}
+	return true
+}
+
+// ended records the end of a machine whose VMM is gone, and lets go of what only a running machine holds.
+func (ms *Machines) ended(e *entry, r *run) {
+	exit := r.inst.Exit()
+	if err := r.close(); err != nil {
+		ms.Log.Debug("closing an ended instance", "machine", e.get().ID, "err", err)
+	}
+	reason, code, detail := r.verdict(exit)
+	ms.finish(e, reason, code, detail)
+}
+
+func (r *run) verdict(exit vmm.Exit) (Reason, int, string) {
+	r.e.mu.Lock()
+	defer r.e.mu.Unlock()
+	switch {
+	case exit.Reason == vmm.ReasonPanic:
+		return ReasonPanic, 255, "the guest's kernel panicked"
+	case r.exited != nil:
+		detail := ""
+		if r.exited.GetOomKilled() {
+			detail = "the entrypoint was killed for want of memory"
+		}
+		return ReasonExited, int(r.exited.GetCode()) & 0xff, detail
+	case r.killed:
+		return ReasonKilled, 137, ""
+	case r.down == agentv1.GoingDown_REASON_REBOOT:
+		return ReasonReboot, 0, ""
+	case r.down != agentv1.GoingDown_REASON_UNSPECIFIED:
+		return ReasonPoweroff, 0, ""
+	case exit.Reason == vmm.ReasonGuest:
+		return ReasonPoweroff, 0, "the guest went down without the agent's word"
+	default:
+		return ReasonVMMDied, 255, "the VMM ended unexpectedly: " + exit.Detail
+	}
+}
+
+// finish brings the record of a machine that no longer runs up to date.
+func (ms *Machines) finish(e *entry, reason Reason, code int, detail string) {
+	ctx, cancel := context.WithTimeout(context.Background(), cleanupTimeout)
+	defer cancel()
+	m := e.get()
+	if err := ms.detach(ctx, &m); err != nil {
+		ms.Log.Error("detaching a stopped machine", "machine", m.ID, "err", err)
+	}
+	e.mu.Lock()
+	e.run = nil
+	err := ms.commitLocked(e, "die", func(m *Machine) {
+		m.State, m.Reason, m.ExitCode, m.Error, m.Finished = Stopped, reason, code, detail, time.Now()
+		m.VMM.PID, m.Ports = 0, nil
+	})
+	e.mu.Unlock()
+	e.log.End()
+	if err != nil {
+		ms.Log.Error("recording a stopped machine", "machine", m.ID, "err", err)
+	}
+	switch {
+	case m.Spec.Remove:
+		ms.later("removing a machine that was to be thrown away", m.ID, func() error { return ms.remove(context.Background(), e, false) })
+	case reason == ReasonReboot:
+		ms.later("restarting a machine that rebooted", m.ID, func() error {
+			_, _, err := ms.Start(ms.life, string(m.ID))
+			return err
+		})
+	}
+}
+
+func (ms *Machines) detach(ctx context.Context, m *Machine) error {
+	if m.Spec.Network == NoNetwork {
+		return nil
+	}
+	n, d, err := ms.Networks.Get(m.Spec.Network)
+	if err != nil {
+		return err
+	}
+	return d.Detach(ctx, n, m.ID.Short())
+}
+
+// later does something that must not hold up its caller, which may itself be waited for.
+func (ms *Machines) later(what string, id ID, do func() error) {
+	if ms.life.Err() != nil {
+		return // the next daemon does it
+	}
+	ms.workers.Go(func() {
+		if err := do(); err != nil && !errors.Is(err, errdefs.ErrNotFound) {
+			ms.Log.Error(what, "machine", id, "err", err)
+		}
+	})
+}
+
+func exitCodeOf(err error) int {
+	var f *host.Failure
+	if !errors.As(err, &f) {
+		return 0
+	}
+	switch f.Class {
+	case agentv1.FailureClass_FAILURE_CLASS_NOT_FOUND:
+		return 127
+	case agentv1.FailureClass_FAILURE_CLASS_NOT_EXECUTABLE:
+		return 126
+	}
+	return 0
+}
+
+// consoleTail returns the last lines of the serial console, with what a terminal could choke on made harmless.
+func consoleTail(path string, lines int) string {
+	f, err := os.Open(path)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	const most = 16 << 10
+	if st, err := f.Stat(); err == nil && st.Size() > most {
+		_, _ = f.Seek(-most, io.SeekEnd)
+	}
+	data, _ := io.ReadAll(io.LimitReader(f, most))
+	all := bytes.Split(bytes.TrimSpace(printable(data)), []byte("\n"))
+	if len(all) > lines {
+		all = all[len(all)-lines:]
+	}
+	return string(bytes.Join(all, []byte("\n")))
+}
+
+func printable(data []byte) []byte {
+	return bytes.Map(func(c rune) rune {
+		if c == '\n' || c == '\t' || c >= ' ' && c != 0x7f && c != '�' {
+			return c
+		}
+		return -1
+	}, data)
+}
+
+// ConsolePath is where the serial console of a machine is logged.
+func (ms *Machines) ConsolePath(m Machine) string {
+	return filepath.Join(ms.Dir, m.ID.Short(), vmm.ConsoleFile)
+}

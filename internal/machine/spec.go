@@ -1,0 +1,176 @@
+package machine
+
+import (
+	"errors"
+	"fmt"
+	"regexp"
+	"runtime"
+	"strings"
+	"time"
+
+	"github.com/atollvm/atoll/internal/hint"
+	"github.com/containerd/errdefs"
+	"github.com/docker/go-units"
+)
+
+// Defaults and bounds of a spec.
+const (
+	DefaultMemory      = 512 << 20
+	MinMemory          = 96 << 20 // less and Debian's kernel cannot unpack its initramfs
+	DefaultDisk        = 10 << 30
+	MinDisk            = 16 << 20
+	DefaultStopTimeout = 10 * time.Second
+	DefaultNetwork     = "default"
+	NoNetwork          = "none"
+)
+
+var (
+	nameForm     = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$`)
+	hostnameForm = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9.-]{0,62}[a-zA-Z0-9])?$`)
+	idForm       = regexp.MustCompile(`^[0-9a-f]{12,32}$`)
+)
+
+// withDefaults returns the spec with everything filled in that the user left open but the name.
+func (s Spec) withDefaults() Spec {
+	if s.CPUs == 0 {
+		s.CPUs = 1
+	}
+	if s.MemoryBytes == 0 {
+		s.MemoryBytes = DefaultMemory
+	}
+	if s.DiskBytes == 0 {
+		s.DiskBytes = DefaultDisk
+	}
+	if s.Network == "" {
+		s.Network = DefaultNetwork
+	}
+	if s.VMM == "" {
+		s.VMM = "auto"
+	}
+	if s.StopTimeout == 0 {
+		s.StopTimeout = DefaultStopTimeout
+	}
+	if s.Hostname == "" {
+		s.Hostname = strings.Trim(strings.ReplaceAll(s.Name, "_", "-"), ".-")
+	}
+	return s
+}
+
+// validate gathers every fault of a spec with its defaults.
+func (s Spec) validate() error {
+	var faults []error
+	fault := func(help, format string, args ...any) {
+		faults = append(faults, hint.With(fmt.Errorf(format+": %w", append(args, errdefs.ErrInvalidArgument)...), "%s", help))
+	}
+	if !nameForm.MatchString(s.Name) {
+		fault("a name starts with a letter or digit, goes on with letters, digits, '_', '.', '-', and has at most 63 characters", "machine name %q", shorten(s.Name))
+	} else if idForm.MatchString(s.Name) {
+		fault("choose a name with a letter after f or fewer than 12 characters", "machine name %q looks like a machine ID", s.Name)
+	}
+	if !hostnameForm.MatchString(s.Hostname) {
+		fault("a hostname has letters, digits, '-' and '.', at most 64", "hostname %q", shorten(s.Hostname))
+	}
+	if s.Image == "" {
+		fault("name the image to run: atoll run IMAGE", "no image")
+	}
+	if s.CPUs < 1 || s.CPUs > 4*runtime.NumCPU() {
+		fault(fmt.Sprintf("this host has %d CPUs; up to %d can be given", runtime.NumCPU(), 4*runtime.NumCPU()), "%d CPUs", s.CPUs)
+	}
+	if s.MemoryBytes < MinMemory {
+		fault(fmt.Sprintf("give at least %s, such as --memory 256M", units.BytesSize(MinMemory)), "memory of %s is too small to boot a kernel", units.BytesSize(float64(s.MemoryBytes)))
+	}
+	if s.DiskBytes < MinDisk {
+		fault("give at least 16M, such as --disk-size 1G", "disk size of %s is too small for a file system", units.BytesSize(float64(s.DiskBytes)))
+	}
+	for _, e := range s.Env {
+		if k, _, ok := strings.Cut(e, "="); !ok || k == "" || strings.ContainsRune(e, 0) {
+			fault("write KEY=value", "environment entry %q", shorten(e))
+		}
+	}
+	if s.WorkingDir != "" && !strings.HasPrefix(s.WorkingDir, "/") {
+		fault("give an absolute path", "working directory %q", s.WorkingDir)
+	}
+	if s.VMM != "auto" && s.VMM != "qemu" {
+		fault("use auto or qemu", "VMM %q", s.VMM)
+	}
+	if s.Network == NoNetwork && len(s.Ports) > 0 {
+		fault("leave out --network none or -p", "ports cannot be published without a network")
+	}
+	if s.StopTimeout < 0 {
+		fault("give a time from 0 on", "stop timeout %s", s.StopTimeout)
+	}
+	for i, p := range s.Ports {
+		for _, q := range s.Ports[:i] {
+			if p.HostPort != 0 && p.HostPort == q.HostPort && p.Protocol == q.Protocol && p.HostAddress == q.HostAddress {
+				fault("publish each host port once", "host port %d/%s is asked for twice", p.HostPort, p.Protocol)
+			}
+		}
+	}
+	return errors.Join(faults...)
+}
+
+func shorten(s string) string {
+	if len(s) > 80 {
+		return s[:80] + "…"
+	}
+	return s
+}
+
+// argv is the entrypoint's words by Docker's rules: the command replaces CMD, an entrypoint replaces ENTRYPOINT and drops CMD.
+func argv(s Spec, img Image) ([]string, error) {
+	entrypoint, cmd := img.Entrypoint, img.Cmd
+	if s.SetEntrypoint {
+		entrypoint, cmd = s.Entrypoint, nil
+	}
+	if len(s.Command) > 0 {
+		cmd = s.Command
+	}
+	words := append(append([]string{}, entrypoint...), cmd...)
+	if len(words) == 0 {
+		err := fmt.Errorf("image %s has neither ENTRYPOINT nor CMD, and no command was given: %w", s.Image, errdefs.ErrInvalidArgument)
+		return nil, hint.With(err, "say what to run: atoll run %s COMMAND", s.Image)
+	}
+	return words, nil
+}
+
+const defaultPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+// environment is the image's, the machine's and the user's, later ones winning by key, as Docker orders them.
+func environment(tty bool, hostname string, layers ...[]string) []string {
+	env := []string{defaultPath, "HOSTNAME=" + hostname}
+	if tty {
+		env = append(env, "TERM=xterm")
+	}
+	at := map[string]int{}
+	for i, e := range env {
+		k, _, _ := strings.Cut(e, "=")
+		at[k] = i
+	}
+	for _, layer := range layers {
+		for _, e := range layer {
+			k, _, _ := strings.Cut(e, "=")
+			if i, ok := at[k]; ok {
+				env[i] = e
+				continue
+			}
+			at[k] = len(env)
+			env = append(env, e)
+		}
+	}
+	return env
+}
+
+func first(values ...string) string {
+	for _, v := range values {
+		if v != "" {
+			return v
+		}
+	}
+	return ""
+}
+
+// Argv is the entrypoint as it is, or will be, run.
+func (m *Machine) Argv() []string {
+	words, _ := argv(m.Spec, m.Image) // checked at create
+	return words
+}

@@ -1,0 +1,319 @@
+package machine
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	agentv1 "github.com/atollvm/atoll/api/agent/v1"
+	"github.com/atollvm/atoll/internal/agent/transport"
+	"github.com/atollvm/atoll/internal/hint"
+	"github.com/atollvm/atoll/internal/network"
+	"github.com/atollvm/atoll/internal/vmm"
+	"github.com/containerd/errdefs"
+)
+
+const (
+	startTimeout   = 2 * time.Minute // from the VMM's start to the entrypoint's; emulation on a busy host is slow
+	cleanupTimeout = 20 * time.Second
+	scratchFile    = "scratch.ext4"
+)
+
+// starting is one start under way: what its steps have made so far.
+type starting struct {
+	ms      *Machines
+	e       *entry
+	m       Machine
+	kernel  vmm.Kernel
+	net     network.Network
+	nic     []vmm.NIC
+	root    string
+	run     *run
+	undo    []func(ctx context.Context) error
+	running string // the step under way, also the guest's own
+}
+
+// step is one named part of a start. Do registers what undoes it.
+type step struct {
+	name string
+	do   func(ctx context.Context) error
+}
+
+// Start boots a machine and returns when its entrypoint runs. Already running is no error.
+func (ms *Machines) Start(ctx context.Context, name string) (Machine, []string, error) {
+	e, err := ms.find(name)
+	if err != nil {
+		return Machine{}, nil, err
+	}
+	if err := e.take(ctx); err != nil {
+		return Machine{}, nil, err
+	}
+	defer e.give()
+	return ms.start(ctx, e)
+}
+
+func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, error) {
+	m := e.get()
+	if m.State.Alive() {
+		return m, nil, nil
+	}
+	if e.isGone() {
+		return m, nil, fmt.Errorf("starting machine %q: %w", m.Spec.Name, errdefs.ErrNotFound)
+	}
+	driver, caps, err := ms.driver(ctx, m.Spec.VMM)
+	if err != nil {
+		return m, nil, fmt.Errorf("starting machine %q: %w", m.Spec.Name, err)
+	}
+	var warnings []string
+	if caps.Warning != "" {
+		warnings = append(warnings, caps.Warning)
+	}
+	token := transport.NewToken()
+	s := &starting{ms: ms, e: e}
+	// The one write before the VMM runs: after a crash from here on, Recover undoes what it finds.
+	err = ms.commit(e, "", func(m *Machine) {
+		m.State, m.Reason, m.ExitCode, m.Error, m.FailedStep = Starting, "", 0, "", ""
+		m.Started, m.Finished, m.Steps, m.Ports = time.Time{}, time.Time{}, nil, nil
+		m.AgentToken, m.HostBoot = token, ms.BootID
+		m.VMM = VMMStatus{Driver: driver.Name(), Accelerator: caps.Accelerator, Console: filepath.Join(e.dir, vmm.ConsoleFile)}
+		s.m = *m
+	})
+	if err != nil {
+		return e.get(), warnings, fmt.Errorf("starting machine %q: %w", m.Spec.Name, err)
+	}
+	e.log.Begin()
+
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	e.setCancel(cancel)
+	defer e.setCancel(nil)
+	err = s.all(ctx, []step{
+		{"kernel", s.findKernel},
+		{"root disk", s.makeRoot},
+		{"scratch disk", s.makeScratch},
+		{"network", s.attachNetwork},
+		{"vmm", func(ctx context.Context) error { return s.startVMM(ctx, driver) }},
+		{"agent", s.connectAgent},
+		{"guest", s.configureGuest},
+	})
+	if err != nil {
+		return s.fail(ctx, err, warnings)
+	}
+	e.mu.Lock()
+	e.run = s.run
+	err = ms.commitLocked(e, "start", func(m *Machine) {
+		m.State, m.Started, m.Steps, m.Lease, m.Ports = Running, time.Now(), s.m.Steps, s.m.Lease, s.m.Ports
+		m.VMM = s.m.VMM
+	})
+	e.mu.Unlock()
+	if err != nil {
+		ms.Log.Error("recording a started machine", "machine", m.ID, "err", err)
+	}
+	ms.supervise(e, s.run)
+	return e.get(), warnings, nil
+}
+
+func (ms *Machines) driver(ctx context.Context, name string) (vmm.Driver, vmm.Capabilities, error) {
+	d := ms.Drivers[name]
+	if d == nil {
+		return nil, vmm.Capabilities{}, fmt.Errorf("VMM %q: %w", name, errdefs.ErrNotFound)
+	}
+	caps, err := d.Probe(ctx)
+	return d, caps, err
+}
+
+func (s *starting) all(ctx context.Context, steps []step) error {
+	for _, st := range steps {
+		s.running = st.name
+		began := time.Now()
+		if err := st.do(ctx); err != nil {
+			return err
+		}
+		s.m.Steps = append(s.m.Steps, StepTime{st.name, time.Since(began)})
+	}
+	return nil
+}
+
+func (s *starting) findKernel(ctx context.Context) error {
+	k, name, err := s.ms.Kernels.Boot(ctx, s.m.Spec.Kernel)
+	s.kernel, s.m.VMM.Kernel = k, name
+	return err
+}
+
+func (s *starting) makeRoot(ctx context.Context) (err error) {
+	s.root, err = s.ms.Disks.Root(ctx, s.m.Image.Digest)
+	return err
+}
+
+// makeScratch makes the disk at the first start; later ones find what the machine wrote.
+func (s *starting) makeScratch(context.Context) error {
+	path := s.scratch()
+	if _, err := os.Stat(path); err == nil {
+		return nil
+	}
+	tmp := path + ".new"
+	if err := s.ms.Disks.Scratch(tmp, s.m.Spec.DiskBytes); err != nil {
+		return errors.Join(err, os.RemoveAll(tmp))
+	}
+	return os.Rename(tmp, path)
+}
+
+func (s *starting) scratch() string { return filepath.Join(s.e.dir, scratchFile) }
+
+func (s *starting) attachNetwork(ctx context.Context) error {
+	name := s.m.Spec.Network
+	if name == NoNetwork {
+		return nil
+	}
+	n, d, err := s.ms.Networks.Get(name)
+	if err != nil {
+		return err
+	}
+	lease, err := s.ms.Networks.Lease(name, s.m.ID.Short())
+	if err != nil {
+		return err
+	}
+	s.net, s.m.Lease = n, lease
+	s.undo = append(s.undo, func(ctx context.Context) error { return d.Detach(ctx, n, s.m.ID.Short()) })
+	a, err := d.Attach(ctx, n, s.m.endpoint())
+	if err != nil {
+		return err
+	}
+	s.m.Ports = a.Ports
+	s.nic = []vmm.NIC{{MAC: lease.MAC, MTU: n.MTU, Local: a.Local, Remote: a.Remote}}
+	return nil
+}
+
+func (s *starting) startVMM(ctx context.Context, d vmm.Driver) error {
+	inst, err := d.Start(ctx, s.spec())
+	if err != nil {
+		return err
+	}
+	s.run = newRun(inst, s.e)
+	s.undo = append(s.undo, func(ctx context.Context) error {
+		return errors.Join(inst.Kill(ctx), s.run.close())
+	})
+	s.m.VMM.PID, s.m.VMM.Accelerator = inst.PID(), inst.Accelerator()
+	return nil
+}
+
+func (s *starting) spec() vmm.Spec {
+	return vmm.Spec{
+		ID:          s.m.ID.Short(),
+		Dir:         s.e.dir,
+		Kernel:      s.kernel,
+		CPUs:        s.m.Spec.CPUs,
+		MemoryBytes: s.m.Spec.MemoryBytes,
+		Disks:       []vmm.Disk{{Path: s.root, ReadOnly: true}, {Path: s.scratch()}},
+		NICs:        s.nic,
+	}
+}
+
+func (s *starting) connectAgent(ctx context.Context) error {
+	return s.run.connect(ctx, s.m.AgentToken)
+}
+
+func (s *starting) configureGuest(ctx context.Context) error {
+	c, err := s.config()
+	if err != nil {
+		return err
+	}
+	began := time.Now()
+	last := ""
+	err = s.run.configure(ctx, c, func(name string) {
+		if last != "" {
+			s.m.Steps = append(s.m.Steps, StepTime{last, time.Since(began)})
+		}
+		last, began = "guest: "+name, time.Now()
+		s.running = last
+	})
+	return err
+}
+
+func (s *starting) config() (*agentv1.Config, error) {
+	words, err := argv(s.m.Spec, s.m.Image)
+	if err != nil {
+		return nil, err
+	}
+	entropy := make([]byte, 64)
+	_, _ = rand.Read(entropy)
+	sp, img := s.m.Spec, s.m.Image
+	c := &agentv1.Config{
+		MachineId: string(s.m.ID),
+		Hostname:  sp.Hostname,
+		UnixNanos: time.Now().UnixNano(),
+		Entropy:   entropy,
+		Root:      &agentv1.Root{Disk: "/dev/vda", DiskType: "erofs", Scratch: "/dev/vdb", ScratchType: "ext4"},
+		Process: &agentv1.Process{
+			Argv:       words,
+			Env:        environment(sp.TTY, sp.Hostname, img.Env, sp.Env),
+			WorkingDir: first(sp.WorkingDir, img.WorkingDir, "/"),
+			User:       first(sp.User, img.User),
+			Tty:        sp.TTY,
+			Stdin:      sp.Stdin,
+			StopSignal: first(sp.StopSignal, img.StopSignal),
+		},
+	}
+	if len(s.nic) > 0 {
+		c.DnsServers = []string{s.net.Gateway.String()}
+		c.Interfaces = []*agentv1.Interface{{
+			Mac: s.m.Lease.MAC, Address: s.m.address(s.net).String(), Gateway: s.net.Gateway.String(), Mtu: uint32(s.net.MTU),
+		}}
+		c.Hosts = []*agentv1.HostEntry{{Address: s.m.Lease.Address.String(), Names: []string{sp.Hostname, sp.Name}}}
+	}
+	return c, nil
+}
+
+// fail undoes what the steps did, in reverse, and records why.
+func (s *starting) fail(ctx context.Context, cause error, warnings []string) (Machine, []string, error) {
+	if errors.Is(cause, context.DeadlineExceeded) && ctx.Err() != nil {
+		cause = fmt.Errorf("%w (%s after the start)", cause, startTimeout)
+	}
+	code := exitCodeOf(cause)
+	if code == 0 { // a command that cannot be run speaks for itself
+		cause = withConsole(cause, s.m.VMM.Console, s.run != nil)
+	}
+	cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
+	defer cancel()
+	for i := len(s.undo) - 1; i >= 0; i-- {
+		if err := s.undo[i](cleanup); err != nil {
+			s.ms.Log.Error("undoing a failed start", "machine", s.m.ID, "err", err)
+		}
+	}
+	err := fmt.Errorf("starting machine %q: %s: %w", s.m.Spec.Name, s.running, cause)
+	commitErr := s.ms.commit(s.e, "die", func(m *Machine) {
+		m.State, m.Error, m.FailedStep, m.ExitCode, m.Finished, m.Steps = Failed, cause.Error(), s.running, code, time.Now(), s.m.Steps
+		m.Lease = s.m.Lease
+		m.VMM.PID = 0
+	})
+	s.e.log.End()
+	return s.e.get(), warnings, errors.Join(err, commitErr)
+}
+
+func (e *entry) setCancel(cancel context.CancelFunc) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.cancelStart = cancel
+}
+
+func (e *entry) isGone() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.gone
+}
+
+// withConsole adds the console's tail, which tells more than any time-out.
+func withConsole(err error, console string, booted bool) error {
+	if !booted {
+		return err
+	}
+	tail := consoleTail(console, 12)
+	if tail == "" {
+		return hint.With(err, "the console is empty: the kernel did not start")
+	}
+	return fmt.Errorf("%w; the console's last lines:\n%s", err, tail)
+}

@@ -1,0 +1,194 @@
+package machine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/atollvm/atoll/internal/hint"
+	"github.com/containerd/errdefs"
+)
+
+// killAfter is what a guest gets beyond the grace period to power off: sync and unmount.
+const killAfter = 2 * time.Second
+
+// Stop sends the entrypoint its stop signal, waits grace (unset: the machine's own) and ends the machine in any case. A machine
+// that does not run is no error.
+func (ms *Machines) Stop(ctx context.Context, name string, grace *time.Duration) (Machine, error) {
+	e, err := ms.find(name)
+	if err != nil {
+		return Machine{}, err
+	}
+	if e.get().State == Starting {
+		err = ms.end(ctx, e)
+	}
+	err = errors.Join(err, e.take(ctx))
+	if err != nil {
+		return Machine{}, err
+	}
+	defer e.give()
+	return ms.stop(ctx, e, grace)
+}
+
+func (ms *Machines) stop(ctx context.Context, e *entry, grace *time.Duration) (Machine, error) {
+	e.mu.Lock()
+	r, m := e.run, e.m
+	if r == nil {
+		e.mu.Unlock()
+		return m, nil
+	}
+	err := ms.commitLocked(e, "", func(m *Machine) { m.State = Stopping })
+	e.mu.Unlock()
+	if err != nil {
+		return m, fmt.Errorf("stopping machine %q: %w", m.Spec.Name, err)
+	}
+	wait := m.Spec.StopTimeout
+	if grace != nil {
+		wait = *grace
+	}
+	polite, cancel := context.WithTimeout(ctx, wait+killAfter)
+	defer cancel()
+	if agent, err := r.client(); err == nil {
+		if err := agent.Shutdown(polite, "", wait); err != nil {
+			ms.Log.Debug("asking the guest to shut down", "machine", m.ID, "err", err)
+		}
+	}
+	select {
+	case <-r.inst.Done():
+	case <-polite.Done():
+		if err := ms.killVMM(ctx, e, r); err != nil {
+			return m, fmt.Errorf("stopping machine %q: %w", m.Spec.Name, err)
+		}
+	}
+	if err := e.until(ctx, func(e *entry) bool { return !e.m.State.Alive() }); err != nil {
+		return m, fmt.Errorf("stopping machine %q: %w", m.Spec.Name, err)
+	}
+	ms.publish(&m, "stop", nil)
+	return e.get(), nil
+}
+
+// end stops a start that is under way and kills a VMM that runs.
+func (ms *Machines) end(ctx context.Context, e *entry) error {
+	e.mu.Lock()
+	r, cancel := e.run, e.cancelStart
+	e.mu.Unlock()
+	if cancel != nil {
+		cancel()
+	}
+	if r == nil {
+		return nil
+	}
+	if err := ms.killVMM(ctx, e, r); err != nil {
+		return err
+	}
+	return e.until(ctx, func(e *entry) bool { return e.run != r })
+}
+
+func (ms *Machines) killVMM(ctx context.Context, e *entry, r *run) error {
+	e.mu.Lock()
+	r.killed = true
+	e.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
+	defer cancel()
+	return r.inst.Kill(ctx)
+}
+
+// Kill sends a signal to the entrypoint; KILL ends the machine itself, at once. It takes no turn: it must also work while a stop
+// waits.
+func (ms *Machines) Kill(ctx context.Context, name, signal string) error {
+	e, err := ms.find(name)
+	if err != nil {
+		return err
+	}
+	e.mu.Lock()
+	r, m := e.run, e.m
+	e.mu.Unlock()
+	if !m.State.Alive() {
+		return notRunning(m)
+	}
+	signal = canonical(signal)
+	switch {
+	case signal == "KILL":
+		err = ms.end(ctx, e)
+	case r == nil:
+		return notRunning(m)
+	default:
+		err = r.signal(ctx, signal)
+	}
+	if err != nil {
+		return fmt.Errorf("killing machine %q: %w", m.Spec.Name, err)
+	}
+	ms.publish(&m, "kill", map[string]string{"signal": signal})
+	return nil
+}
+
+func (r *run) signal(ctx context.Context, name string) error {
+	agent, err := r.client()
+	if err != nil {
+		return err
+	}
+	return agent.Signal(ctx, name)
+}
+
+// Remove deletes a machine with its disk and logs; force stops it first.
+func (ms *Machines) Remove(ctx context.Context, name string, force bool) (ID, error) {
+	e, err := ms.find(name)
+	if err != nil {
+		return "", err
+	}
+	m := e.get()
+	if err := ms.remove(ctx, e, force); err != nil {
+		return m.ID, fmt.Errorf("removing machine %q: %w", m.Spec.Name, err)
+	}
+	return m.ID, nil
+}
+
+func (ms *Machines) remove(ctx context.Context, e *entry, force bool) error {
+	m := e.get()
+	if m.State.Alive() && !force {
+		err := fmt.Errorf("it is %s: %w", m.State, errdefs.ErrFailedPrecondition)
+		return hint.With(err, "stop it first, or: atoll rm -f %s", m.Spec.Name)
+	}
+	// What runs is ended before the turn is asked for: a command that waits for it may hold the turn.
+	if err := ms.end(ctx, e); err != nil {
+		return err
+	}
+	if err := e.take(ctx); err != nil {
+		return err
+	}
+	defer e.give()
+	if m := e.get(); m.State.Alive() { // another command started it meanwhile
+		if !force {
+			return fmt.Errorf("it is %s: %w", m.State, errdefs.ErrFailedPrecondition)
+		}
+		if err := ms.end(ctx, e); err != nil {
+			return err
+		}
+	}
+	if e.isGone() {
+		return fmt.Errorf("machine %q: %w", m.Spec.Name, errdefs.ErrNotFound)
+	}
+	if err := errors.Join(ms.detach(ctx, &m), ms.Networks.Release(m.ID.Short())); err != nil {
+		return err
+	}
+	// The record goes last: until then the machine can be removed again.
+	if err := os.RemoveAll(e.dir); err != nil {
+		return err
+	}
+	if err := ms.records.Delete(string(m.ID)); err != nil {
+		return err
+	}
+	ms.mu.Lock()
+	delete(ms.byID, m.ID)
+	delete(ms.byName, m.Spec.Name)
+	ms.mu.Unlock()
+	e.mu.Lock()
+	e.gone = true
+	close(e.changed)
+	e.changed = make(chan struct{})
+	e.mu.Unlock()
+	ms.publish(&m, "destroy", nil)
+	return e.log.Close()
+}

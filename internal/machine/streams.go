@@ -1,0 +1,144 @@
+package machine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	agentv1 "github.com/atollvm/atoll/api/agent/v1"
+	"github.com/atollvm/atoll/internal/agent/host"
+	"github.com/atollvm/atoll/internal/machine/outlog"
+)
+
+// Process is a command to run beside the entrypoint; empty fields are the machine's own.
+type Process struct {
+	Argv       []string
+	Env        []string
+	WorkingDir string
+	User       string
+	TTY        bool
+	Stdin      bool
+	Rows, Cols uint32
+	Detach     bool
+}
+
+// Exec starts a command in a running machine.
+func (ms *Machines) Exec(ctx context.Context, name string, p Process) (*host.Exec, error) {
+	e, err := ms.find(name)
+	if err != nil {
+		return nil, err
+	}
+	e.mu.Lock()
+	r, m := e.run, e.m
+	e.mu.Unlock()
+	if r == nil || m.State != Running {
+		return nil, notRunning(m)
+	}
+	agent, err := r.client()
+	if err != nil {
+		return nil, fmt.Errorf("running a command in machine %q: %w", m.Spec.Name, err)
+	}
+	x, err := agent.Exec(ctx, &agentv1.Exec{Detach: p.Detach, Process: &agentv1.Process{
+		Argv:       p.Argv,
+		Env:        environment(p.TTY, m.Spec.Hostname, m.Image.Env, m.Spec.Env, p.Env),
+		WorkingDir: first(p.WorkingDir, m.Spec.WorkingDir, m.Image.WorkingDir, "/"),
+		User:       first(p.User, m.Spec.User, m.Image.User),
+		Tty:        p.TTY, Stdin: p.Stdin, Rows: p.Rows, Cols: p.Cols,
+	}})
+	if err != nil {
+		return nil, fmt.Errorf("running a command in machine %q: %w", m.Spec.Name, err)
+	}
+	ms.publish(&m, "exec_create", map[string]string{"command": first(p.Argv...)})
+	return x, nil
+}
+
+// Logs returns a reader of what the entrypoint wrote, from the oldest record kept; whoever gets it closes it.
+func (ms *Machines) Logs(name string) (*outlog.Reader, error) {
+	e, err := ms.find(name)
+	if err != nil {
+		return nil, err
+	}
+	return e.log.Read()
+}
+
+// Attachment joins a machine's entrypoint from the moment it is made, which may be before the machine starts.
+type Attachment struct {
+	e      *entry
+	reader *outlog.Reader
+	next   bool // the machine does not run yet: wait for its next run
+}
+
+// Attach joins the entrypoint's streams. Close must follow.
+func (ms *Machines) Attach(name string) (*Attachment, error) {
+	e, err := ms.find(name)
+	if err != nil {
+		return nil, err
+	}
+	r, err := e.log.Tail()
+	if err != nil {
+		return nil, err
+	}
+	return &Attachment{e: e, reader: r, next: !e.get().State.Alive()}, nil
+}
+
+// Output hands over the output until the run is over, and returns the machine as it then is.
+func (a *Attachment) Output(ctx context.Context, do func(outlog.Record) error) (Machine, error) {
+	if a.next {
+		before := a.e.get()
+		// A run that has come and gone meanwhile shows by its times.
+		err := a.e.until(ctx, func(e *entry) bool {
+			return e.gone || e.m.State.Alive() || !e.m.Finished.Equal(before.Finished) || e.m.State != before.State
+		})
+		if err != nil {
+			return a.e.get(), err
+		}
+	}
+	for {
+		rec, err := a.reader.Next(ctx, true)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return a.e.get(), err
+		}
+		if err := do(rec); err != nil {
+			return a.e.get(), err
+		}
+	}
+	err := a.e.until(ctx, func(e *entry) bool { return e.gone || !e.m.State.Alive() })
+	return a.e.get(), err
+}
+
+// Stdin opens the entrypoint's input once it runs.
+func (a *Attachment) Stdin(ctx context.Context) (*host.Stdin, error) {
+	err := a.e.until(ctx, func(e *entry) bool { return e.run != nil || e.gone })
+	if err != nil {
+		return nil, err
+	}
+	a.e.mu.Lock()
+	r := a.e.run
+	a.e.mu.Unlock()
+	if r == nil {
+		return nil, notRunning(a.e.get())
+	}
+	agent, err := r.client()
+	if err != nil {
+		return nil, err
+	}
+	return agent.Stdin(ctx)
+}
+
+// Signal sends a signal to the entrypoint.
+func (a *Attachment) Signal(ctx context.Context, name string) error {
+	a.e.mu.Lock()
+	r, m := a.e.run, a.e.m
+	a.e.mu.Unlock()
+	if r == nil {
+		return notRunning(m)
+	}
+	return r.signal(ctx, canonical(name))
+}
+
+// Close leaves the machine, which runs on.
+func (a *Attachment) Close() error { return a.reader.Close() }
