@@ -1,0 +1,392 @@
+package debian
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/ProtonMail/go-crypto/openpgp"
+	"github.com/ProtonMail/go-crypto/openpgp/clearsign"
+	"github.com/ProtonMail/go-crypto/openpgp/packet"
+	"github.com/containerd/errdefs"
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/atollvm/atoll/internal/hint"
+)
+
+// mirror is a tiny archive on loopback with one package, signed with a key of its own.
+type mirror struct {
+	*Archive
+	files    map[string][]byte // by path; a test may spoil them
+	requests []string
+	cut      int // the next response for a .deb ends after so many bytes
+}
+
+var quick = &packet.Config{Algorithm: packet.PubKeyAlgoEdDSA} // RSA keys take a second to make
+
+const debPath = "pool/main/h/hello/hello_2.0-1_amd64.deb"
+
+// xz is not made in Go here: an index that is packed with gzip unpacks just as well, whatever its name.
+func newMirror(t *testing.T, change func(release string) string) *mirror {
+	t.Helper()
+	key, err := openpgp.NewEntity("test archive", "", "test@example.org", quick)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &mirror{files: map[string][]byte{debPath: makeDeb(t)}}
+	deb := m.files[debPath]
+	index := gz(fmt.Appendf(nil, `Package: hello-old
+Version: 1.0
+Filename: x
+Size: 1
+SHA256: %x
+
+Package: hello
+Version: 2.0-1
+Depends: libc6 (>= 2.36), foo | bar, baz:any
+Filename: %s
+Size: %d
+SHA256: %x
+Description: says
+ hello
+`, sha256.Sum256(nil), debPath, len(deb), sha256.Sum256(deb)))
+	release := fmt.Sprintf("Origin: Debian\nSuite: oldstable\nVersion: 12.9\nCodename: bookworm\nDate: %s\nValid-Until: %s\nAcquire-By-Hash: yes\nMD5Sum:\n abc 1 x\nSHA256:\n %x %d main/binary-amd64/Packages.xz\n",
+		time.Now().UTC().Format("Mon, 02 Jan 2006 15:04:05 MST"), time.Now().UTC().Add(time.Hour).Format("Mon, 02 Jan 2006 15:04:05 MST"),
+		sha256.Sum256(index), len(index))
+	if change != nil {
+		release = change(release)
+	}
+	m.files["dists/bookworm/InRelease"] = sign(t, key, release)
+	m.files[fmt.Sprintf("dists/bookworm/main/binary-amd64/by-hash/SHA256/%x", sha256.Sum256(index))] = index
+
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		path := strings.TrimPrefix(r.URL.Path, "/debian/")
+		m.requests = append(m.requests, path+" "+r.Header.Get("Range"))
+		data, ok := m.files[path]
+		if !ok {
+			http.NotFound(w, r)
+			return
+		}
+		if strings.HasSuffix(path, ".deb") && m.cut > 0 {
+			w.Header().Set("Content-Length", fmt.Sprint(len(data)))
+			w.Write(data[:m.cut])
+			m.cut = 0
+			w.(http.Flusher).Flush()
+			panic(http.ErrAbortHandler)
+		}
+		http.ServeContent(w, r, path, time.Time{}, bytes.NewReader(data))
+	}))
+	t.Cleanup(srv.Close)
+	m.Archive = &Archive{
+		Mirror: srv.URL + "/debian", Suite: "bookworm", Components: []string{"main"}, Keyring: openpgp.EntityList{key},
+		Cache: t.TempDir(), HTTP: Client(), Log: slog.New(slog.DiscardHandler),
+	}
+	return m
+}
+
+func sign(t *testing.T, key *openpgp.Entity, text string) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w, err := clearsign.Encode(&b, key.PrivateKey, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(w, text)
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+func gz(data []byte) []byte {
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	w.Write(data)
+	w.Close()
+	return b.Bytes()
+}
+
+func makeDeb(t *testing.T) []byte {
+	t.Helper()
+	var data bytes.Buffer
+	tw := tar.NewWriter(&data)
+	tw.WriteHeader(&tar.Header{Name: "./usr/bin/hello", Mode: 0o755, Size: 5})
+	io.WriteString(tw, "hello")
+	tw.Close()
+	var b bytes.Buffer
+	b.WriteString("!<arch>\n")
+	for _, m := range []struct {
+		name string
+		data []byte
+	}{{"debian-binary", []byte("2.0")}, {"control.tar.gz", gz(nil)}, {"data.tar.gz", gz(data.Bytes())}} {
+		fmt.Fprintf(&b, "%-16s%-12d%-6d%-6d%-8o%-10d`\n%s", m.name, 0, 0, 0, 0o644, len(m.data), m.data)
+		if len(m.data)%2 == 1 {
+			b.WriteByte('\n')
+		}
+	}
+	return b.Bytes()
+}
+
+func (m *mirror) hello(t *testing.T) Package {
+	t.Helper()
+	p, err := Archives{m.Archive}.Get(t.Context(), "amd64", "hello")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func TestFetchVerifiesAndUnpacks(t *testing.T) {
+	m := newMirror(t, nil)
+	p := m.hello(t)
+	if diff := cmp.Diff([]string{"libc6", "foo", "baz"}, p.DependsOn()); diff != "" {
+		t.Error(diff)
+	}
+	var last int64
+	path, err := p.Fetch(t.Context(), func(done, total int64) {
+		if total != p.Size || done < last {
+			t.Errorf("progress %d of %d after %d", done, total, last)
+		}
+		last = done
+	})
+	if err != nil || last != p.Size {
+		t.Fatal(err, last)
+	}
+	files := map[string]string{}
+	err = Walk(path, func(h *tar.Header, r io.Reader) error {
+		data, err := io.ReadAll(r)
+		files[h.Name] = string(data)
+		return err
+	})
+	if diff := cmp.Diff(map[string]string{"usr/bin/hello": "hello"}, files); err != nil || diff != "" {
+		t.Error(err, diff)
+	}
+	asked := len(m.requests)
+	if _, err := p.Fetch(t.Context(), nil); err != nil || len(m.requests) != asked {
+		t.Errorf("a cached package was fetched again: %v %v", err, m.requests[asked:])
+	}
+	left, _ := filepath.Glob(filepath.Join(m.Cache, "*.part"))
+	if len(left) > 0 {
+		t.Error("left behind:", left)
+	}
+}
+
+func TestFetchResumes(t *testing.T) {
+	m := newMirror(t, nil)
+	p := m.hello(t)
+	m.cut = 100
+	if _, err := p.Fetch(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := m.requests[len(m.requests)-1], debPath+" bytes=100-"; got != want {
+		t.Errorf("last request %q, want %q", got, want)
+	}
+}
+
+func TestDamagedCacheIsFetchedAgain(t *testing.T) {
+	m := newMirror(t, nil)
+	p := m.hello(t)
+	path, err := p.Fetch(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	os.WriteFile(path, []byte("spoilt"), 0o644)
+	if _, err := p.Fetch(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if data, _ := os.ReadFile(path); !bytes.Equal(data, m.files[debPath]) {
+		t.Error("the damaged file is still there")
+	}
+}
+
+func TestTwoDownloadsAtOnce(t *testing.T) {
+	p := newMirror(t, nil).hello(t)
+	errs := make(chan error)
+	for range 4 {
+		go func() {
+			_, err := p.Fetch(context.Background(), nil)
+			errs <- err
+		}()
+	}
+	for range 4 {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestFaults(t *testing.T) {
+	inRelease := "dists/bookworm/InRelease"
+	edit := func(old, new string) func(*mirror) {
+		return func(m *mirror) { m.files[inRelease] = bytes.Replace(m.files[inRelease], []byte(old), []byte(new), 1) }
+	}
+	for name, tc := range map[string]struct {
+		release func(string) string
+		spoil   func(*mirror)
+		class   func(error) bool
+		says    string
+	}{
+		"mirror unreachable": {
+			spoil: func(m *mirror) { m.Mirror = "http://127.0.0.1:1/debian" },
+			class: errdefs.IsUnavailable, says: "connection refused",
+		},
+		"no such suite": {
+			spoil: func(m *mirror) { m.Suite = "woody" },
+			class: errdefs.IsNotFound, says: "dists/woody/Release",
+		},
+		"changed after signing": {spoil: edit("Version: 12.9", "Version: 12.8"), class: errdefs.IsDataLoss, says: "signature"},
+		"not signed": {
+			spoil: func(m *mirror) { m.files[inRelease] = []byte("Suite: bookworm\n") },
+			class: errdefs.IsDataLoss, says: "not a signed message",
+		},
+		"signed by a stranger": {
+			spoil: func(m *mirror) { m.Keyring, _ = Keyring() },
+			class: errdefs.IsDataLoss, says: "no known key",
+		},
+		"expired": {
+			release: func(r string) string {
+				i := strings.Index(r, "Valid-Until")
+				return r[:i] + "Valid-Until: Sat, 1 Jan 2022 00:00:00 UTC" + r[i+strings.IndexByte(r[i:], '\n'):]
+			},
+			class: errdefs.IsFailedPrecondition, says: "expired on Sat, 01 Jan 2022",
+		},
+		"another suite's release": {
+			release: func(r string) string { return strings.Replace(r, "Codename: bookworm", "Codename: trixie", 1) },
+			class:   errdefs.IsDataLoss, says: `serves suite "oldstable" (trixie) as bookworm`,
+		},
+		"index changed": {
+			spoil: func(m *mirror) {
+				for path, data := range m.files {
+					if strings.Contains(path, "by-hash") {
+						data[len(data)-1] ^= 1
+					}
+				}
+			},
+			class: errdefs.IsDataLoss, says: "the index says",
+		},
+		"package changed": {
+			spoil: func(m *mirror) { m.files[debPath][70] ^= 1 },
+			class: errdefs.IsDataLoss, says: "the index says",
+		},
+		"package longer": {
+			spoil: func(m *mirror) { m.files[debPath] = append(m.files[debPath], 0) },
+			class: errdefs.IsDataLoss, says: "longer",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMirror(t, tc.release)
+			if tc.spoil != nil {
+				tc.spoil(m)
+			}
+			p, err := Archives{m.Archive}.Get(t.Context(), "amd64", "hello")
+			if err == nil {
+				_, err = p.Fetch(t.Context(), nil)
+			}
+			if err == nil || !tc.class(err) || !strings.Contains(err.Error(), tc.says) {
+				t.Fatalf("got %v", err)
+			}
+			if name != "package longer" && hint.Of(err) == "" {
+				t.Errorf("no hint: %v", err)
+			}
+			debs, _ := filepath.Glob(filepath.Join(m.Cache, "*.deb"))
+			if len(debs) > 0 {
+				t.Errorf("a bad package is in the cache: %v", debs)
+			}
+		})
+	}
+}
+
+func TestReleaseWithDetachedSignature(t *testing.T) {
+	m := newMirror(t, nil)
+	inline := m.files["dists/bookworm/InRelease"]
+	block, _ := clearsign.Decode(inline)
+	var sig bytes.Buffer
+	if err := openpgp.ArmoredDetachSign(&sig, m.Keyring[0], bytes.NewReader(block.Plaintext), nil); err != nil {
+		t.Fatal(err)
+	}
+	delete(m.files, "dists/bookworm/InRelease")
+	m.files["dists/bookworm/Release"], m.files["dists/bookworm/Release.gpg"] = block.Plaintext, sig.Bytes()
+	if _, err := m.Release(t.Context()); err != nil {
+		t.Error(err)
+	}
+	m.files["dists/bookworm/Release"] = bytes.Replace(block.Plaintext, []byte("12.9"), []byte("12.8"), 1)
+	if _, err := m.Release(t.Context()); !errdefs.IsDataLoss(err) {
+		t.Errorf("a changed Release passed: %v", err)
+	}
+}
+
+// A signature by a key that has expired must not hide the good one after it.
+func TestOneGoodSignatureIsEnough(t *testing.T) {
+	m := newMirror(t, nil)
+	text := []byte("text")
+	var sigs bytes.Buffer
+	stranger, err := openpgp.NewEntity("stranger", "", "s@example.org", quick)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []*openpgp.Entity{stranger, m.Keyring[0]} {
+		if err := openpgp.DetachSign(&sigs, key, bytes.NewReader(text), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := verify(m.Keyring, text, bytes.NewReader(sigs.Bytes())); err != nil {
+		t.Error(err)
+	}
+	if err := verify(m.Keyring, []byte("other"), bytes.NewReader(sigs.Bytes())); err == nil {
+		t.Error("a changed text passed")
+	}
+}
+
+func TestEmbeddedKeyring(t *testing.T) {
+	keys, err := Keyring()
+	if err != nil {
+		t.Fatal(err)
+	}
+	good := 0
+	for _, k := range keys {
+		for _, id := range k.Identities {
+			if strings.Contains(id.Name, "(12/bookworm)") && !k.PrimaryKey.KeyExpired(id.SelfSignature, time.Now().AddDate(0, 6, 0)) {
+				good++
+			}
+		}
+	}
+	if good < 3 {
+		t.Errorf("%d keys of bookworm are good for six more months, want 3: renew debian-archive-keyring.gpg", good)
+	}
+}
+
+func TestCompareVersions(t *testing.T) {
+	for _, tc := range []struct {
+		a, b string
+		want int
+	}{
+		{"6.1.192-2", "6.1.176-1", 1},
+		{"1:1.35.0-4", "2.0", 1},
+		{"1.0~rc1", "1.0", -1},
+		{"1.0", "1.0-0", 0},
+		{"1.0-1+b1", "1.0-1", 1},
+		{"1.09", "1.9", 0},
+		{"1.0a", "1.0+", -1},
+		{"6.1.10", "6.1.9", 1},
+		{"1.35.0-4+deb12u1+b1", "1.35.0-4+deb12u2", -1},
+	} {
+		if got := CompareVersions(tc.a, tc.b); got != tc.want {
+			t.Errorf("%s against %s: %d, want %d", tc.a, tc.b, got, tc.want)
+		}
+		if got := CompareVersions(tc.b, tc.a); got != -tc.want {
+			t.Errorf("%s against %s: %d, want %d", tc.b, tc.a, got, -tc.want)
+		}
+	}
+}

@@ -1,0 +1,305 @@
+// Package kernel keeps kernels as artifacts: fetched from Debian's verified archive or imported from a file, each with its version,
+// digest, modules and its part of the command line; and it puts the initramfs together, the agent and the modules a guest needs.
+// It knows nothing of machines: whoever removes a kernel asks them first. A Store may be used from several goroutines.
+package kernel
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/atollvm/atoll/internal/event"
+	"github.com/atollvm/atoll/internal/hint"
+	"github.com/atollvm/atoll/internal/state"
+)
+
+// Kernel is one kernel of the store.
+type Kernel struct {
+	Name         string
+	Version      string        // as uname -r says it
+	Arch         string        // amd64, arm64
+	Digest       digest.Digest // of the file at Path
+	Path         string        `json:"-"` // ELF with a PVH entry, or an arm64 Image
+	Source       string        // where it came from, with the package's version and SHA256
+	Args         string        // its own part of the command line
+	NeedsACPI    bool          // it cannot find virtio-mmio devices from its command line
+	ConfigDigest digest.Digest // of its .config; empty: unknown
+	Modules      []string      // what the agent has to load, in this order
+	Created      time.Time
+	Size         int64
+	Default      bool `json:"-"`
+}
+
+// Options is what a store works with. All must be set.
+type Options struct {
+	Dir    string // one directory per kernel
+	Cache  string // for packages on their way; may be emptied at any time
+	DB     *state.DB
+	Events *event.Bus
+	Log    *slog.Logger
+}
+
+// Store is the kernels of one daemon.
+type Store struct {
+	opts     Options
+	kernels  *state.Collection[Kernel]
+	settings *state.Collection[string]
+	adding   chan struct{} // holds a token while one call adds, removes or chooses a kernel
+}
+
+const (
+	defaultKey = "default"
+	imageFile  = "vmlinux"
+	configFile = "config"
+	moduleDir  = "modules"
+	tempPrefix = ".tmp-" // no name of a kernel begins with a dot
+)
+
+// args is right for every machine and accelerator: the console keeps warnings and worse.
+const args = "quiet"
+
+var nameRE = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$`)
+
+// Open opens the store and removes what an interrupted call left there.
+func Open(opts Options) (*Store, error) {
+	if err := os.MkdirAll(opts.Dir, 0o755); err != nil {
+		return nil, fmt.Errorf("opening the kernel store: %w", err)
+	}
+	s := &Store{opts: opts, adding: make(chan struct{}, 1)}
+	var err error
+	if s.kernels, err = state.Of[Kernel](opts.DB, "kernels"); err != nil {
+		return nil, err
+	}
+	if s.settings, err = state.Of[string](opts.DB, "kernel-settings"); err != nil {
+		return nil, err
+	}
+	left, err := filepath.Glob(filepath.Join(opts.Dir, tempPrefix+"*"))
+	if err != nil {
+		return nil, fmt.Errorf("opening the kernel store: %w", err)
+	}
+	for _, path := range left {
+		if err := os.RemoveAll(path); err != nil {
+			return nil, fmt.Errorf("opening the kernel store: %w", err)
+		}
+	}
+	return s, nil
+}
+
+// List returns all kernels by name.
+func (s *Store) List() ([]Kernel, error) {
+	all, err := s.kernels.All()
+	if err != nil {
+		return nil, fmt.Errorf("listing kernels: %w", err)
+	}
+	chosen, err := s.chosen()
+	if err != nil {
+		return nil, err
+	}
+	var list []Kernel
+	for _, k := range all {
+		list = append(list, s.filled(k, chosen))
+	}
+	slices.SortFunc(list, func(a, b Kernel) int { return cmp.Compare(a.Name, b.Name) })
+	return list, nil
+}
+
+// Get returns the kernel with that name; the default one when it is empty.
+func (s *Store) Get(name string) (Kernel, error) {
+	chosen, err := s.chosen()
+	if err != nil {
+		return Kernel{}, err
+	}
+	if name == "" && chosen == "" {
+		return Kernel{}, hint.With(fmt.Errorf("no kernel yet: %w", errdefs.ErrNotFound), "get one: atoll kernel pull")
+	}
+	k, err := s.kernels.Get(cmp.Or(name, chosen))
+	if errdefs.IsNotFound(err) {
+		return Kernel{}, hint.With(fmt.Errorf("kernel %q: %w", cmp.Or(name, chosen), errdefs.ErrNotFound), "list the kernels: atoll kernel ls")
+	}
+	if err != nil {
+		return Kernel{}, err
+	}
+	return s.filled(k, chosen), nil
+}
+
+// SetDefault chooses the kernel for machines that name none.
+func (s *Store) SetDefault(ctx context.Context, name string) error {
+	release, err := s.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	k, err := s.Get(name)
+	if err != nil {
+		return err
+	}
+	return s.settings.Put(defaultKey, k.Name)
+}
+
+// Remove removes a kernel. errdefs.ErrFailedPrecondition: it is the default and there are others.
+func (s *Store) Remove(ctx context.Context, name string) error {
+	release, err := s.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if name == "" {
+		return fmt.Errorf("removing a kernel: no name: %w", errdefs.ErrInvalidArgument)
+	}
+	k, err := s.Get(name)
+	if err != nil {
+		return err
+	}
+	if k.Default {
+		all, err := s.List()
+		if err != nil {
+			return err
+		}
+		if len(all) > 1 {
+			return hint.With(fmt.Errorf("kernel %q is the default: %w", name, errdefs.ErrFailedPrecondition), "choose another first: atoll kernel set-default NAME")
+		}
+		if err := s.settings.Delete(defaultKey); err != nil {
+			return err
+		}
+	}
+	// Off the list first: what is on it is whole.
+	if err := s.kernels.Delete(name); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(filepath.Join(s.opts.Dir, name)); err != nil {
+		return fmt.Errorf("removing kernel %q: %w", name, err)
+	}
+	s.publish("remove", k)
+	return nil
+}
+
+// Import takes a kernel from a file: an ELF with a PVH entry or a bzImage that holds one (amd64), or an Image (arm64).
+// It must have built in what a guest needs, as it comes without modules.
+func (s *Store) Import(ctx context.Context, path, name string) (Kernel, error) {
+	k, err := s.importFile(ctx, path, name)
+	if err != nil {
+		return Kernel{}, fmt.Errorf("importing kernel %s: %w", path, err)
+	}
+	s.publish("import", k)
+	return k, nil
+}
+
+func (s *Store) importFile(ctx context.Context, path, name string) (Kernel, error) {
+	if !nameRE.MatchString(name) {
+		return Kernel{}, fmt.Errorf("name %q: only letters, digits, '.', '_' and '-', 63 at most: %w", name, errdefs.ErrInvalidArgument)
+	}
+	release, err := s.lock(ctx)
+	if err != nil {
+		return Kernel{}, err
+	}
+	defer release()
+	if _, err := s.kernels.Get(name); err == nil {
+		return Kernel{}, hint.With(fmt.Errorf("kernel %q: %w", name, errdefs.ErrAlreadyExists), "choose another name, or remove it: atoll kernel rm %s", name)
+	}
+	img, err := readImage(path)
+	if err != nil {
+		return Kernel{}, err
+	}
+	dir, err := os.MkdirTemp(s.opts.Dir, tempPrefix)
+	if err != nil {
+		return Kernel{}, err
+	}
+	defer os.RemoveAll(dir)
+	return s.add(dir, img, Kernel{Name: name, Source: "file " + path, NeedsACPI: !img.takesDevicesFromCommandLine()})
+}
+
+// add completes k, puts the image beside what is in dir already and makes dir the kernel's own; the caller holds the lock.
+func (s *Store) add(dir string, img image, k Kernel) (Kernel, error) {
+	if err := writeSynced(filepath.Join(dir, imageFile), img.data); err != nil {
+		return Kernel{}, err
+	}
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return Kernel{}, err
+	}
+	k.Version, k.Arch, k.Digest, k.Size = img.version, img.arch, digest.FromBytes(img.data), int64(len(img.data))
+	k.Args, k.Created = args, time.Now().UTC()
+	final := filepath.Join(s.opts.Dir, k.Name)
+	// What is there is an older build of the same name, or left by a crash. Off the list first: what is on it is whole.
+	if err := s.kernels.Delete(k.Name); err != nil {
+		return Kernel{}, err
+	}
+	if err := os.RemoveAll(final); err != nil {
+		return Kernel{}, err
+	}
+	if err := os.Rename(dir, final); err != nil {
+		return Kernel{}, err
+	}
+	if err := s.kernels.Put(k.Name, k); err != nil {
+		return Kernel{}, err
+	}
+	chosen, err := s.chosen()
+	if err != nil {
+		return Kernel{}, err
+	}
+	if chosen == "" {
+		chosen = k.Name
+		if err := s.settings.Put(defaultKey, chosen); err != nil {
+			return Kernel{}, err
+		}
+	}
+	return s.filled(k, chosen), nil
+}
+
+func (s *Store) filled(k Kernel, chosen string) Kernel {
+	k.Path = filepath.Join(s.opts.Dir, k.Name, imageFile)
+	k.Default = k.Name == chosen
+	return k
+}
+
+func (s *Store) chosen() (string, error) {
+	name, err := s.settings.Get(defaultKey)
+	if err != nil && !errdefs.IsNotFound(err) {
+		return "", err
+	}
+	return name, nil
+}
+
+func (s *Store) lock(ctx context.Context) (release func(), err error) {
+	select {
+	case s.adding <- struct{}{}:
+		return func() { <-s.adding }, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("waiting for another change of the kernels: %w", context.Cause(ctx))
+	}
+}
+
+func (s *Store) publish(action string, k Kernel) {
+	s.opts.Events.Publish(event.Event{Type: event.Kernel, Action: action, ID: k.Name,
+		Attributes: map[string]string{"version": k.Version, "arch": k.Arch, "digest": k.Digest.String()}})
+}
+
+// writeSynced writes a file that is on disk when it returns.
+func writeSynced(path string, data []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.Write(data); err != nil {
+		return noSpace(path, err)
+	}
+	if err := f.Sync(); err != nil {
+		return noSpace(path, err)
+	}
+	return f.Close()
+}
+
+// modulePath is where the store keeps the i-th module of a kernel; the initramfs uses the same base name.
+func modulePath(dir string, i int, name string) string {
+	return filepath.Join(dir, moduleDir, fmt.Sprintf("%02d-%s.ko", i, strings.ReplaceAll(name, "/", "_")))
+}
