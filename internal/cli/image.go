@@ -1,0 +1,236 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
+	"github.com/atollvm/atoll/client"
+	"github.com/atollvm/atoll/internal/cli/ui"
+)
+
+func newImageCmd(e *environment) *cobra.Command {
+	ls, rm := newImagesCmd(e), newRmiCmd(e)
+	ls.Use, ls.Aliases, ls.Example = "ls [OPTIONS]", []string{"list"}, `  atoll image ls --format '{{.Reference}} {{.SizeBytes}}'`
+	rm.Use, rm.Aliases, rm.Example = "rm [OPTIONS] IMAGE...", []string{"remove"}, `  atoll image rm hello:old`
+	return newGroup("image", "Images", `  atoll image ls`, ls, newPullCmd(e), rm, newTagCmd(e), newImageInspectCmd(e))
+}
+
+func newImagesCmd(e *environment) *cobra.Command {
+	var quiet, noTrunc bool
+	var format string
+	cmd := &cobra.Command{
+		Use:   "images [OPTIONS]",
+		Short: "List images",
+		Long: `List images, one row for each reference. SIZE is that of the compressed layers.
+
+--format json prints one array; templates and JSON have whole IDs. The fields
+are ID, Repository, Tag, Reference, CreatedAt, SizeBytes, RootDiskBytes and
+Platform.`,
+		Example: `  atoll images
+  atoll images -q`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := ui.CheckFormat(format); err != nil {
+				return usageError{err}
+			}
+			c, err := e.connect(cmd.Context())
+			if err != nil {
+				return err
+			}
+			res, err := c.Images.List(cmd.Context(), connect.NewRequest(&atollv1.ListImagesRequest{}))
+			if err != nil {
+				return err
+			}
+			id, now := ui.Short, e.now()
+			if noTrunc {
+				id = whole
+			}
+			rows := imageViews(res.Msg.GetImages())
+			if quiet {
+				rows = slices.CompactFunc(rows, func(a, b imageView) bool { return a.ID == b.ID })
+				for _, r := range rows {
+					fmt.Fprintln(e.Stdout, id(r.ID))
+				}
+				return nil
+			}
+			return ui.List(e.Stdout, format, []ui.Column[imageView]{
+				{Title: "REPOSITORY", Cell: func(i imageView) string { return i.Repository }},
+				{Title: "TAG", Cell: func(i imageView) string { return i.Tag }},
+				{Title: "IMAGE ID", Cell: func(i imageView) string { return id(i.ID) }},
+				{Title: "CREATED", Cell: func(i imageView) string { return ui.Ago(now, i.CreatedAt) }},
+				{Title: "SIZE", Cell: func(i imageView) string { return ui.Size(i.SizeBytes) }},
+			}, rows)
+		},
+	}
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "IDs only")
+	cmd.Flags().BoolVar(&noTrunc, "no-trunc", false, "whole IDs")
+	addFormat(cmd, &format, "table", "json")
+	return cmd
+}
+
+func newPullCmd(e *environment) *cobra.Command {
+	var quiet bool
+	req := &atollv1.PullImageRequest{}
+	cmd := &cobra.Command{
+		Use:   "pull [OPTIONS] IMAGE",
+		Short: "Fetch an image from its registry",
+		Long: `Fetch an image from its registry and print its digest. What is here already is
+not fetched again, also after an interrupted pull. Credentials are those of
+"docker login".`,
+		Example: `  atoll pull debian:bookworm
+  atoll pull localhost:5000/team/app@sha256:…`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := e.connect(cmd.Context())
+			if err != nil {
+				return err
+			}
+			req.Reference = args[0]
+			image, err := e.pull(cmd.Context(), c, req, quiet)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintln(e.Stdout, image.GetDigest())
+			return nil
+		},
+	}
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "no progress")
+	cmd.Flags().StringVar(&req.Platform, "platform", "", "`OS/ARCH[/VARIANT]` (default: this host's)")
+	return cmd
+}
+
+// pull fetches an image, with its progress on stderr.
+func (e *environment) pull(ctx context.Context, c *client.Client, req *atollv1.PullImageRequest, quiet bool) (*atollv1.Image, error) {
+	stream, err := c.Images.Pull(ctx, connect.NewRequest(req))
+	if err != nil {
+		return nil, err
+	}
+	var image *atollv1.Image
+	show := e.progress(quiet)
+	defer show.Close()
+	err = each(stream, func(r *atollv1.PullImageResponse) error {
+		if i := r.GetImage(); i != nil {
+			image = i
+		}
+		showTransfer(show, r.GetTransfer())
+		return nil
+	})
+	if err == nil && image == nil {
+		err = errDisconnected
+	}
+	return image, err
+}
+
+func newTagCmd(e *environment) *cobra.Command {
+	return &cobra.Command{
+		Use:               "tag SOURCE TARGET",
+		Short:             "Give an image another reference",
+		Example:           `  atoll tag hello localhost:5000/hello:1.0`,
+		Args:              cobra.ExactArgs(2),
+		ValidArgsFunction: e.completeImages(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := e.connect(cmd.Context())
+			if err != nil {
+				return err
+			}
+			_, err = c.Images.Tag(cmd.Context(), connect.NewRequest(&atollv1.TagImageRequest{Source: args[0], Target: args[1]}))
+			return err
+		},
+	}
+}
+
+func newRmiCmd(e *environment) *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{
+		Use:   "rmi [OPTIONS] IMAGE...",
+		Short: "Remove images",
+		Long: `Remove references, and with the last one the image and what no other needs. An
+image that machines use is refused.`,
+		Example:           `  atoll rmi hello:old`,
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: e.completeImages(0),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := e.connect(cmd.Context())
+			if err != nil {
+				return err
+			}
+			var failures []error
+			for _, ref := range args {
+				res, err := c.Images.Remove(cmd.Context(), connect.NewRequest(&atollv1.RemoveImageRequest{Reference: ref, Force: force}))
+				if err != nil {
+					failures = append(failures, err)
+					continue
+				}
+				for _, r := range res.Msg.GetUntagged() {
+					fmt.Fprintf(e.Stdout, "Untagged: %s\n", r)
+				}
+				for _, d := range res.Msg.GetDeleted() {
+					fmt.Fprintf(e.Stdout, "Deleted: %s\n", d)
+				}
+			}
+			return errors.Join(failures...)
+		},
+	}
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "also when stopped machines use it or it has several references")
+	return cmd
+}
+
+func newImageInspectCmd(e *environment) *cobra.Command {
+	var format string
+	cmd := &cobra.Command{
+		Use:   "inspect [OPTIONS] IMAGE...",
+		Short: "Show all there is to know about images",
+		Long: `Show images as a JSON array, or by a Go template that is applied to each. Config
+has the keys of the image specification.`,
+		Example:           `  atoll image inspect --format '{{json .Config.Cmd}}' hello`,
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: e.completeImages(0),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := ui.CheckFormat(format); err != nil {
+				return usageError{err}
+			}
+			c, err := e.connect(cmd.Context())
+			if err != nil {
+				return err
+			}
+			var rows []imageDetail
+			var failures []error
+			for _, ref := range args {
+				res, err := c.Images.Get(cmd.Context(), connect.NewRequest(&atollv1.GetImageRequest{Reference: ref}))
+				if err != nil {
+					failures = append(failures, err)
+					continue
+				}
+				d, err := newImageDetail(res.Msg.GetImage())
+				if err != nil {
+					failures = append(failures, err)
+					continue
+				}
+				rows = append(rows, d)
+			}
+			return errors.Join(append([]error{ui.Inspect(e.Stdout, format, rows)}, failures...)...)
+		},
+	}
+	addFormat(cmd, &format, "json")
+	return cmd
+}
+
+// progress shows transfers on stderr, or nothing when quiet.
+func (e *environment) progress(quiet bool) *ui.Progress {
+	if quiet {
+		return nil
+	}
+	return ui.NewProgress(e.Stderr)
+}
+
+func showTransfer(p *ui.Progress, t *atollv1.Transfer) {
+	if t != nil {
+		p.Update(ui.Transfer{ID: t.GetId(), Status: t.GetStatus(), Done: t.GetDoneBytes(), Total: t.GetTotalBytes()})
+	}
+}

@@ -1,0 +1,48 @@
+package cli
+
+import (
+	"errors"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
+	"github.com/atollvm/atoll/internal/cli/ui"
+)
+
+func newInspectCmd(e *environment) *cobra.Command {
+	var format string
+	cmd := &cobra.Command{
+		Use:   "inspect [OPTIONS] MACHINE...",
+		Short: "Show all there is to know about machines",
+		Long: `Show machines as a JSON array, or by a Go template that is applied to each.
+Beside the fields of "atoll ps" there are Host, Spec, Network, VMM and Steps,
+which tells how long each step of the last start took.`,
+		Example: `  atoll inspect web
+  atoll inspect --format '{{.State}} {{.ExitCode}} {{.Network.Address}}' web`,
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: e.completeMachines(0),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := ui.CheckFormat(format); err != nil {
+				return usageError{err}
+			}
+			c, err := e.connect(cmd.Context())
+			if err != nil {
+				return err
+			}
+			var rows []machineDetail
+			var failures []error
+			for _, name := range args {
+				res, err := c.Machines.Get(cmd.Context(), connect.NewRequest(&atollv1.GetMachineRequest{Machine: name}))
+				if err != nil {
+					failures = append(failures, err)
+					continue
+				}
+				rows = append(rows, newMachineDetail(res.Msg.GetMachine(), e.now()))
+			}
+			return errors.Join(append([]error{ui.Inspect(e.Stdout, format, rows)}, failures...)...)
+		},
+	}
+	addFormat(cmd, &format, "json")
+	return cmd
+}

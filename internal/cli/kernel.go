@@ -1,0 +1,154 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
+	"github.com/atollvm/atoll/internal/cli/ui"
+)
+
+func newKernelCmd(e *environment) *cobra.Command {
+	return newGroup("kernel", "Kernels that machines boot", `  atoll kernel ls`, newKernelLsCmd(e), newKernelPullCmd(e), newKernelInspectCmd(e))
+}
+
+func newKernelLsCmd(e *environment) *cobra.Command {
+	var quiet bool
+	var format string
+	cmd := &cobra.Command{
+		Use:     "ls [OPTIONS]",
+		Aliases: []string{"list"},
+		Short:   "List kernels",
+		Long: `List kernels; the default one is marked. --format json prints one array. The
+fields are those of "atoll kernel inspect".`,
+		Example: `  atoll kernel ls`,
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := ui.CheckFormat(format); err != nil {
+				return usageError{err}
+			}
+			c, err := e.connect(cmd.Context())
+			if err != nil {
+				return err
+			}
+			res, err := c.Kernels.List(cmd.Context(), connect.NewRequest(&atollv1.ListKernelsRequest{}))
+			if err != nil {
+				return err
+			}
+			var rows []kernelView
+			for _, k := range res.Msg.GetKernels() {
+				rows = append(rows, newKernelView(k))
+				if quiet {
+					fmt.Fprintln(e.Stdout, k.GetName())
+				}
+			}
+			if quiet {
+				return nil
+			}
+			now := e.now()
+			return ui.List(e.Stdout, format, []ui.Column[kernelView]{
+				{Title: "NAME", Cell: func(k kernelView) string { return k.Name }},
+				{Title: "VERSION", Cell: func(k kernelView) string { return k.Version }},
+				{Title: "ARCH", Cell: func(k kernelView) string { return k.Architecture }},
+				{Title: "CREATED", Cell: func(k kernelView) string { return ui.Ago(now, k.CreatedAt) }},
+				{Title: "SIZE", Cell: func(k kernelView) string { return ui.Size(k.SizeBytes) }},
+				{Title: "DEFAULT", Cell: func(k kernelView) string {
+					if k.Default {
+						return "*"
+					}
+					return ""
+				}},
+			}, rows)
+		},
+	}
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "names only")
+	addFormat(cmd, &format, "table", "json")
+	return cmd
+}
+
+func newKernelPullCmd(e *environment) *cobra.Command {
+	req := &atollv1.PullKernelRequest{}
+	var quiet bool
+	cmd := &cobra.Command{
+		Use:   "pull [OPTIONS] [NAME]",
+		Short: "Fetch a kernel from a distribution's archive",
+		Long: `Fetch a kernel from a distribution's archive, verify it along the chain of
+signatures, and print its name. NAME is debian unless given.`,
+		Example: `  atoll kernel pull`,
+		Args:    cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := e.connect(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if len(args) == 1 {
+				req.Name = args[0]
+			}
+			stream, err := c.Kernels.Pull(cmd.Context(), connect.NewRequest(req))
+			if err != nil {
+				return err
+			}
+			show := e.progress(quiet)
+			defer show.Close()
+			var kernel *atollv1.Kernel
+			err = each(stream, func(r *atollv1.PullKernelResponse) error {
+				if k := r.GetKernel(); k != nil {
+					kernel = k
+				}
+				showTransfer(show, r.GetTransfer())
+				return nil
+			})
+			if err != nil {
+				return err
+			}
+			if kernel == nil {
+				return errDisconnected
+			}
+			show.Close()
+			fmt.Fprintln(e.Stdout, kernel.GetName())
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&req.Mirror, "mirror", "", "`URL` of the archive (default: the distribution's)")
+	cmd.Flags().StringVar(&req.Architecture, "arch", "", "architecture, such as amd64 (default: this host's)")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "no progress")
+	return cmd
+}
+
+func newKernelInspectCmd(e *environment) *cobra.Command {
+	var format string
+	cmd := &cobra.Command{
+		Use:   "inspect [OPTIONS] NAME...",
+		Short: "Show all there is to know about kernels",
+		Long: `Show kernels as a JSON array, or by a Go template that is applied to each. The
+fields are Name, Version, Digest, Architecture, Source, Args, SizeBytes,
+Default, CreatedAt, Path, Modules (in load order) and ConfigDigest.`,
+		Example: `  atoll kernel inspect --format '{{.Source}}' debian-6.1.0-40-cloud-amd64`,
+		Args:    cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := ui.CheckFormat(format); err != nil {
+				return usageError{err}
+			}
+			c, err := e.connect(cmd.Context())
+			if err != nil {
+				return err
+			}
+			var rows []kernelView
+			var failures []error
+			for _, name := range args {
+				res, err := c.Kernels.Get(cmd.Context(), connect.NewRequest(&atollv1.GetKernelRequest{Name: name}))
+				if err != nil {
+					failures = append(failures, err)
+					continue
+				}
+				rows = append(rows, newKernelView(res.Msg.GetKernel()))
+			}
+			return errors.Join(append([]error{ui.Inspect(e.Stdout, format, rows)}, failures...)...)
+		},
+	}
+	addFormat(cmd, &format, "json")
+	return cmd
+}

@@ -1,0 +1,185 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/containerd/errdefs"
+	"github.com/spf13/cobra"
+
+	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
+	"github.com/atollvm/atoll/client"
+	"github.com/atollvm/atoll/internal/cli/ui"
+	"github.com/atollvm/atoll/internal/hint"
+)
+
+// lastWord bounds what run still does after a failure: asking for the exit code, taking the machine away.
+const lastWord = 5 * time.Second
+
+func newRunCmd(e *environment) *cobra.Command {
+	var detach bool
+	var flags *specFlags
+	cmd := &cobra.Command{
+		Use:   "run [OPTIONS] IMAGE [COMMAND] [ARG...]",
+		Short: "Create and start a machine",
+		Long: `Create a machine from an image and start it, attached to its entrypoint unless
+--detach is given. An image that is not here is pulled. COMMAND replaces the
+image's CMD, word for word.
+
+Without a terminal, signals such as that of Ctrl-C go to the entrypoint. The
+exit code is the entrypoint's, 128+n when signal n ended it; 126 when it could
+not be executed, 127 when it was not found, 125 when Atoll failed.`,
+		Example: `  atoll run --rm debian:bookworm uname -a
+  atoll run -d --name web -p 8080:80 --memory 1G hello
+  atoll run --rm -it debian:bookworm bash`,
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: e.completeImages(1),
+		RunE: guestCode(func(cmd *cobra.Command, args []string) error {
+			spec, err := flags.machine(e, cmd, args)
+			if err != nil {
+				return err
+			}
+			if err := e.checkTerminal(spec.Stdin && !detach, spec.Tty); err != nil {
+				return err
+			}
+			return e.run(cmd.Context(), spec, flags.pull, detach)
+		}),
+	}
+	flags = addSpecFlags(cmd)
+	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "print the machine's ID and leave it running")
+	return cmd
+}
+
+func newCreateCmd(e *environment) *cobra.Command {
+	var flags *specFlags
+	cmd := &cobra.Command{
+		Use:   "create [OPTIONS] IMAGE [COMMAND] [ARG...]",
+		Short: "Create a machine without starting it",
+		Long: `Create a machine from an image and print its ID. The options are those of
+"atoll run"; "atoll start" starts it.`,
+		Example:           `  atoll create --name web -p 8080:80 hello`,
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: e.completeImages(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			spec, err := flags.machine(e, cmd, args)
+			if err != nil {
+				return err
+			}
+			c, err := e.connect(cmd.Context())
+			if err != nil {
+				return err
+			}
+			m, warnings, err := e.create(cmd.Context(), c, spec, flags.pull)
+			if err != nil {
+				return err
+			}
+			ui.Warnings(e.Stderr, warnings)
+			fmt.Fprintln(e.Stdout, m.GetId())
+			return nil
+		},
+	}
+	flags = addSpecFlags(cmd)
+	return cmd
+}
+
+// create makes the machine, with its image pulled first where the policy says so.
+func (e *environment) create(ctx context.Context, c *client.Client, spec *atollv1.MachineSpec, pull string) (*atollv1.Machine, []string, error) {
+	absent := pull == "always"
+	if pull == "missing" {
+		_, err := c.Images.Get(ctx, connect.NewRequest(&atollv1.GetImageRequest{Reference: spec.GetImage()}))
+		if absent = errdefs.IsNotFound(err); absent {
+			fmt.Fprintf(e.Stderr, "Image %s is not here; pulling it\n", spec.GetImage())
+		} else if err != nil {
+			return nil, nil, err
+		}
+	}
+	if absent {
+		if _, err := e.pull(ctx, c, &atollv1.PullImageRequest{Reference: spec.GetImage(), Platform: spec.GetPlatform()}, false); err != nil {
+			return nil, nil, err
+		}
+	}
+	res, err := c.Machines.Create(ctx, connect.NewRequest(&atollv1.CreateMachineRequest{Spec: spec}))
+	if err != nil {
+		return nil, nil, err
+	}
+	return res.Msg.GetMachine(), res.Msg.GetWarnings(), nil
+}
+
+func (e *environment) run(ctx context.Context, spec *atollv1.MachineSpec, pull string, detach bool) error {
+	c, err := e.connect(ctx)
+	if err != nil {
+		return err
+	}
+	m, warnings, err := e.create(ctx, c, spec, pull)
+	if err != nil {
+		return err
+	}
+	if detach {
+		more, err := e.start(ctx, c, m, nil)
+		ui.Warnings(e.Stderr, append(warnings, more...))
+		if err != nil {
+			return err
+		}
+		fmt.Fprintln(e.Stdout, m.GetId())
+		return nil
+	}
+	a, err := e.openAttach(ctx, c, m.GetId(), spec.GetStdin(), spec.GetTty())
+	if err != nil {
+		return e.discard(ctx, c, m, err)
+	}
+	defer a.close()
+	more, err := e.start(ctx, c, m, a.result)
+	ui.Warnings(e.Stderr, append(warnings, more...))
+	if err != nil {
+		return err
+	}
+	err = a.wait(ctx)
+	if errors.Is(err, errDisconnected) || errdefs.IsUnavailable(err) {
+		return hint.With(fmt.Errorf("machine %q runs on: %w", m.GetSpec().GetName(), err), "atoll attach %s", m.GetSpec().GetName())
+	}
+	return err
+}
+
+// start starts the machine. The error of an entrypoint that could not be executed carries its code, 126 or 127, which the
+// machine knows, or, where it is gone already, the attached stream.
+func (e *environment) start(ctx context.Context, c *client.Client, m *atollv1.Machine, attached <-chan outcome) (warnings []string, err error) {
+	res, err := c.Machines.Start(ctx, connect.NewRequest(&atollv1.StartMachineRequest{Machine: m.GetId()}))
+	if err == nil {
+		return res.Msg.GetWarnings(), nil
+	}
+	code := 125
+	if ctx.Err() == nil {
+		ctx, cancel := context.WithTimeout(ctx, lastWord)
+		defer cancel()
+		failed, getErr := c.Machines.Get(ctx, connect.NewRequest(&atollv1.GetMachineRequest{Machine: m.GetId()}))
+		if getErr == nil && failed.Msg.GetMachine().GetExitCode() != 0 {
+			code = int(failed.Msg.GetMachine().GetExitCode())
+		} else if errdefs.IsNotFound(getErr) && attached != nil {
+			select {
+			case o := <-attached:
+				if o.code != 0 {
+					code = o.code
+				}
+			case <-ctx.Done():
+			}
+		}
+	}
+	return nil, &exitError{code, e.discard(ctx, c, m, err)}
+}
+
+// discard takes away a machine that was to be removed when it stops but will never have run.
+func (e *environment) discard(ctx context.Context, c *client.Client, m *atollv1.Machine, cause error) error {
+	if !m.GetSpec().GetRemove() {
+		return cause
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastWord)
+	defer cancel()
+	_, err := c.Machines.Remove(ctx, connect.NewRequest(&atollv1.RemoveMachineRequest{Machine: m.GetId(), Force: true}))
+	if err == nil || errdefs.IsNotFound(err) {
+		return cause
+	}
+	return errors.Join(cause, fmt.Errorf("removing machine %q: %w", m.GetSpec().GetName(), err))
+}
