@@ -120,9 +120,13 @@ func (errorMapper) WrapStreamingHandler(next connect.StreamingHandlerFunc) conne
 
 type errorMappingConn struct{ connect.StreamingClientConn }
 
-func (c errorMappingConn) Send(m any) error    { return rpcerr.FromConnect(c.StreamingClientConn.Send(m)) }
-func (c errorMappingConn) Receive(m any) error { return rpcerr.FromConnect(c.StreamingClientConn.Receive(m)) }
-func (c errorMappingConn) CloseRequest() error { return rpcerr.FromConnect(c.StreamingClientConn.CloseRequest()) }
+func (c errorMappingConn) Send(m any) error { return rpcerr.FromConnect(c.StreamingClientConn.Send(m)) }
+func (c errorMappingConn) Receive(m any) error {
+	return rpcerr.FromConnect(c.StreamingClientConn.Receive(m))
+}
+func (c errorMappingConn) CloseRequest() error {
+	return rpcerr.FromConnect(c.StreamingClientConn.CloseRequest())
+}
 func (c errorMappingConn) CloseResponse() error {
 	return rpcerr.FromConnect(c.StreamingClientConn.CloseResponse())
 }

@@ -70,10 +70,13 @@ type Result struct {
 	Solve    time.Duration // BuildKit's own share
 }
 
+// Status is BuildKit's progress, as JSON what progress.Printer takes.
+type Status = client.SolveStatus
+
 // Build makes the image and returns when all its blobs are in the image store. status, when not nil, is called from one goroutine
 // with BuildKit's progress. Until the caller has named the image, nothing but the caller's lease holds its blobs against garbage
 // collection of the image store.
-func (b *Builder) Build(ctx context.Context, r Request, status func(*client.SolveStatus)) (Result, error) {
+func (b *Builder) Build(ctx context.Context, r Request, status func(*Status)) (Result, error) {
 	res, err := b.build(ctx, r, status)
 	if err != nil {
 		return Result{}, fmt.Errorf("building %s: %w", r.ContextDir, err)

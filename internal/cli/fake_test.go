@@ -82,12 +82,11 @@ type fakeMachine struct {
 	signals  chan string
 	attached *guestIO
 	started  chan struct{}
-	done     chan struct{}
 }
 
 func newFake(stop chan struct{}) *fake {
 	return &fake{stop: stop, images: []*atollv1.Image{{
-		Digest: "sha256:" + strings.Repeat("ab", 32), References: []string{"hello", "hello:1.0"}, SizeBytes: 3 << 20, Os: "linux", Architecture: "amd64",
+		Digest: "sha256:" + strings.Repeat("ab", 32), References: []string{"hello:latest", "hello:1.0"}, SizeBytes: 3 << 20, Os: "linux", Architecture: "amd64",
 		ConfigJson: []byte(`{"architecture":"amd64","config":{"Cmd":["serve","--all"],"Healthcheck":{"Test":["NONE"]}}}`),
 	}}}
 }
@@ -134,7 +133,10 @@ func (toConnect) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect
 type guestIO struct {
 	stdin          chan []byte // closed at the end of input
 	stdout, stderr func(string)
+	once           sync.Once
 }
+
+func (g *guestIO) end() { g.once.Do(func() { close(g.stdin) }) }
 
 // guest runs the commands that the fake's guests know.
 func guest(argv []string, io *guestIO, signals <-chan string) (code int, failure string) {
@@ -162,6 +164,20 @@ func guest(argv []string, io *guestIO, signals <-chan string) (code int, failure
 	return code, ""
 }
 
+// set changes a machine, and view copies it, so that an answer on its way is not changed.
+func (f *fake) set(m *fakeMachine, change func()) *atollv1.Machine {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change()
+	return proto.CloneOf(m.Machine)
+}
+
+func (f *fake) view(m *fakeMachine) *atollv1.Machine { return f.set(m, func() {}) }
+
+func hasReference(i *atollv1.Image, ref string) bool {
+	return slices.Contains(i.References, ref) || slices.Contains(i.References, ref+":latest")
+}
+
 func (f *fake) find(name string) (*fakeMachine, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -180,7 +196,7 @@ func (f *fake) Create(_ context.Context, r *connect.Request[atollv1.CreateMachin
 	if spec.Name == "" {
 		spec.Name = fmt.Sprintf("made_up_%d", len(f.machines))
 	}
-	if !slices.ContainsFunc(f.images, func(i *atollv1.Image) bool { return slices.Contains(i.References, spec.Image) }) {
+	if !slices.ContainsFunc(f.images, func(i *atollv1.Image) bool { return hasReference(i, spec.Image) }) {
 		return nil, fmt.Errorf("image %q: %w", spec.Image, errdefs.ErrNotFound)
 	}
 	m := &fakeMachine{
@@ -188,10 +204,10 @@ func (f *fake) Create(_ context.Context, r *connect.Request[atollv1.CreateMachin
 			Id: fmt.Sprintf("%032x", 0xabcdef0000+len(f.machines)), Spec: spec, State: atollv1.MachineState_MACHINE_STATE_CREATED, ImageRef: spec.Image,
 			Argv: append(slices.Clone(spec.Entrypoint), spec.Command...), CreatedAt: timestamppb.New(epoch.Add(time.Duration(len(f.machines)) * time.Minute)),
 		},
-		signals: make(chan string, 1), started: make(chan struct{}), done: make(chan struct{}),
+		signals: make(chan string, 1), started: make(chan struct{}),
 	}
 	f.machines = append(f.machines, m)
-	return connect.NewResponse(&atollv1.CreateMachineResponse{Machine: m.Machine, Warnings: []string{"no KVM: emulated"}}), nil
+	return connect.NewResponse(&atollv1.CreateMachineResponse{Machine: proto.CloneOf(m.Machine), Warnings: []string{"no KVM: emulated"}}), nil
 }
 
 func (f *fake) Start(_ context.Context, r *connect.Request[atollv1.StartMachineRequest]) (*connect.Response[atollv1.StartMachineResponse], error) {
@@ -201,16 +217,18 @@ func (f *fake) Start(_ context.Context, r *connect.Request[atollv1.StartMachineR
 	}
 	if len(m.Argv) > 0 && !slices.Contains([]string{"echo", "warn", "cat", "exit", "sleep"}, m.Argv[0]) {
 		code, failure := guest(m.Argv, nil, nil)
-		m.State, m.ExitCode = atollv1.MachineState_MACHINE_STATE_FAILED, int32(code)
 		if m.Spec.Name == "broken" {
-			m.ExitCode = 0
+			code = 0
 		}
+		f.set(m, func() { m.State, m.ExitCode = atollv1.MachineState_MACHINE_STATE_FAILED, int32(code) })
 		return nil, hint.With(fmt.Errorf("starting machine %q: entrypoint: %s", m.Spec.Name, failure), "look at atoll logs --boot")
 	}
-	m.State, m.StartedAt = atollv1.MachineState_MACHINE_STATE_RUNNING, timestamppb.New(epoch)
-	m.Network = &atollv1.NetworkStatus{Address: "10.0.0.2/24", Ports: m.Spec.Ports}
-	close(m.started)
-	return connect.NewResponse(&atollv1.StartMachineResponse{Machine: m.Machine, Warnings: []string{"no KVM: emulated"}}), nil
+	view := f.set(m, func() {
+		m.State, m.StartedAt = atollv1.MachineState_MACHINE_STATE_RUNNING, timestamppb.New(epoch)
+		m.Network = &atollv1.NetworkStatus{Address: "10.0.0.2/24", Ports: m.Spec.Ports}
+		close(m.started)
+	})
+	return connect.NewResponse(&atollv1.StartMachineResponse{Machine: view, Warnings: []string{"no KVM: emulated"}}), nil
 }
 
 func (f *fake) Attach(ctx context.Context, s *connect.BidiStream[atollv1.AttachRequest, atollv1.AttachResponse]) error {
@@ -241,7 +259,7 @@ func (f *fake) Attach(ctx context.Context, s *connect.BidiStream[atollv1.AttachR
 			case *atollv1.AttachRequest_Stdin:
 				io.stdin <- k.Stdin
 			case *atollv1.AttachRequest_CloseStdin:
-				close(io.stdin)
+				io.end()
 			case *atollv1.AttachRequest_Resize:
 				f.mu.Lock()
 				f.sizes = append(f.sizes, k.Resize)
@@ -249,8 +267,10 @@ func (f *fake) Attach(ctx context.Context, s *connect.BidiStream[atollv1.AttachR
 			}
 		}
 	}()
+	var started chan struct{}
+	f.set(m, func() { m.attached, started = io, m.started })
 	select {
-	case <-m.started:
+	case <-started:
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -258,8 +278,9 @@ func (f *fake) Attach(ctx context.Context, s *connect.BidiStream[atollv1.AttachR
 		return nil
 	}
 	code, _ := guest(m.Argv, io, m.signals)
-	m.State, m.ExitCode, m.Reason, m.FinishedAt = atollv1.MachineState_MACHINE_STATE_STOPPED, int32(code), "exited", timestamppb.New(epoch)
-	close(m.done)
+	f.set(m, func() {
+		m.State, m.ExitCode, m.Reason, m.FinishedAt = atollv1.MachineState_MACHINE_STATE_STOPPED, int32(code), "exited", timestamppb.New(epoch)
+	})
 	return send(&atollv1.AttachResponse{Kind: &atollv1.AttachResponse_Exit{Exit: &atollv1.WaitMachineResponse{ExitCode: int32(code)}}})
 }
 
@@ -276,7 +297,7 @@ func (f *fake) Exec(ctx context.Context, s *connect.BidiStream[atollv1.ExecReque
 	if err != nil {
 		return err
 	}
-	if m.State != atollv1.MachineState_MACHINE_STATE_RUNNING {
+	if f.view(m).State != atollv1.MachineState_MACHINE_STATE_RUNNING {
 		return hint.With(fmt.Errorf("machine %q is not running: %w", start.Machine, errdefs.ErrFailedPrecondition), "atoll start %s", start.Machine)
 	}
 	io := &guestIO{stdin: make(chan []byte, 100),
@@ -295,7 +316,7 @@ func (f *fake) Exec(ctx context.Context, s *connect.BidiStream[atollv1.ExecReque
 			case *atollv1.ExecRequest_Stdin:
 				io.stdin <- k.Stdin
 			case *atollv1.ExecRequest_CloseStdin:
-				close(io.stdin)
+				io.end()
 			case *atollv1.ExecRequest_Signal:
 				signals <- k.Signal
 			}
@@ -316,8 +337,8 @@ func (f *fake) Stop(_ context.Context, r *connect.Request[atollv1.StopMachineReq
 	if err != nil {
 		return nil, err
 	}
-	m.State, m.started = atollv1.MachineState_MACHINE_STATE_STOPPED, make(chan struct{})
-	return connect.NewResponse(&atollv1.StopMachineResponse{Machine: m.Machine}), nil
+	view := f.set(m, func() { m.State, m.started = atollv1.MachineState_MACHINE_STATE_STOPPED, make(chan struct{}) })
+	return connect.NewResponse(&atollv1.StopMachineResponse{Machine: view}), nil
 }
 
 func (f *fake) Kill(_ context.Context, r *connect.Request[atollv1.KillMachineRequest]) (*connect.Response[atollv1.KillMachineResponse], error) {
@@ -334,7 +355,7 @@ func (f *fake) Remove(_ context.Context, r *connect.Request[atollv1.RemoveMachin
 	if err != nil {
 		return nil, err
 	}
-	if live(m.Machine) && !r.Msg.GetForce() {
+	if live(f.view(m)) && !r.Msg.GetForce() {
 		return nil, fmt.Errorf("machine %q runs: %w", m.Spec.Name, errdefs.ErrFailedPrecondition)
 	}
 	f.mu.Lock()
@@ -348,7 +369,7 @@ func (f *fake) Wait(_ context.Context, r *connect.Request[atollv1.WaitMachineReq
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&atollv1.WaitMachineResponse{ExitCode: m.ExitCode}), nil
+	return connect.NewResponse(&atollv1.WaitMachineResponse{ExitCode: f.view(m).ExitCode}), nil
 }
 
 func (f *fake) List(_ context.Context, r *connect.Request[atollv1.ListMachinesRequest]) (*connect.Response[atollv1.ListMachinesResponse], error) {
@@ -357,7 +378,7 @@ func (f *fake) List(_ context.Context, r *connect.Request[atollv1.ListMachinesRe
 	res := &atollv1.ListMachinesResponse{}
 	for _, m := range f.machines {
 		if r.Msg.GetAll() || live(m.Machine) {
-			res.Machines = append(res.Machines, m.Machine)
+			res.Machines = append(res.Machines, proto.CloneOf(m.Machine))
 		}
 	}
 	return connect.NewResponse(res), nil
@@ -368,7 +389,7 @@ func (f *fake) Get(_ context.Context, r *connect.Request[atollv1.GetMachineReque
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&atollv1.GetMachineResponse{Machine: m.Machine}), nil
+	return connect.NewResponse(&atollv1.GetMachineResponse{Machine: f.view(m)}), nil
 }
 
 func (f *fake) Logs(_ context.Context, r *connect.Request[atollv1.LogsRequest], s *connect.ServerStream[atollv1.LogsResponse]) error {
@@ -401,7 +422,7 @@ func (f fakeImages) Get(_ context.Context, r *connect.Request[atollv1.GetImageRe
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, i := range f.images {
-		if slices.Contains(i.References, r.Msg.GetReference()) {
+		if hasReference(i, r.Msg.GetReference()) {
 			return connect.NewResponse(&atollv1.GetImageResponse{Image: i}), nil
 		}
 	}

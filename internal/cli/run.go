@@ -170,13 +170,19 @@ func (e *environment) start(ctx context.Context, c *client.Client, m *atollv1.Ma
 	return nil, &exitError{code, e.discard(ctx, c, m, err)}
 }
 
-// discard takes away a machine that was to be removed when it stops but will never have run.
+// discard takes away a machine that was to be removed when it stops but will never have run. Another one stays, but does not run
+// on when the user has broken off its start.
 func (e *environment) discard(ctx context.Context, c *client.Client, m *atollv1.Machine, cause error) error {
-	if !m.GetSpec().GetRemove() {
-		return cause
-	}
+	brokenOff := ctx.Err() != nil
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastWord)
 	defer cancel()
+	if !m.GetSpec().GetRemove() {
+		if brokenOff {
+			// It may not run at all, and then this fails.
+			_, _ = c.Machines.Kill(ctx, connect.NewRequest(&atollv1.KillMachineRequest{Machine: m.GetId()}))
+		}
+		return cause
+	}
 	_, err := c.Machines.Remove(ctx, connect.NewRequest(&atollv1.RemoveMachineRequest{Machine: m.GetId(), Force: true}))
 	if err == nil || errdefs.IsNotFound(err) {
 		return cause

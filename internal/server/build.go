@@ -15,7 +15,6 @@ import (
 	"github.com/atollvm/atoll/internal/event"
 	"github.com/atollvm/atoll/internal/ref"
 	"github.com/containerd/errdefs"
-	"github.com/moby/buildkit/client"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
 
@@ -36,7 +35,7 @@ func (s *builds) Build(ctx context.Context, req *connect.Request[atollv1.BuildRe
 	res, err := s.Builds.Build(ctx, build.Request{
 		ContextDir: r.GetContextDir(), Dockerfile: r.GetDockerfile(), Target: r.GetTarget(), BuildArgs: r.GetBuildArgs(), Labels: r.GetLabels(),
 		NoCache: r.GetNoCache(), Pull: r.GetPull(), Platform: r.GetPlatform(),
-	}, func(status *client.SolveStatus) {
+	}, func(status *build.Status) {
 		data, err := json.Marshal(status)
 		if err == nil {
 			_ = out.Send(&atollv1.BuildResponse{Kind: &atollv1.BuildResponse_Status{Status: data}}) // a client that is gone ends ctx
