@@ -336,7 +336,7 @@ type Request_Exec struct {
 }
 
 type Request_Stdin struct {
-	Stdin *Stdin `protobuf:"bytes,6,opt,name=stdin,proto3,oneof"` // the host sends ExecInput… for the entrypoint's stdin and terminal size
+	Stdin *Stdin `protobuf:"bytes,6,opt,name=stdin,proto3,oneof"` // ⇄ ExecInput… for the entrypoint's stdin and terminal size / ExecOutput… with stdin_taken only
 }
 
 type Request_Signal struct {
@@ -408,14 +408,16 @@ func (x *Hello) GetProtocol() uint32 {
 }
 
 type HelloReply struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Protocol      uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
-	AgentVersion  string                 `protobuf:"bytes,2,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
-	Configured    bool                   `protobuf:"varint,3,opt,name=configured,proto3" json:"configured,omitempty"`      // a Config has been taken since boot
-	State         *Event                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`                 // the last event, where there is one
-	BootId        string                 `protobuf:"bytes,5,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"` // /proc/sys/kernel/random/boot_id
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Protocol         uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	AgentVersion     string                 `protobuf:"bytes,2,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
+	Configured       bool                   `protobuf:"varint,3,opt,name=configured,proto3" json:"configured,omitempty"`                                       // a Config has been taken since boot
+	State            *Event                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`                                                  // the last event, where there is one
+	BootId           string                 `protobuf:"bytes,5,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`                                  // /proc/sys/kernel/random/boot_id
+	StartUptimeNanos int64                  `protobuf:"varint,6,opt,name=start_uptime_nanos,json=startUptimeNanos,proto3" json:"start_uptime_nanos,omitempty"` // the guest's uptime when the agent's main began
+	UptimeNanos      int64                  `protobuf:"varint,7,opt,name=uptime_nanos,json=uptimeNanos,proto3" json:"uptime_nanos,omitempty"`                  // and now
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *HelloReply) Reset() {
@@ -481,6 +483,20 @@ func (x *HelloReply) GetBootId() string {
 		return x.BootId
 	}
 	return ""
+}
+
+func (x *HelloReply) GetStartUptimeNanos() int64 {
+	if x != nil {
+		return x.StartUptimeNanos
+	}
+	return 0
+}
+
+func (x *HelloReply) GetUptimeNanos() int64 {
+	if x != nil {
+		return x.UptimeNanos
+	}
+	return 0
 }
 
 // Config is everything the agent needs to know about its machine, in one message.
@@ -1710,6 +1726,7 @@ type ExecOutput struct {
 	//	*ExecOutput_Stderr
 	//	*ExecOutput_Exit
 	//	*ExecOutput_Error
+	//	*ExecOutput_StdinTaken
 	Kind          isExecOutput_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1797,6 +1814,15 @@ func (x *ExecOutput) GetError() *ExecError {
 	return nil
 }
 
+func (x *ExecOutput) GetStdinTaken() uint64 {
+	if x != nil {
+		if x, ok := x.Kind.(*ExecOutput_StdinTaken); ok {
+			return x.StdinTaken
+		}
+	}
+	return 0
+}
+
 type isExecOutput_Kind interface {
 	isExecOutput_Kind()
 }
@@ -1821,6 +1847,12 @@ type ExecOutput_Error struct {
 	Error *ExecError `protobuf:"bytes,5,opt,name=error,proto3,oneof"` // the process was not started; the last message
 }
 
+type ExecOutput_StdinTaken struct {
+	// The process took so many bytes of stdin in all. The host sends at most 256 KiB beyond this, so the agent always goes on
+	// reading and sees signals, resizes and a closed stream at once, also when the process does not read.
+	StdinTaken uint64 `protobuf:"varint,6,opt,name=stdin_taken,json=stdinTaken,proto3,oneof"`
+}
+
 func (*ExecOutput_Started_) isExecOutput_Kind() {}
 
 func (*ExecOutput_Stdout) isExecOutput_Kind() {}
@@ -1830,6 +1862,8 @@ func (*ExecOutput_Stderr) isExecOutput_Kind() {}
 func (*ExecOutput_Exit) isExecOutput_Kind() {}
 
 func (*ExecOutput_Error) isExecOutput_Kind() {}
+
+func (*ExecOutput_StdinTaken) isExecOutput_Kind() {}
 
 type ExecError struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2163,7 +2197,7 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\bshutdown\x18\b \x01(\v2\x18.atoll.agent.v1.ShutdownH\x00R\bshutdownB\x06\n" +
 	"\x04kind\"#\n" +
 	"\x05Hello\x12\x1a\n" +
-	"\bprotocol\x18\x01 \x01(\rR\bprotocol\"\xb3\x01\n" +
+	"\bprotocol\x18\x01 \x01(\rR\bprotocol\"\x84\x02\n" +
 	"\n" +
 	"HelloReply\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12#\n" +
@@ -2172,7 +2206,9 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"configured\x18\x03 \x01(\bR\n" +
 	"configured\x12+\n" +
 	"\x05state\x18\x04 \x01(\v2\x15.atoll.agent.v1.EventR\x05state\x12\x17\n" +
-	"\aboot_id\x18\x05 \x01(\tR\x06bootId\"\x85\x03\n" +
+	"\aboot_id\x18\x05 \x01(\tR\x06bootId\x12,\n" +
+	"\x12start_uptime_nanos\x18\x06 \x01(\x03R\x10startUptimeNanos\x12!\n" +
+	"\fuptime_nanos\x18\a \x01(\x03R\vuptimeNanos\"\x85\x03\n" +
 	"\x06Config\x12\x1d\n" +
 	"\n" +
 	"machine_id\x18\x01 \x01(\tR\tmachineId\x12\x1a\n" +
@@ -2271,14 +2307,16 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x04kind\"0\n" +
 	"\x06Resize\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\rR\x04rows\x12\x12\n" +
-	"\x04cols\x18\x02 \x01(\rR\x04cols\"\x90\x02\n" +
+	"\x04cols\x18\x02 \x01(\rR\x04cols\"\xb3\x02\n" +
 	"\n" +
 	"ExecOutput\x12>\n" +
 	"\astarted\x18\x01 \x01(\v2\".atoll.agent.v1.ExecOutput.StartedH\x00R\astarted\x12\x18\n" +
 	"\x06stdout\x18\x02 \x01(\fH\x00R\x06stdout\x12\x18\n" +
 	"\x06stderr\x18\x03 \x01(\fH\x00R\x06stderr\x126\n" +
 	"\x04exit\x18\x04 \x01(\v2 .atoll.agent.v1.EntrypointExitedH\x00R\x04exit\x121\n" +
-	"\x05error\x18\x05 \x01(\v2\x19.atoll.agent.v1.ExecErrorH\x00R\x05error\x1a\x1b\n" +
+	"\x05error\x18\x05 \x01(\v2\x19.atoll.agent.v1.ExecErrorH\x00R\x05error\x12!\n" +
+	"\vstdin_taken\x18\x06 \x01(\x04H\x00R\n" +
+	"stdinTaken\x1a\x1b\n" +
 	"\aStarted\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\rR\x03pidB\x06\n" +
 	"\x04kind\"]\n" +
@@ -2419,6 +2457,7 @@ func file_api_agent_v1_agent_proto_init() {
 		(*ExecOutput_Stderr)(nil),
 		(*ExecOutput_Exit)(nil),
 		(*ExecOutput_Error)(nil),
+		(*ExecOutput_StdinTaken)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{

@@ -1,0 +1,121 @@
+package guest
+
+import (
+	"encoding/binary"
+	"errors"
+	"io"
+	"syscall"
+	"time"
+	"unsafe"
+
+	agentv1 "github.com/atollvm/atoll/api/agent/v1"
+	"github.com/atollvm/atoll/internal/agent/guest/etc"
+	"github.com/atollvm/atoll/internal/agent/guest/mounts"
+	"github.com/atollvm/atoll/internal/agent/guest/netconf"
+	"github.com/atollvm/atoll/internal/agent/guest/process"
+	"github.com/atollvm/atoll/internal/agent/transport"
+	"golang.org/x/sys/unix"
+)
+
+// configure makes this guest the machine that the config describes, telling the host each step as it begins.
+func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
+	taken := uptime()
+	a.mu.Lock()
+	again := a.configured
+	a.configured = true
+	a.mu.Unlock()
+	if again {
+		transport.WriteMsg(host, failed("configuration", errors.New("this machine has been configured before")))
+		return
+	}
+	for _, step := range []struct {
+		name string
+		do   func() error
+	}{
+		{"clock", func() error { return setClock(c.GetUnixNanos(), taken) }},
+		{"entropy", func() error { return reseed(c.GetEntropy()) }},
+		{"root", func() error { return a.mountRoot(c.GetRoot()) }},
+		{"file systems", mounts.System},
+		{"control groups", process.SetUpCgroups},
+		{"hostname", func() error { return setHostname(c) }},
+		{"network", func() error { return netconf.Set(c.GetInterfaces()) }},
+		{"read-only root", func() error {
+			if !c.GetRoot().GetReadOnly() {
+				return nil
+			}
+			return mounts.MakeReadOnly()
+		}},
+		{"entrypoint", func() error { return a.startEntrypoint(c.GetProcess()) }},
+	} {
+		// The host may go meanwhile; the machine is made all the same, and the next host finds it configured.
+		transport.WriteMsg(host, &agentv1.Progress{Step: step.name, UptimeNanos: int64(uptime())})
+		if err := step.do(); err != nil {
+			transport.WriteMsg(host, failed(step.name, err))
+			return
+		}
+	}
+	transport.WriteMsg(host, &agentv1.Progress{Done: true, UptimeNanos: int64(uptime())})
+}
+
+func failed(step string, err error) *agentv1.Progress {
+	p := &agentv1.Progress{Step: step, Error: err.Error(), UptimeNanos: int64(uptime())}
+	var e *process.Error
+	if errors.As(err, &e) {
+		p.Failure = e.Class
+	}
+	return p
+}
+
+// setClock sets the clock to what it was on the host when the message was taken here, and what has passed since.
+func setClock(unixNanos int64, taken time.Duration) error {
+	if unixNanos == 0 {
+		return nil
+	}
+	tv := unix.NsecToTimeval(unixNanos + int64(uptime()-taken))
+	return unix.Settimeofday(&tv)
+}
+
+// reseed mixes entropy into the kernel's pool and has the generator use it at once: a guest restored from a snapshot must not give
+// the numbers of its twin.
+func reseed(entropy []byte) error {
+	if len(entropy) == 0 {
+		return nil
+	}
+	fd, err := unix.Open("/dev/urandom", unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	// struct rand_pool_info: bits, bytes, the bytes
+	info := binary.NativeEndian.AppendUint32(nil, uint32(8*len(entropy)))
+	info = binary.NativeEndian.AppendUint32(info, uint32(len(entropy)))
+	info = append(info, entropy...)
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.RNDADDENTROPY, uintptr(unsafe.Pointer(&info[0]))); errno != 0 {
+		return errno
+	}
+	const rndReseedCRNG = 0x5207
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), rndReseedCRNG, 0); errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+func (a *Agent) mountRoot(r *agentv1.Root) error {
+	root, err := mounts.Mount(r)
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	a.root = root
+	a.mu.Unlock()
+	return mounts.Switch()
+}
+
+func setHostname(c *agentv1.Config) error {
+	if name := c.GetHostname(); name != "" {
+		if err := syscall.Sethostname([]byte(name)); err != nil {
+			return err
+		}
+	}
+	return etc.Write("/etc", c)
+}

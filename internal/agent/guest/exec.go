@@ -1,0 +1,95 @@
+package guest
+
+import (
+	"errors"
+	"net"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	agentv1 "github.com/atollvm/atoll/api/agent/v1"
+	"github.com/atollvm/atoll/internal/agent/guest/process"
+	"golang.org/x/sys/unix"
+)
+
+type counter struct{ atomic.Uint64 }
+
+// hangUpGrace is how long a process whose host has gone may take to end by itself.
+const hangUpGrace = time.Second
+
+// exec runs a process beside the entrypoint. Nobody could read from or write to it once the host's stream is gone: then it gets
+// SIGHUP, and SIGKILL a second later. A detached one runs on.
+func (a *Agent) exec(s net.Conn, req *agentv1.Exec) {
+	in := &input{stream: s}
+	if a.main() == nil {
+		in.send(execError(errors.New("the machine has not been configured")))
+		return
+	}
+	sp := spec(req.GetProcess(), "exec-"+strconv.FormatUint(a.execs.Add(1), 10))
+	sp.Stdin = sp.Stdin && !req.GetDetach()
+	p, err := a.processes.Start(sp)
+	if err != nil {
+		in.send(execError(err))
+		return
+	}
+	started := &agentv1.ExecOutput_Started{Pid: uint32(p.PID)}
+	sent := in.send(&agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Started_{Started: started}})
+	if req.GetDetach() {
+		go func() {
+			carry(p, func([]byte) {}, func([]byte) {})
+			p.Release()
+		}()
+		return
+	}
+	if sent != nil {
+		hangUp(p)
+	}
+	in.proc, in.queue = p, newStdinQueue(p)
+	go func() {
+		in.run()
+		hangUp(p)
+	}()
+	carry(p,
+		func(b []byte) { in.send(&agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Stdout{Stdout: b}}) },
+		func(b []byte) { in.send(&agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Stderr{Stderr: b}}) })
+	if p.Stdin != nil {
+		p.Stdin.Close()
+	}
+	in.send(&agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Exit{Exit: p.Exit()}})
+	p.Release()
+}
+
+// carry copies both outputs and returns when the process has ended and all it wrote was given.
+func carry(p *process.Process, stdout, stderr func([]byte)) {
+	var copying sync.WaitGroup
+	if p.Stderr != nil {
+		copying.Go(func() { p.Copy(p.Stderr, stderr) })
+	}
+	p.Copy(p.Stdout, stdout)
+	copying.Wait()
+	<-p.Done()
+}
+
+func hangUp(p *process.Process) {
+	select {
+	case <-p.Done():
+		return
+	default:
+	}
+	p.Signal(unix.SIGHUP)
+	select {
+	case <-p.Done():
+	case <-time.After(hangUpGrace):
+		p.Kill()
+	}
+}
+
+func execError(err error) *agentv1.ExecOutput {
+	e := &agentv1.ExecError{Message: err.Error()}
+	var pe *process.Error
+	if errors.As(err, &pe) {
+		e.Failure = pe.Class
+	}
+	return &agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Error{Error: e}}
+}

@@ -1,0 +1,214 @@
+// Package mounts is the guest's file systems: what the agent needs before it speaks, the root made of the read-only disk and the
+// scratch disk, the switch to it, and the end. Only the agent, PID 1 in the initramfs, calls it, each function once and in order.
+package mounts
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	agentv1 "github.com/atollvm/atoll/api/agent/v1"
+	"golang.org/x/sys/unix"
+)
+
+// Early mounts what finding the host needs.
+func Early() error {
+	for _, m := range []struct{ kind, on string }{{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}} {
+		os.Mkdir(m.on, 0o755)
+		if err := unix.Mount(m.kind, m.on, m.kind, unix.MS_NOSUID|unix.MS_NOEXEC, ""); err != nil && err != unix.EBUSY {
+			return fmt.Errorf("mounting %s: %w", m.on, err)
+		}
+	}
+	return nil
+}
+
+// LoadModules loads the kernel modules of a directory in the order of their names. An absent directory has none.
+func LoadModules(dir string) error {
+	entries, err := os.ReadDir(dir) // sorted
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var failed error
+	for _, e := range entries {
+		if err := loadModule(filepath.Join(dir, e.Name())); err != nil {
+			failed = errors.Join(failed, fmt.Errorf("loading module %s: %w", e.Name(), err))
+		}
+	}
+	return failed
+}
+
+func loadModule(path string) error {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.FinitModule(fd, "", 0); err != nil && err != unix.EEXIST {
+		return err
+	}
+	return nil
+}
+
+// Root is the mounted root.
+type Root struct {
+	scratch int // its mount, which no path leads to after Switch; -1 when it is a tmpfs
+}
+
+const newRoot = "/newroot"
+
+// Mount joins the root disk and the scratch disk by overlayfs.
+func Mount(r *agentv1.Root) (*Root, error) {
+	const lower, scratch = "/lower", "/scratch"
+	for _, d := range []string{lower, scratch, newRoot} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			return nil, err
+		}
+	}
+	if err := mountDisk(r.GetDisk(), lower, r.GetDiskType(), unix.MS_RDONLY|unix.MS_NOATIME, ""); err != nil {
+		return nil, fmt.Errorf("mounting the root disk %s: %w", r.GetDisk(), err)
+	}
+	root := &Root{scratch: -1}
+	if r.GetScratch() == "" {
+		if err := unix.Mount("scratch", scratch, "tmpfs", unix.MS_NOATIME, "mode=0755"); err != nil {
+			return nil, fmt.Errorf("mounting a scratch tmpfs: %w", err)
+		}
+	} else {
+		if err := mountDisk(r.GetScratch(), scratch, r.GetScratchType(), unix.MS_NOATIME, "discard"); err != nil {
+			return nil, fmt.Errorf("mounting the scratch disk %s: %w", r.GetScratch(), err)
+		}
+		fd, err := unix.Open(scratch, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return nil, err
+		}
+		root.scratch = fd
+	}
+	if err := makeUpper(lower, scratch); err != nil {
+		return nil, fmt.Errorf("preparing the scratch disk: %w", err)
+	}
+	options := "lowerdir=" + lower + ",upperdir=" + scratch + "/upper,workdir=" + scratch + "/work"
+	if err := unix.Mount("overlay", newRoot, "overlay", unix.MS_NOATIME, options); err != nil {
+		return nil, fmt.Errorf("joining root and scratch disk: %w", err)
+	}
+	return root, nil
+}
+
+// makeUpper makes the overlay's own directories; the root directory's owner and mode are the image's.
+func makeUpper(lower, scratch string) error {
+	if err := os.Mkdir(scratch+"/work", 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	upper := scratch + "/upper"
+	if err := os.Mkdir(upper, 0o755); err != nil {
+		if errors.Is(err, os.ErrExist) {
+			return nil
+		}
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(lower, &st); err != nil {
+		return err
+	}
+	if err := unix.Chown(upper, int(st.Uid), int(st.Gid)); err != nil {
+		return err
+	}
+	return unix.Chmod(upper, st.Mode&0o7777)
+}
+
+// mountDisk waits for the device, which the kernel may still be looking at.
+func mountDisk(device, on, kind string, flags uintptr, options string) error {
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(5 * time.Second); ; <-tick.C {
+		err := unix.Mount(device, on, kind, flags, options)
+		if err != unix.ENOENT && err != unix.ENXIO || time.Now().After(deadline) {
+			return err
+		}
+	}
+}
+
+// Switch makes the mounted root the root of all processes and frees the initramfs.
+func Switch() error {
+	for _, d := range []string{"/dev", "/proc", "/sys"} {
+		if err := os.MkdirAll(newRoot+d, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount(d, newRoot+d, "", unix.MS_MOVE, ""); err != nil {
+			return fmt.Errorf("moving %s: %w", d, err)
+		}
+	}
+	os.Remove("/init")
+	os.RemoveAll("/lib")
+	if err := os.Chdir(newRoot); err != nil {
+		return err
+	}
+	if err := unix.Mount(".", "/", "", unix.MS_MOVE, ""); err != nil {
+		return fmt.Errorf("moving the root: %w", err)
+	}
+	if err := unix.Chroot("."); err != nil {
+		return err
+	}
+	return os.Chdir("/")
+}
+
+// System mounts what processes expect beside their root. /run and /tmp stay as the image has them.
+func System() error {
+	const safe = unix.MS_NOSUID | unix.MS_NOEXEC
+	for _, m := range []struct {
+		kind, on string
+		flags    uintptr
+		options  string
+	}{
+		{"devpts", "/dev/pts", safe, "mode=0620,gid=5,ptmxmode=0666"},
+		{"tmpfs", "/dev/shm", safe | unix.MS_NODEV, "mode=1777"},
+		{"mqueue", "/dev/mqueue", safe | unix.MS_NODEV, ""},
+		{"cgroup2", "/sys/fs/cgroup", safe | unix.MS_NODEV, ""},
+	} {
+		if strings.HasPrefix(m.on, "/dev/") {
+			os.Mkdir(m.on, 0o755)
+		}
+		err := unix.Mount(m.kind, m.on, m.kind, m.flags, m.options)
+		if err == unix.ENODEV && m.kind == "mqueue" { // a kernel may lack it
+			os.Remove(m.on)
+			err = nil
+		}
+		if err != nil && err != unix.EBUSY {
+			return fmt.Errorf("mounting %s: %w", m.on, err)
+		}
+	}
+	for name, target := range map[string]string{
+		"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2",
+	} {
+		if err := os.Symlink(target, "/dev/"+name); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// MakeReadOnly forbids writing to the root.
+func MakeReadOnly() error {
+	return unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
+}
+
+// Down brings all that was written to the disks and leaves the scratch disk clean. All other processes have ended.
+func (r *Root) Down() error {
+	unix.Sync()
+	if r.scratch < 0 {
+		return nil
+	}
+	if err := MakeReadOnly(); err != nil {
+		return fmt.Errorf("making the root read-only: %w", err)
+	}
+	if err := unix.Mount("", fdPath(r.scratch), "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		return fmt.Errorf("making the scratch disk read-only: %w", err)
+	}
+	return nil
+}
+
+func fdPath(fd int) string { return fmt.Sprint("/proc/self/fd/", fd) }

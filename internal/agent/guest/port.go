@@ -1,0 +1,63 @@
+package guest
+
+import (
+	"errors"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// portName is what the VMM calls the agent's virtio-serial port.
+const portName = "atoll.agent"
+
+// openPort waits for the port, which the kernel finds some time after its driver is there.
+func openPort() (*port, error) {
+	const dir = "/sys/class/virtio-ports"
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); <-tick.C {
+		ports, _ := os.ReadDir(dir)
+		for _, p := range ports {
+			name, _ := os.ReadFile(dir + "/" + p.Name() + "/name")
+			if strings.TrimSpace(string(name)) != portName {
+				continue
+			}
+			fd, err := unix.Open("/dev/"+p.Name(), unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+			if err == unix.ENOENT {
+				continue // devtmpfs is a moment behind sysfs
+			}
+			if err != nil {
+				return nil, &os.PathError{Op: "opening", Path: "/dev/" + p.Name(), Err: err}
+			}
+			return &port{os.NewFile(uintptr(fd), p.Name())}, nil
+		}
+	}
+	return nil, errors.New("there is no virtio-serial port named " + portName)
+}
+
+// port is a virtio-serial port whose reads wait for a host.
+type port struct{ *os.File }
+
+// Read treats the end of the file, which is how the driver says that no host is connected, as nothing to read yet: the next host's
+// coming is an edge that wakes the poller.
+func (p *port) Read(b []byte) (n int, err error) {
+	conn, err := p.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	cerr := conn.Read(func(fd uintptr) bool {
+		for {
+			n, err = unix.Read(int(fd), b)
+			if err != unix.EINTR {
+				break
+			}
+		}
+		return n > 0 || err != nil && err != unix.EAGAIN
+	})
+	if cerr != nil {
+		return 0, cerr
+	}
+	return max(n, 0), err
+}

@@ -1,0 +1,239 @@
+// Package process runs the guest's processes: exactly the words, environment, directory and user asked for, in a control group of
+// their own, on pipes or a terminal. It also reaps every orphan, as PID 1 must, without losing an exit code.
+// It works on the root it runs in and knows nothing of the agent protocol but the classes of failure.
+// A Supervisor and a Process may be used from several goroutines.
+package process
+
+import (
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	agentv1 "github.com/atollvm/atoll/api/agent/v1"
+	"golang.org/x/sys/unix"
+)
+
+// Spec is a process to start.
+type Spec struct {
+	Argv       []string
+	Env        []string
+	Dir        string
+	User       string // name|uid[:group|gid]
+	TTY        bool
+	Stdin      bool
+	Rows, Cols uint16
+	Cgroup     string // a directory, made when absent; empty: the agent's own
+}
+
+// Process is a started process. Its owner reads Stdout and Stderr to their end and closes all three.
+type Process struct {
+	PID    int
+	Stdin  *os.File // nil without stdin
+	Stdout *os.File // of a terminal: both directions, the same file as Stdin where that is not nil
+	Stderr *os.File // nil with a terminal
+
+	tty    bool
+	cgroup string
+	owner  *Supervisor
+	done   chan struct{}
+	status unix.WaitStatus // valid after done
+}
+
+// Supervisor starts processes and waits for all children. There is one, in PID 1.
+type Supervisor struct {
+	mu       sync.Mutex // guards what follows; held from fork to registration, so that no exit is taken before
+	children map[int]*Process
+	empty    chan struct{} // not nil: closed once there are no children
+}
+
+// NewSupervisor begins to reap.
+func NewSupervisor() *Supervisor {
+	s := &Supervisor{children: map[int]*Process{}}
+	died := make(chan os.Signal, 1)
+	signal.Notify(died, syscall.SIGCHLD)
+	go func() {
+		for range died {
+			s.reap()
+		}
+	}()
+	return s
+}
+
+func (s *Supervisor) reap() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for {
+		var status unix.WaitStatus
+		pid, err := unix.Wait4(-1, &status, unix.WNOHANG, nil)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err == unix.ECHILD:
+			if s.empty != nil {
+				close(s.empty)
+				s.empty = nil
+			}
+			return
+		case err != nil || pid == 0:
+			return
+		}
+		if p := s.children[pid]; p != nil && (status.Exited() || status.Signaled()) {
+			delete(s.children, pid)
+			p.status = status
+			close(p.done)
+		}
+	}
+}
+
+// WaitEmpty waits until no process is left but the agent, or the timeout, and says which.
+func (s *Supervisor) WaitEmpty(timeout time.Duration) bool {
+	s.mu.Lock()
+	if s.empty == nil {
+		s.empty = make(chan struct{})
+	}
+	empty := s.empty
+	s.mu.Unlock()
+	s.reap()
+	select {
+	case <-empty:
+		return true
+	case <-time.After(timeout):
+	}
+	select {
+	case <-empty:
+		return true
+	default:
+		return false
+	}
+}
+
+// Start starts a process. The error is an *Error where the fault is the caller's.
+func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
+	if len(spec.Argv) == 0 || spec.Argv[0] == "" {
+		return nil, invalid("no command")
+	}
+	user, err := lookUpUser(spec.User)
+	if err != nil {
+		return nil, err
+	}
+	env := withDefaults(spec.Env, user.home)
+	dir := spec.Dir
+	if dir == "" {
+		dir = "/"
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, invalid("working directory " + dir + ": " + reason(err))
+	}
+	path, err := lookUpCommand(spec.Argv[0], env, dir)
+	if err != nil {
+		return nil, err
+	}
+
+	p = &Process{tty: spec.TTY, cgroup: spec.Cgroup, owner: s, done: make(chan struct{})}
+	attr := &syscall.ProcAttr{Dir: dir, Env: env, Sys: &syscall.SysProcAttr{
+		Setsid:     true,
+		Setctty:    spec.TTY,
+		Credential: &syscall.Credential{Uid: user.uid, Gid: user.gid, Groups: user.groups},
+	}}
+	theirs, err := p.openStreams(spec, user)
+	defer closeAll(theirs)
+	if err != nil {
+		p.closeStreams()
+		return nil, err
+	}
+	for _, fd := range theirs {
+		attr.Files = append(attr.Files, uintptr(fd))
+	}
+	if spec.Cgroup != "" {
+		if err := os.MkdirAll(spec.Cgroup, 0o755); err == nil {
+			fd, err := unix.Open(spec.Cgroup, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+			if err == nil {
+				defer unix.Close(fd)
+				attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, fd
+			}
+		}
+	}
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p.PID, err = syscall.ForkExec(path, spec.Argv, attr)
+	if err != nil {
+		p.closeStreams()
+		os.Remove(spec.Cgroup)
+		return nil, startError(spec.Argv[0], err)
+	}
+	s.children[p.PID] = p
+	return p, nil
+}
+
+func closeAll(fds []int) {
+	for i, fd := range fds {
+		if i == 0 || fd != fds[i-1] { // a terminal is there three times
+			unix.Close(fd)
+		}
+	}
+}
+
+func (p *Process) closeStreams() {
+	for _, f := range []*os.File{p.Stdin, p.Stdout, p.Stderr} {
+		if f != nil {
+			f.Close()
+		}
+	}
+}
+
+func startError(name string, err error) error {
+	class := agentv1.FailureClass_FAILURE_CLASS_UNSPECIFIED
+	switch err {
+	case syscall.ENOENT, syscall.ENOTDIR: // also a script whose interpreter is missing
+		class = agentv1.FailureClass_FAILURE_CLASS_NOT_FOUND
+	case syscall.EACCES, syscall.ENOEXEC, syscall.EISDIR, syscall.EPERM, syscall.ELOOP, syscall.ETXTBSY, syscall.ELIBBAD:
+		class = agentv1.FailureClass_FAILURE_CLASS_NOT_EXECUTABLE
+	case syscall.E2BIG, syscall.EINVAL:
+		class = agentv1.FailureClass_FAILURE_CLASS_INVALID
+	}
+	return &Error{class, "exec: " + strconv.Quote(name) + ": " + err.Error()}
+}
+
+// Done is closed when the process has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Exit says how it ended, once Done is closed.
+func (p *Process) Exit() *agentv1.EntrypointExited {
+	x := &agentv1.EntrypointExited{Code: int32(p.status.ExitStatus()), OomKilled: oomKilled(p.cgroup)}
+	if p.status.Signaled() {
+		x.Signal = int32(p.status.Signal())
+		x.Code = 128 + x.Signal
+	}
+	return x
+}
+
+// Signal sends a signal to the process alone. It is no error when it has ended.
+func (p *Process) Signal(sig unix.Signal) error {
+	p.owner.mu.Lock() // the pid is not given to another process while it has not been reaped
+	defer p.owner.mu.Unlock()
+	select {
+	case <-p.done:
+		return nil
+	default:
+		return unix.Kill(p.PID, sig)
+	}
+}
+
+// Kill ends the process and all in its control group at once.
+func (p *Process) Kill() {
+	if p.cgroup == "" || os.WriteFile(filepath.Join(p.cgroup, "cgroup.kill"), []byte("1"), 0) != nil {
+		p.Signal(unix.SIGKILL)
+	}
+}
+
+// Release removes the control group of an ended process; one with processes left in it stays.
+func (p *Process) Release() {
+	if p.cgroup != "" {
+		os.Remove(p.cgroup)
+	}
+}
