@@ -21,13 +21,13 @@ build: bin/atoll ## build bin/atoll, with the guest's agent inside
 .PHONY: bin/atoll
 bin/atoll: agent
 	@mkdir -p bin
-	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/atoll ./cmd/atoll
+	go build -ldflags '$(LDFLAGS)' -o bin/atoll ./cmd/atoll
 
 .PHONY: agent
 agent: agent-$(GOARCH)
 
 agent-%:
-	@GOOS=linux GOARCH=$* go build -trimpath -ldflags '-s -w' -o $(AGENT)/$*/atoll-agent.new ./cmd/atoll-agent
+	@GOOS=linux GOARCH=$* go build -ldflags '-s -w' -o $(AGENT)/$*/atoll-agent.new ./cmd/atoll-agent
 	@# An unchanged agent keeps its time, so that nothing that embeds it is built anew.
 	@cmp -s $(AGENT)/$*/atoll-agent.new $(AGENT)/$*/atoll-agent 2>/dev/null && rm $(AGENT)/$*/atoll-agent.new || mv $(AGENT)/$*/atoll-agent.new $(AGENT)/$*/atoll-agent
 

@@ -16,14 +16,14 @@ import (
 )
 
 // applets are the programs that Debian 12's busybox-static contains (busybox --list), without dpkg, rpm and the like that would
-// pretend to be what they are not, and without init programs, which are the agent's work.
+// pretend to be what they are not, and without init.
 const applets = `[ [[ adjtimex ar arch arp arping ascii ash awk base64 basename bc blkdiscard blockdev brctl bunzip2 bzcat bzip2 cal cat
 chgrp chmod chown chroot clear cmp cp cpio crc32 crond crontab cttyhack cut date dc dd devmem df diff dirname dmesg dnsdomainname dos2unix du
 echo ed egrep env expand expr factor fallocate false fatattr fdisk fgrep find findfs fold free fsfreeze fstrim ftpget ftpput getopt getty
-grep groups gunzip gzip head hexdump hostid hostname httpd hwclock id ifconfig ifdown ifup insmod ionice ip ipcalc ipneigh kill killall klogd
+grep groups gunzip gzip halt head hexdump hostid hostname httpd hwclock id ifconfig ifdown ifup insmod ionice ip ipcalc ipneigh kill killall klogd
 last less link linux32 linux64 ln logger login logname logread losetup ls lsmod lzcat lzma lzop md5sum mdev microcom mkdir mkdosfs mke2fs
 mkfifo mknod mkpasswd mkswap mktemp modinfo modprobe more mount mt mv nameif nc netstat nl nologin nproc nsenter nslookup od partprobe passwd
-paste patch pidof ping ping6 pivot_root printf ps pwd rdate readlink realpath renice reset rev rm rmdir rmmod route run-parts sed seq setpriv
+paste patch pidof ping ping6 pivot_root poweroff printf ps pwd rdate readlink realpath reboot renice reset rev rm rmdir rmmod route run-parts sed seq setpriv
 setsid sh sha1sum sha256sum sha3sum sha512sum shred shuf sleep sort ssl_client start-stop-daemon stat strings stty su sulogin svc svok swapoff
 swapon switch_root sync sysctl syslogd tac tail tar taskset tc tee telnet telnetd test tftp time timeout top touch tr traceroute traceroute6
 true truncate ts tty tunctl udhcpc udhcpd umount uname uncompress unexpand uniq unix2dos unlink unlzma unshare unxz unzip uptime usleep

@@ -493,6 +493,14 @@ func (fakeKernels) List(context.Context, *connect.Request[atollv1.ListKernelsReq
 	return connect.NewResponse(&atollv1.ListKernelsResponse{Kernels: []*atollv1.Kernel{{Name: "debian-6.1", Version: "6.1.0", Architecture: "amd64", SizeBytes: 8 << 20, Default: true, CreatedAt: timestamppb.New(epoch)}}}), nil
 }
 
+func (k fakeKernels) Get(ctx context.Context, _ *connect.Request[atollv1.GetKernelRequest]) (*connect.Response[atollv1.GetKernelResponse], error) {
+	all, err := k.List(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&atollv1.GetKernelResponse{Kernel: all.Msg.GetKernels()[0]}), nil
+}
+
 func (fakeKernels) Pull(_ context.Context, _ *connect.Request[atollv1.PullKernelRequest], s *connect.ServerStream[atollv1.PullKernelResponse]) error {
 	return s.Send(&atollv1.PullKernelResponse{Kind: &atollv1.PullKernelResponse_Kernel{Kernel: &atollv1.Kernel{Name: "debian-6.1"}}})
 }

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
 
@@ -8,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
+	"github.com/atollvm/atoll/client"
 	"github.com/atollvm/atoll/internal/cli/ui"
 )
 
@@ -87,27 +89,10 @@ signatures, and print its name. NAME is debian unless given.`,
 			if len(args) == 1 {
 				req.Name = args[0]
 			}
-			stream, err := c.Kernels.Pull(cmd.Context(), connect.NewRequest(req))
+			kernel, err := e.pullKernel(cmd.Context(), c, req, quiet)
 			if err != nil {
 				return err
 			}
-			show := e.progress(quiet)
-			defer show.Close()
-			var kernel *atollv1.Kernel
-			err = each(stream, func(r *atollv1.PullKernelResponse) error {
-				if k := r.GetKernel(); k != nil {
-					kernel = k
-				}
-				showTransfer(show, r.GetTransfer())
-				return nil
-			})
-			if err != nil {
-				return err
-			}
-			if kernel == nil {
-				return errDisconnected
-			}
-			show.Close()
 			fmt.Fprintln(e.Stdout, kernel.GetName())
 			return nil
 		},
@@ -118,16 +103,38 @@ signatures, and print its name. NAME is debian unless given.`,
 	return cmd
 }
 
+// pullKernel fetches a kernel and shows how far it is.
+func (e *environment) pullKernel(ctx context.Context, c *client.Client, req *atollv1.PullKernelRequest, quiet bool) (*atollv1.Kernel, error) {
+	stream, err := c.Kernels.Pull(ctx, connect.NewRequest(req))
+	if err != nil {
+		return nil, err
+	}
+	show := e.progress(quiet)
+	defer show.Close()
+	var kernel *atollv1.Kernel
+	err = each(stream, func(r *atollv1.PullKernelResponse) error {
+		if k := r.GetKernel(); k != nil {
+			kernel = k
+		}
+		showTransfer(show, r.GetTransfer())
+		return nil
+	})
+	if err == nil && kernel == nil {
+		err = errDisconnected
+	}
+	return kernel, err
+}
+
 func newKernelInspectCmd(e *environment) *cobra.Command {
 	var format string
 	cmd := &cobra.Command{
-		Use:   "inspect [OPTIONS] NAME...",
+		Use:   "inspect [OPTIONS] [NAME...]",
 		Short: "Show all there is to know about kernels",
-		Long: `Show kernels as a JSON array, or by a Go template that is applied to each. The
-fields are Name, Version, Digest, Architecture, Source, Args, SizeBytes,
-Default, CreatedAt, Path, Modules (in load order) and ConfigDigest.`,
+		Long: `Show kernels, the default one when none is named, as a JSON array, or by a Go
+template that is applied to each. The fields are Name, Version, Digest,
+Architecture, Source, Args, SizeBytes, Default, CreatedAt, Path, Modules (in
+load order) and ConfigDigest.`,
 		Example: `  atoll kernel inspect --format '{{.Source}}' debian-6.1.0-40-cloud-amd64`,
-		Args:    cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := ui.CheckFormat(format); err != nil {
 				return usageError{err}
@@ -138,6 +145,9 @@ Default, CreatedAt, Path, Modules (in load order) and ConfigDigest.`,
 			}
 			var rows []kernelView
 			var failures []error
+			if len(args) == 0 {
+				args = []string{""} // the default one
+			}
 			for _, name := range args {
 				res, err := c.Kernels.Get(cmd.Context(), connect.NewRequest(&atollv1.GetKernelRequest{Name: name}))
 				if err != nil {

@@ -101,11 +101,27 @@ func (e *environment) create(ctx context.Context, c *client.Client, spec *atollv
 			return nil, nil, err
 		}
 	}
+	if spec.GetKernel() == "" {
+		if err := e.ensureKernel(ctx, c); err != nil {
+			return nil, nil, err
+		}
+	}
 	res, err := c.Machines.Create(ctx, connect.NewRequest(&atollv1.CreateMachineRequest{Spec: spec}))
 	if err != nil {
 		return nil, nil, err
 	}
 	return res.Msg.GetMachine(), res.Msg.GetWarnings(), nil
+}
+
+// ensureKernel fetches Debian's kernel where there is none at all, so that the first run needs no preparation.
+func (e *environment) ensureKernel(ctx context.Context, c *client.Client) error {
+	_, err := c.Kernels.Get(ctx, connect.NewRequest(&atollv1.GetKernelRequest{}))
+	if !errdefs.IsNotFound(err) {
+		return err
+	}
+	fmt.Fprintln(e.Stderr, "There is no kernel yet; fetching Debian's")
+	_, err = e.pullKernel(ctx, c, &atollv1.PullKernelRequest{}, false)
+	return err
 }
 
 func (e *environment) run(ctx context.Context, spec *atollv1.MachineSpec, pull string, detach bool) error {

@@ -38,7 +38,6 @@ var quick = &packet.Config{Algorithm: packet.PubKeyAlgoEdDSA} // RSA keys take a
 
 const debPath = "pool/main/h/hello/hello_2.0-1_amd64.deb"
 
-// xz is not made in Go here: an index that is packed with gzip unpacks just as well, whatever its name.
 func newMirror(t *testing.T, change func(release string) string) *mirror {
 	t.Helper()
 	key, err := openpgp.NewEntity("test archive", "", "test@example.org", quick)
@@ -62,7 +61,7 @@ SHA256: %x
 Description: says
  hello
 `, sha256.Sum256(nil), debPath, len(deb), sha256.Sum256(deb)))
-	release := fmt.Sprintf("Origin: Debian\nSuite: oldstable\nVersion: 12.9\nCodename: bookworm\nDate: %s\nValid-Until: %s\nAcquire-By-Hash: yes\nMD5Sum:\n abc 1 x\nSHA256:\n %x %d main/binary-amd64/Packages.xz\n",
+	release := fmt.Sprintf("Origin: Debian\nSuite: oldstable\nVersion: 12.9\nCodename: bookworm\nDate: %s\nValid-Until: %s\nAcquire-By-Hash: yes\nMD5Sum:\n abc 1 x\nSHA256:\n %x %d main/binary-amd64/Packages.gz\n",
 		time.Now().UTC().Format("Mon, 02 Jan 2006 15:04:05 MST"), time.Now().UTC().Add(time.Hour).Format("Mon, 02 Jan 2006 15:04:05 MST"),
 		sha256.Sum256(index), len(index))
 	if change != nil {
@@ -305,6 +304,24 @@ func TestFaults(t *testing.T) {
 				t.Errorf("a bad package is in the cache: %v", debs)
 			}
 		})
+	}
+}
+
+func TestDecompress(t *testing.T) {
+	packed := map[string]string{
+		"plain": "Package: hello\n",
+		"gzip":  string(gz([]byte("Package: hello\n"))),
+		"xz": "\xfd7zXZ\x00\x00\x04\xe6\xd6\xb4F\x02\x00!\x01\x1c\x00\x00\x00\x10\xcfX\xcc\x01\x00\x0ePackage: hello\n\x00\x00\xf8\xc3x\x0b" +
+			"\x19\xee\xb3S\x00\x01'\x0f\xdf\x1a\xfcj\x1f\xb6\xf3}\x01\x00\x00\x00\x00\x04YZ",
+	}
+	for name, data := range packed {
+		r, err := Decompress(strings.NewReader(data))
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		if got, err := io.ReadAll(r); err != nil || string(got) != "Package: hello\n" {
+			t.Errorf("%s: %q %v", name, got, err)
+		}
 	}
 }
 

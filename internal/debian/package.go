@@ -72,18 +72,24 @@ func (a *Archive) Find(ctx context.Context, arch string, match func(name string)
 }
 
 func (a *Archive) find(ctx context.Context, r *Release, dir string, match func(name string) bool) ([]Package, error) {
-	f, ok := r.files[dir+"/Packages.xz"]
+	// gzip is a third longer (12 MB for bookworm) and unpacks three times as fast (0.4 s), which wins from 4 MB/s on.
+	name := "Packages.gz"
+	f, ok := r.files[dir+"/"+name]
 	if !ok {
-		return nil, hint.With(fmt.Errorf("the release lists no %s/Packages.xz: %w", dir, errdefs.ErrNotFound),
+		name = "Packages.xz"
+		f, ok = r.files[dir+"/"+name]
+	}
+	if !ok {
+		return nil, hint.With(fmt.Errorf("the release lists no %s/%s: %w", dir, name, errdefs.ErrNotFound),
 			"check the architecture: Debian's words are amd64, arm64, …")
 	}
 	url := a.Mirror + "/dists/" + a.Suite + "/" + dir
 	if r.AcquireByHash {
 		url += "/by-hash/SHA256/" + f.sha256 // the mirror may be changing just now
 	} else {
-		url += "/Packages.xz"
+		url += "/" + name
 	}
-	dst := filepath.Join(a.Cache, f.sha256[:16]+"-Packages.xz")
+	dst := filepath.Join(a.Cache, f.sha256[:16]+"-"+name)
 	if err := a.download(ctx, url, dst, f, nil); err != nil {
 		return nil, err
 	}

@@ -107,7 +107,14 @@ func (a *Attachment) Output(ctx context.Context, do func(outlog.Record) error) (
 		}
 	}
 	err := a.e.until(ctx, func(e *entry) bool { return e.gone || !e.m.State.Alive() })
-	return a.e.get(), err
+	m := a.e.get()
+	if err == nil && m.Spec.Remove && m.State == Stopped {
+		// Whoever waits for such a machine counts on its being gone.
+		ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
+		defer cancel()
+		_ = a.e.until(ctx, func(e *entry) bool { return e.gone })
+	}
+	return m, err
 }
 
 // Stdin opens the entrypoint's input once it runs.
