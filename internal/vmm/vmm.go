@@ -49,8 +49,8 @@ type Driver interface {
 	// Probe says what the driver can do on this host; it really runs a guest where that is the only proof.
 	// The answer may be cached by the driver; ctx bounds the wait.
 	Probe(ctx context.Context) (Capabilities, error)
-	// Start runs the VMM in a session of its own, so that it outlives the caller, and returns when its process runs and its
-	// control socket answers. On an error nothing is left behind.
+	// Start runs the VMM in a session of its own, so that it outlives the caller, and returns when its process runs. A process that
+	// ends at once is reported by DialAgent and Done, with its own words. On an error nothing is left behind.
 	Start(ctx context.Context, spec Spec) (Instance, error)
 	// Recover takes back an instance that an earlier process started in spec.Dir. errdefs.ErrNotFound: it runs no longer;
 	// then whatever it left in Dir but the console is removed.
@@ -69,7 +69,8 @@ type Capabilities struct {
 type Instance interface {
 	PID() int
 	Accelerator() string
-	// DialAgent opens the raw byte stream to the agent's port. One connection at a time: a new one replaces the old.
+	// DialAgent waits for the VMM's control socket and opens the raw byte stream to the agent's port; the guest may not listen yet.
+	// One connection at a time: a new one replaces the old. errdefs.ErrUnavailable: the VMM has ended, and why.
 	DialAgent(ctx context.Context) (net.Conn, error)
 	// Done is closed when the VMM process has ended, within a second of its death.
 	Done() <-chan struct{}

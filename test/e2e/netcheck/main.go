@@ -48,15 +48,6 @@ func run(args []string) error {
 		}
 		_, err = os.Stdout.Write(buf[:n])
 		return err
-	case len(args) == 2 && args[0] == "listen":
-		l, err := net.Listen("tcp", args[1])
-		if err != nil {
-			return err
-		}
-		defer l.Close()
-		fmt.Println(l.Addr())
-		time.Sleep(2 * time.Minute) // as long as a script may need it; the script ends it
-		return nil
 	}
-	return fmt.Errorf("usage: netcheck get URL | udp ADDRESS TEXT | listen ADDRESS")
+	return fmt.Errorf("usage: netcheck get URL | udp ADDRESS TEXT")
 }

@@ -1,0 +1,217 @@
+package qemu
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/atollvm/atoll/internal/hint"
+	"github.com/atollvm/atoll/internal/vmm"
+)
+
+const (
+	minMemory   = 64 << 20
+	maxSocket   = 107 // bytes of a unix socket's path: sun_path less its NUL
+	mmioDevices = 8   // virtio-mmio slots of microvm without ACPI
+	acpiDevices = 24  // and with it (QEMU 7.2, hw/i386/microvm.c)
+)
+
+// host is what the command line depends on besides the spec.
+type host struct {
+	arch        string
+	accelerator string
+	tscKHz      int // of the host's clock; 0 when it is not constant
+}
+
+// check refuses what QEMU would refuse later, or only by hanging. It gathers every fault.
+func check(spec vmm.Spec, h host) error {
+	var faults []error
+	invalid := func(format string, args ...any) {
+		faults = append(faults, fmt.Errorf(format+": %w", append(args, errdefs.ErrInvalidArgument)...))
+	}
+	if spec.MemoryBytes < minMemory {
+		invalid("memory of %d bytes is less than %d MiB", spec.MemoryBytes, minMemory>>20)
+		faults = append(faults[:len(faults)-1], hint.With(faults[len(faults)-1], "give the machine at least %dM of memory", minMemory>>20))
+	}
+	if spec.CPUs < 1 {
+		invalid("%d CPUs", spec.CPUs)
+	}
+	// The agent's port and the random number device take a slot each.
+	if n, most := len(spec.Disks)+len(spec.NICs)+2, slots(spec, h); n > most {
+		invalid("%d disks and NICs, but there is room for %d", n-2, most-2)
+	}
+	sockets := []string{filepath.Join(spec.Dir, agentSocket)}
+	for _, n := range spec.NICs {
+		sockets = append(sockets, n.Local, n.Remote)
+	}
+	for _, s := range sockets {
+		if len(s) > maxSocket {
+			faults = append(faults, hint.With(fmt.Errorf("socket %s: its path is longer than %d bytes: %w", s, maxSocket, errdefs.ErrInvalidArgument),
+				"use a shorter ATOLL_HOME"))
+		}
+	}
+	if err := checkKernel(spec.Kernel.Path, h.arch); err != nil {
+		faults = append(faults, err)
+	}
+	files := []string{spec.Kernel.Initramfs}
+	for _, d := range spec.Disks {
+		files = append(files, d.Path)
+	}
+	for _, name := range files {
+		if _, err := os.Stat(name); err != nil {
+			faults = append(faults, class(err))
+		}
+	}
+	return errors.Join(faults...)
+}
+
+func slots(spec vmm.Spec, h host) int {
+	if h.arch == "amd64" && !spec.Kernel.NeedsACPI {
+		return mmioDevices
+	}
+	return acpiDevices
+}
+
+func class(err error) error {
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("%w: %w", err, errdefs.ErrPermissionDenied)
+	}
+	return err
+}
+
+// checkKernel looks at the file's first bytes: QEMU would run a file of zeros, and hang.
+func checkKernel(path, arch string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("opening the kernel: %w", class(err))
+	}
+	defer f.Close()
+	head := make([]byte, 64)
+	if _, err := io.ReadFull(f, head); err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("reading kernel %s: %w", path, err)
+	}
+	const x86, i386 = 62, 3 // ELF machines
+	var good bool
+	switch machine := binary.LittleEndian.Uint16(head[18:]); arch {
+	case "amd64":
+		good = bytes.HasPrefix(head, []byte("\x7fELF")) && (machine == x86 || machine == i386)
+	case "arm64":
+		good = string(head[56:60]) == "ARM\x64" // the Image format
+	}
+	if good {
+		return nil
+	}
+	return hint.With(fmt.Errorf("%s is no uncompressed kernel for %s: %w", path, arch, errdefs.ErrInvalidArgument),
+		"get a kernel that works: atoll kernel pull")
+}
+
+// arguments is QEMU's command line without its name. The listening sockets of QMP and of the agent are inherited as fd 3 and 4.
+func arguments(spec vmm.Spec, h host) []string {
+	args := []string{
+		"-name", escape(spec.ID),
+		"-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
+		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+		"-machine", machine(spec, h),
+		"-accel", h.accelerator,
+		"-cpu", cpu(h),
+		"-smp", strconv.Itoa(spec.CPUs),
+		"-m", strconv.FormatInt(spec.MemoryBytes>>20, 10) + "M",
+		"-kernel", spec.Kernel.Path,
+		"-initrd", spec.Kernel.Initramfs,
+		"-append", kernelArguments(spec, h),
+		"-chardev", "socket,id=qmp,fd=3,server=on,wait=off",
+		"-mon", "chardev=qmp,mode=control",
+		"-chardev", "file,id=console,path=" + escape(filepath.Join(spec.Dir, vmm.ConsoleFile)),
+		"-serial", "chardev:console",
+	}
+	// QEMU gives devices their virtio-mmio slots in the order of the command line, which is the guest's order too. Slots are not named:
+	// with ACPI, Debian's 6.1 finds nothing in slot 0.
+	device := func(text string) { args = append(args, "-device", text) }
+	args = append(args, "-chardev", "socket,id=agent,fd=4,server=on,wait=off")
+	device("virtio-serial-device,id=ports,max_ports=2")
+	device("virtserialport,bus=ports.0,chardev=agent,name=atoll.agent")
+	device("virtio-rng-device")
+	for i, d := range spec.Disks {
+		node := fmt.Sprintf("driver=raw,node-name=disk%d,file.driver=file,file.filename=%s", i, escape(d.Path))
+		if d.ReadOnly {
+			node += ",read-only=on,file.locking=off"
+		} else {
+			node += ",discard=unmap"
+		}
+		args = append(args, "-blockdev", node)
+		device(fmt.Sprintf("virtio-blk-device,drive=disk%d", i))
+	}
+	for i, n := range spec.NICs {
+		args = append(args, "-netdev", fmt.Sprintf("dgram,id=nic%d,local.type=unix,local.path=%s,remote.type=unix,remote.path=%s",
+			i, escape(n.Local), escape(n.Remote)))
+		device(fmt.Sprintf("virtio-net-device,netdev=nic%d,mac=%s,host_mtu=%d", i, n.MAC, n.MTU))
+	}
+	return args
+}
+
+// escape keeps a comma in a value from ending it.
+func escape(value string) string { return strings.ReplaceAll(value, ",", ",,") }
+
+func machine(spec vmm.Spec, h host) string {
+	switch {
+	case h.arch == "arm64":
+		return "virt,gic-version=max"
+	case spec.Kernel.NeedsACPI:
+		return "microvm,acpi=on"
+	}
+	return "microvm,acpi=off"
+}
+
+func cpu(h host) string {
+	switch {
+	case h.accelerator == "kvm":
+		return "host"
+	case h.arch == "amd64":
+		return "max,-erms,-fsrm" // emulated, rep movsb is a loop over bytes: without it copies are two to four times as fast
+	}
+	return "max"
+}
+
+// kernelArguments is the guest kernel's command line: what the machine needs, then the kernel's own part, which so has the last word.
+func kernelArguments(spec vmm.Spec, h host) string {
+	args := []string{"panic=-1", "quiet"} // a panic is printed all the same, and ends QEMU
+	if h.arch == "arm64" {
+		args = append(args, "console=ttyAMA0")
+	} else {
+		args = append(args, "console=ttyS0", "reboot=t")
+	}
+	if h.arch == "amd64" && h.accelerator == "tcg" {
+		args = append(args, emulatedArguments(spec.CPUs, h.tscKHz)...)
+	}
+	if spec.Kernel.Args != "" {
+		args = append(args, spec.Kernel.Args)
+	}
+	return strings.Join(args, " ")
+}
+
+// emulatedArguments saves an emulated x86 kernel much of what it would measure about its clocks, and its text patching. Not
+// nolapic_timer, which would save another seventh of the boot: with the PIT in its place, timers of a guest on a busy host stop for
+// ever now and then (QEMU 7.2, Linux 6.1).
+func emulatedArguments(cpus, tscKHz int) []string {
+	args := []string{"no_timer_check"}
+	if tscKHz > 0 {
+		// Emulated, the guest's TSC is the host's. Without the figure a kernel on a busy host finds none ("Unable to calibrate
+		// against PIT") and may hang.
+		args = append(args, fmt.Sprintf("tsc_early_khz=%d", tscKHz), "tsc=reliable")
+	}
+	if cpus == 1 {
+		args = append(args, "noreplace-smp")
+	}
+	return args
+}

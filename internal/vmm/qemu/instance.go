@@ -1,0 +1,281 @@
+package qemu
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/atollvm/atoll/internal/vmm"
+	"github.com/atollvm/atoll/internal/vmm/qemu/qmp"
+)
+
+const tailSize = 4 << 10 // how much of a file's end is looked at for the reason of an end
+
+// instance is one QEMU process.
+type instance struct {
+	spec  vmm.Spec
+	argv  []string
+	log   *slog.Logger
+	pid   int
+	pidfd *os.File
+	child *os.Process // nil: started by an earlier process of ours
+
+	closing context.Context // ends with Close
+	close   context.CancelFunc
+	control chan struct{} // closed when QMP answers
+	qmp     *qmp.Client   // set before control is closed
+	silent  chan struct{} // closed when QMP will say no more
+	down    *shutdown     // QEMU's last words; valid after silent
+	done    chan struct{}
+	exit    vmm.Exit // valid after done
+
+	mu    sync.Mutex // guards agent
+	agent net.Conn
+}
+
+// shutdown is the data of QMP's SHUTDOWN event.
+type shutdown struct {
+	Guest  bool   `json:"guest"`
+	Reason string `json:"reason"`
+}
+
+// watch takes charge of a running process.
+func (d *Driver) watch(spec vmm.Spec, pid int, argv []string, child *os.Process) (*instance, error) {
+	pidfd, err := openPID(pid)
+	if err != nil {
+		return nil, err
+	}
+	if child == nil && !runs(pid, argv) { // it may have ended before the pidfd held it
+		pidfd.Close()
+		return nil, errors.Join(fmt.Errorf("process %d has ended: %w", pid, errdefs.ErrNotFound), clean(spec))
+	}
+	i := &instance{
+		spec: spec, argv: argv, log: d.opts.Log.With("instance", spec.ID), pid: pid, pidfd: pidfd, child: child,
+		control: make(chan struct{}), silent: make(chan struct{}), done: make(chan struct{}),
+	}
+	i.closing, i.close = context.WithCancel(context.Background())
+	go i.listen()
+	go i.wait()
+	return i, nil
+}
+
+// listen speaks with QMP until it ends.
+func (i *instance) listen() {
+	defer close(i.silent)
+	conn, err := (&net.Dialer{}).DialContext(i.closing, "unix", filepath.Join(i.spec.Dir, qmpSocket))
+	if err != nil {
+		i.log.Debug("qmp does not answer", "error", err)
+		return
+	}
+	client, err := qmp.New(i.closing, conn)
+	if err != nil {
+		i.log.Debug("qmp does not answer", "error", err)
+		return
+	}
+	defer client.Close()
+	defer context.AfterFunc(i.closing, func() { client.Close() })()
+	i.qmp = client
+	close(i.control)
+	for e := range client.Events() {
+		if e.Name != "SHUTDOWN" {
+			continue
+		}
+		var s shutdown
+		if err := json.Unmarshal(e.Data, &s); err != nil {
+			i.log.Debug("qmp event makes no sense", "event", e.Name, "error", err)
+			continue
+		}
+		i.down = &s
+	}
+}
+
+// wait ends with the process. It outlives Close for a child, to reap it.
+func (i *instance) wait() {
+	ended := waitPID(i.pidfd)
+	var state *os.ProcessState
+	if i.child != nil {
+		state, _ = i.child.Wait()
+	}
+	if ended != nil || i.closing.Err() != nil {
+		return // closed: another may have taken over the directory by now
+	}
+	<-i.silent // soon: the other end of its connection is gone
+	i.exit = i.reason(state)
+	i.log.Debug("qemu ended", "reason", i.exit.Reason, "detail", i.exit.Detail)
+	if err := clean(i.spec); err != nil {
+		i.log.Warn("an ended instance leaves files behind", "error", err)
+	}
+	close(i.done)
+}
+
+// reason finds out why the process ended. state is nil when it was not our child.
+func (i *instance) reason(state *os.ProcessState) vmm.Exit {
+	byGuest := state != nil && state.Success()
+	if i.down != nil {
+		byGuest = i.down.Guest
+	}
+	if byGuest {
+		if line := panicLine(filepath.Join(i.spec.Dir, vmm.ConsoleFile)); line != "" {
+			return vmm.Exit{Reason: vmm.ReasonPanic, Detail: line}
+		}
+		if i.down != nil {
+			return vmm.Exit{Reason: vmm.ReasonGuest, Detail: i.down.Reason}
+		}
+		return vmm.Exit{Reason: vmm.ReasonGuest}
+	}
+	var words []string
+	if i.down != nil {
+		words = append(words, i.down.Reason)
+	}
+	if state != nil {
+		words = append(words, state.String())
+	}
+	if text, err := tail(filepath.Join(i.spec.Dir, stderrFile)); err == nil && len(bytes.TrimSpace(text)) > 0 {
+		words = append(words, strings.TrimSpace(string(text)))
+	}
+	return vmm.Exit{Reason: vmm.ReasonDied, Detail: strings.Join(words, ": ")}
+}
+
+// panicLine returns the line of the guest's panic from the end of its console, or "".
+func panicLine(console string) string {
+	text, err := tail(console)
+	if err != nil {
+		return ""
+	}
+	_, after, found := bytes.Cut(text, []byte("Kernel panic - not syncing"))
+	if !found {
+		return ""
+	}
+	line, _, _ := bytes.Cut(after, []byte("\n"))
+	return "Kernel panic - not syncing" + strings.TrimSpace(string(line))
+}
+
+func tail(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return io.ReadAll(io.NewSectionReader(f, max(0, info.Size()-tailSize), tailSize))
+}
+
+func (i *instance) PID() int { return i.pid }
+
+func (i *instance) Accelerator() string {
+	if at := slices.Index(i.argv, "-accel"); at >= 0 && at+1 < len(i.argv) {
+		return i.argv[at+1]
+	}
+	return ""
+}
+
+// ready waits until QEMU has read its command line, or says why it never will.
+func (i *instance) ready(ctx context.Context) error {
+	select {
+	case <-i.control:
+		return nil
+	case <-i.done:
+		return fmt.Errorf("QEMU ended: %s: %w", i.exit.Detail, errdefs.ErrUnavailable)
+	case <-i.closing.Done():
+		return net.ErrClosed
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for QEMU: %w", context.Cause(ctx))
+	}
+}
+
+func (i *instance) DialAgent(ctx context.Context) (net.Conn, error) {
+	conn, err := i.dialAgent(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("opening the agent's port of %s: %w", i.spec.ID, err)
+	}
+	return conn, nil
+}
+
+func (i *instance) dialAgent(ctx context.Context) (net.Conn, error) {
+	if err := i.ready(ctx); err != nil {
+		return nil, err
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.agent != nil {
+		i.agent.Close() // QEMU serves one at a time: the next one waits in the queue until this one is closed
+	}
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(i.spec.Dir, agentSocket))
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
+	}
+	i.agent = conn
+	return conn, nil
+}
+
+func (i *instance) Done() <-chan struct{} { return i.done }
+
+func (i *instance) Exit() vmm.Exit {
+	select {
+	case <-i.done:
+		return i.exit
+	default:
+		return vmm.Exit{}
+	}
+}
+
+func (i *instance) Kill(ctx context.Context) error {
+	select {
+	case <-i.done:
+		return nil
+	default:
+	}
+	if err := killPID(i.pidfd); err != nil {
+		return fmt.Errorf("killing QEMU of %s: %w", i.spec.ID, err)
+	}
+	select {
+	case <-i.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("killing QEMU of %s: %w", i.spec.ID, context.Cause(ctx))
+	}
+}
+
+func (i *instance) Pause(ctx context.Context) error { return i.command(ctx, "pausing", "stop") }
+
+func (i *instance) Resume(ctx context.Context) error { return i.command(ctx, "resuming", "cont") }
+
+func (i *instance) command(ctx context.Context, doing, name string) error {
+	err := i.ready(ctx)
+	if err == nil {
+		err = i.qmp.Execute(ctx, name, nil, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", doing, i.spec.ID, err)
+	}
+	return nil
+}
+
+func (i *instance) Close() error {
+	i.close()
+	<-i.silent
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.agent != nil {
+		i.agent.Close()
+	}
+	if err := i.pidfd.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
+		return err
+	}
+	return nil
+}
