@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export CGO_ENABLED := 0
+# The version is stamped by the linker; git may refuse a checkout of another user.
+export GOFLAGS := -buildvcs=false
 
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 COMMIT  := $(shell git rev-parse HEAD 2>/dev/null)
@@ -9,7 +11,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)
 AGENT   := internal/agent/embedded/bin
 GOARCH  ?= $(shell go env GOARCH)
 SUDO    := $(if $(filter 0,$(shell id -u)),,sudo)
-PACKAGES := qemu-system-x86 mmdebstrap runc e2fsprogs erofs-utils busybox-static
+PACKAGES := ca-certificates curl uidmap $(if $(filter arm64,$(GOARCH)),qemu-system-arm,qemu-system-x86) mmdebstrap runc e2fsprogs erofs-utils busybox-static
 
 .PHONY: help
 help: ## this list

@@ -138,11 +138,11 @@ func dockerfile(file string) (string, error) {
 		return "", nil
 	}
 	if file == "-" {
-		return "", fmt.Errorf("Dockerfile %q: standard input is not supported yet: %w", file, errdefs.ErrInvalidArgument)
+		return "", fmt.Errorf("reading Dockerfile %q: standard input is not supported yet: %w", file, errdefs.ErrInvalidArgument)
 	}
 	abs, err := filepath.Abs(file)
 	if err != nil {
-		return "", fmt.Errorf("Dockerfile %q: %w", file, err)
+		return "", fmt.Errorf("finding Dockerfile %q: %w", file, err)
 	}
 	return abs, nil
 }

@@ -42,6 +42,8 @@ func (i *imagesOf) Find(ctx context.Context, ref, platform string) (machine.Imag
 	}, nil
 }
 
+func (i *imagesOf) Hold() func() { return i.s.images.Hold() }
+
 func isBase(name string) bool {
 	_, err := base.Find(name)
 	return err == nil

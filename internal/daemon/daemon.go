@@ -61,7 +61,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		return fmt.Errorf("starting the daemon: %w", err)
 	}
 	// The state file's lock makes this daemon the one owner of the home; nothing is touched before it is held.
-	db, err := state.Open(filepath.Join(c.Home, "atoll.db"))
+	db, err := openState(ctx, c)
 	if errors.Is(err, errdefs.ErrUnavailable) {
 		err = hint.With(fmt.Errorf("starting the daemon: another one owns %s: %w", c.Home, err), "use that one, or another ATOLL_HOME")
 	}
@@ -75,10 +75,12 @@ func Run(ctx context.Context, c Config) (err error) {
 		return fmt.Errorf("starting the daemon: %w", err)
 	}
 	defer func() { err = errors.Join(err, s.close()) }()
-	// Probing may run a guest; it must not hold up what needs no VMM.
-	if err := s.machines.Recover(ctx); err != nil {
-		return fmt.Errorf("starting the daemon: %w", err)
+	s.machines.Recover(ctx)
+	if err := s.removeOrphans(ctx); err != nil {
+		c.Log.Error("removing root disks without an image", "err", err)
 	}
+	// The probe may run a guest for a second: now, and not when the first machine waits for it.
+	go func() { _, _ = s.qemu.Probe(ctx) }()
 	return s.serve(ctx, c)
 }
 
@@ -188,9 +190,48 @@ func (s *system) serve(ctx context.Context, c Config) error {
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
 	if err := door.Shutdown(end); err != nil {
-		return errors.Join(door.Close(), os.Remove(c.Socket))
+		c.Log.Info("cutting off calls that did not end", "err", err)
+		_ = door.Close() // its listeners are closed already
 	}
 	c.Log.Info("daemon ended", "pid", os.Getpid())
+	return nil
+}
+
+// endingTimeout is how long a daemon that has closed its door may still hold the state.
+const endingTimeout = 15 * time.Second
+
+// openState waits for a daemon that is about to end, which shows by its missing socket.
+func openState(ctx context.Context, c Config) (*state.DB, error) {
+	ctx, cancel := context.WithTimeout(ctx, endingTimeout)
+	defer cancel()
+	for {
+		db, err := state.Open(filepath.Join(c.Home, "atoll.db"))
+		if !errors.Is(err, errdefs.ErrUnavailable) || ctx.Err() != nil {
+			return db, err
+		}
+		if _, statErr := os.Stat(c.Socket); statErr == nil {
+			return nil, err
+		}
+	}
+}
+
+// removeOrphans removes root disks whose images are gone: a daemon that died between the two steps of a removal leaves them.
+func (s *system) removeOrphans(ctx context.Context) error {
+	disks, err := s.disks.List()
+	if err != nil {
+		return err
+	}
+	release := s.images.Hold()
+	defer release()
+	for _, d := range disks {
+		_, err := s.images.Resolve(ctx, d.ImageDigest.String(), "")
+		if errdefs.IsNotFound(err) && len(s.machines.UsersOf(d.ImageDigest)) == 0 {
+			err = s.disks.Remove(d.ImageDigest)
+		}
+		if err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+	}
 	return nil
 }
 

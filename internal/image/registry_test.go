@@ -66,13 +66,11 @@ func serveRegistry(t *testing.T, wrap func(http.Handler) http.Handler) string {
 
 // serveDebian is serveRegistry for Debian's docker-registry.
 func serveDebian(t *testing.T, wrap func(http.Handler) http.Handler) string {
-	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: debianRegistry(t)})
-	proxy.ErrorLog = log.New(io.Discard, "", 0)
-	direct := proxy.Director
-	proxy.Director = func(r *http.Request) {
-		direct(r)
-		r.Header["X-Forwarded-Host"] = []string{r.Host} // for the Location of an upload
-	}
+	target := &url.URL{Scheme: "http", Host: debianRegistry(t)}
+	proxy := &httputil.ReverseProxy{ErrorLog: log.New(io.Discard, "", 0), Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(target)
+		r.SetXForwarded() // for the Location of an upload
+	}}
 	return serve(t, proxy, wrap)
 }
 

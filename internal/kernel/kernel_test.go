@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -239,7 +238,7 @@ func TestPulledKernelBootsAndLoadsItsModules(t *testing.T) {
 		t.Fatal("no QEMU: apt install qemu-system-x86:", err)
 	}
 	init := filepath.Join(t.TempDir(), "init")
-	build := exec.Command(filepath.Join(runtime.GOROOT(), "bin", "go"), "build", "-o", init, "./testdata/guestinit")
+	build := exec.Command("go", "build", "-o", init, "./testdata/guestinit")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("building the guest's init: %v\n%s", err, out)

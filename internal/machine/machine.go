@@ -99,8 +99,16 @@ type Machine struct {
 	Ports      []network.PortMapping // as bound
 	VMM        VMMStatus
 	Steps      []StepTime      // of the last start
+	Last       *LastWord       // what the agent of this run said before it went down
 	AgentToken transport.Token // reopens the agent's channel
 	HostBoot   string          // the host's boot ID at the last start
+}
+
+// LastWord is why a guest goes down, in its agent's words.
+type LastWord struct {
+	Reason   Reason
+	ExitCode int
+	Detail   string
 }
 
 // VMMStatus says what runs, or last ran, the machine.
@@ -135,6 +143,8 @@ type Images interface {
 	// Find returns the image of that reference or digest for a platform ("" = the host's). errdefs.ErrNotFound, or
 	// ErrInvalidArgument for an image that this host cannot run.
 	Find(ctx context.Context, ref, platform string) (Image, error)
+	// Hold keeps every image from being deleted until release is called.
+	Hold() (release func())
 }
 
 // Disks makes the disks of a machine.

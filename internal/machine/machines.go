@@ -77,6 +77,7 @@ func Open(o Options) (*Machines, error) {
 	}
 	ms := &Machines{Options: o, records: records, byID: map[ID]*entry{}, byName: map[string]*entry{}}
 	ms.life, ms.endLife = context.WithCancel(context.Background())
+	ms.workers.Go(ms.boundConsoles)
 	all, err := records.All()
 	if err != nil {
 		return nil, fmt.Errorf("opening machines: %w", err)
@@ -87,6 +88,32 @@ func Open(o Options) (*Machines, error) {
 		}
 	}
 	return ms, nil
+}
+
+const (
+	consoleLimit = 16 << 20
+	consoleCheck = 5 * time.Second
+)
+
+// boundConsoles empties serial consoles that have grown past all use, so that no guest can fill the host's disk.
+func (ms *Machines) boundConsoles() {
+	tick := time.NewTicker(consoleCheck)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ms.life.Done():
+			return
+		}
+		for _, m := range ms.List() {
+			path := ms.ConsolePath(m)
+			if st, err := os.Stat(path); m.State.Alive() && err == nil && st.Size() > consoleLimit {
+				if err := os.Truncate(path, 0); err != nil {
+					ms.Log.Error("bounding a console", "machine", m.ID, "err", err)
+				}
+			}
+		}
+	}
 }
 
 func (ms *Machines) addLocked(m Machine) (*entry, error) {
@@ -126,6 +153,8 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (Machine, error) {
 	if err := s.validate(); err != nil {
 		return Machine{}, fmt.Errorf("creating machine: %w", err)
 	}
+	release := ms.Images.Hold() // until the record names the image as in use
+	defer release()
 	img, err := ms.Images.Find(ctx, s.Image, s.Platform)
 	if err != nil {
 		return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)

@@ -3,15 +3,16 @@ package machine
 import (
 	"context"
 	"errors"
-	"fmt"
+	"time"
 
 	"github.com/atollvm/atoll/internal/network"
+	"github.com/atollvm/atoll/internal/vmm"
 	"github.com/containerd/errdefs"
 )
 
 // Recover takes back what an earlier daemon left: it must be called once, before any command. Machines that run go on running;
 // a start or a stop that was cut off is undone or finished; the rest is told as it is.
-func (ms *Machines) Recover(ctx context.Context) error {
+func (ms *Machines) Recover(ctx context.Context) {
 	ms.mu.Lock()
 	entries := make([]*entry, 0, len(ms.byID))
 	for _, e := range ms.byID {
@@ -37,10 +38,10 @@ func (ms *Machines) Recover(ctx context.Context) error {
 			err = d.Recover(ctx, n, attached[n.Name])
 		}
 		if err != nil {
-			return fmt.Errorf("recovering network %q: %w", n.Name, err)
+			// A port that cannot be bound again must not keep everything else from being managed.
+			ms.Log.Error("recovering a network", "network", n.Name, "err", err)
 		}
 	}
-	return nil
 }
 
 // recoverOne says whether the machine runs.
@@ -48,44 +49,34 @@ func (ms *Machines) recoverOne(ctx context.Context, e *entry) bool {
 	m := e.get()
 	switch {
 	case !m.State.Alive():
-		if m.Spec.Remove && (m.State == Stopped || m.State == Failed) {
-			ms.later("removing a machine that was to be thrown away", m.ID, func() error { return ms.remove(ms.life, e, false) })
-		}
+		ms.afterwards(e)
 		return false
 	case m.HostBoot != ms.BootID:
 		ms.finish(e, ReasonHostReboot, 255, "the host was restarted")
 		return false
 	}
-	d, _, err := ms.driver(ctx, m.VMM.Driver)
-	if err != nil {
-		ms.Log.Error("recovering a machine", "machine", m.ID, "err", err)
+	d := ms.Drivers[m.VMM.Driver]
+	if d == nil {
+		ms.Log.Error("recovering a machine: its driver is not here", "machine", m.ID, "driver", m.VMM.Driver)
 		return false
 	}
 	s := starting{ms: ms, e: e, m: m}
 	inst, err := d.Recover(ctx, s.spec())
-	if errors.Is(err, errdefs.ErrNotFound) {
+	switch {
+	case err != nil && !errdefs.IsNotFound(err):
+		ms.Log.Error("recovering a machine", "machine", m.ID, "err", err)
+		return true // it may run: its network stays
+	case m.State == Starting:
+		ms.undoStart(ctx, e, inst)
+		return false
+	case err != nil && m.Last != nil:
+		ms.finish(e, m.Last.Reason, m.Last.ExitCode, m.Last.Detail)
+		return false
+	case err != nil:
 		ms.finish(e, ReasonVMMDied, 255, "the VMM ended while no daemon ran")
 		return false
 	}
-	if err != nil {
-		ms.Log.Error("recovering a machine", "machine", m.ID, "err", err)
-		return false
-	}
 	r := newRun(inst, e)
-	if m.State == Starting {
-		// Its guest may be half configured: undo.
-		err := errors.Join(inst.Kill(ctx), r.close())
-		if err != nil {
-			ms.Log.Error("undoing a start that was cut off", "machine", m.ID, "err", err)
-		}
-		if err := ms.commit(e, "die", func(m *Machine) {
-			m.State, m.Error, m.FailedStep = Failed, "the daemon ended while the machine was starting", "start"
-			m.VMM.PID = 0
-		}); err != nil {
-			ms.Log.Error("recording a failed start", "machine", m.ID, "err", err)
-		}
-		return false
-	}
 	e.log.Resume()
 	e.mu.Lock()
 	e.run = r
@@ -98,4 +89,21 @@ func (ms *Machines) recoverOne(ctx context.Context, e *entry) bool {
 		})
 	}
 	return true
+}
+
+// undoStart ends a machine whose start was cut off: its guest may be half configured. inst is nil when there was no VMM yet.
+func (ms *Machines) undoStart(ctx context.Context, e *entry, inst vmm.Instance) {
+	if inst != nil {
+		if err := errors.Join(inst.Kill(ctx), inst.Close()); err != nil {
+			ms.Log.Error("undoing a start that was cut off", "machine", e.get().ID, "err", err)
+		}
+	}
+	err := ms.commit(e, "die", func(m *Machine) {
+		m.State, m.Error, m.FailedStep, m.Finished = Failed, "the daemon ended while the machine was starting", "start", time.Now()
+		m.VMM.PID = 0
+	})
+	if err != nil {
+		ms.Log.Error("recording a failed start", "machine", e.get().ID, "err", err)
+	}
+	ms.afterwards(e)
 }

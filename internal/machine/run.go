@@ -27,9 +27,7 @@ type run struct {
 
 	// guarded by e.mu
 	agent  *host.Client // nil while the channel is down
-	exited *agentv1.EntrypointExited
-	down   agentv1.GoingDown_Reason
-	killed bool // Atoll ended the VMM
+	killed bool         // Atoll ended the VMM
 }
 
 func newRun(inst vmm.Instance, e *entry) *run {
@@ -115,14 +113,20 @@ func (ms *Machines) supervise(e *entry, r *run) {
 	})
 }
 
+// steady is how long a channel must have served before its break is met with a quick retry.
+const steady = 5 * time.Second
+
 // listen reads the guest's output and events, opening the channel anew when it breaks.
 func (ms *Machines) listen(ctx context.Context, e *entry, r *run) {
 	pause := 10 * time.Millisecond
 	for ctx.Err() == nil {
 		agent, err := r.client()
 		if err == nil {
-			pause = 10 * time.Millisecond
+			began := time.Now()
 			err = ms.listenOnce(ctx, e, r, agent)
+			if time.Since(began) > steady {
+				pause = 10 * time.Millisecond
+			}
 			r.e.mu.Lock()
 			r.agent = nil
 			r.e.mu.Unlock()
@@ -152,7 +156,7 @@ func (ms *Machines) listenOnce(ctx context.Context, e *entry, r *run, agent *hos
 			cancel(err)
 		}
 	}()
-	err := agent.Watch(ctx, func(ev *agentv1.Event) bool { return r.event(ctx, ev) })
+	err := agent.Watch(ctx, func(ev *agentv1.Event) bool { return ms.event(ctx, r, ev) })
 	cancel(err)
 	<-outputEnded
 	return causeOf(ctx, err)
@@ -180,7 +184,7 @@ func (r *run) output(o *agentv1.Output) error {
 const drainTimeout = 2 * time.Second
 
 // event takes one event and says whether it may be acknowledged: after that the agent powers off.
-func (r *run) event(ctx context.Context, ev *agentv1.Event) bool {
+func (ms *Machines) event(ctx context.Context, r *run, ev *agentv1.Event) bool {
 	if x := ev.GetExited(); x != nil {
 		select {
 		case <-r.drained:
@@ -188,16 +192,34 @@ func (r *run) event(ctx context.Context, ev *agentv1.Event) bool {
 		case <-ctx.Done():
 			return false
 		}
-		r.e.mu.Lock()
-		r.exited = x
-		r.e.mu.Unlock()
+		l := LastWord{Reason: ReasonExited, ExitCode: int(x.GetCode()) & 0xff}
+		if x.GetOomKilled() {
+			l.Detail = "the entrypoint was killed for want of memory"
+		}
+		return ms.keepLastWord(r.e, l)
 	}
 	if g := ev.GetGoingDown(); g != nil {
-		r.e.mu.Lock()
-		r.down = g.GetReason()
-		r.e.mu.Unlock()
+		l := LastWord{Reason: ReasonPoweroff}
+		if g.GetReason() == agentv1.GoingDown_REASON_REBOOT {
+			l.Reason = ReasonReboot
+		}
+		return ms.keepLastWord(r.e, l)
 	}
 	return true
+}
+
+// keepLastWord stores why the guest goes down before the guest may do so: it says it once. The first word counts.
+func (ms *Machines) keepLastWord(e *entry, l LastWord) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.m.Last != nil {
+		return true
+	}
+	err := ms.commitLocked(e, "", func(m *Machine) { m.Last = &l })
+	if err != nil {
+		ms.Log.Error("recording why a guest goes down", "machine", e.m.ID, "err", err)
+	}
+	return err == nil
 }
 
 // ended records the end of a machine whose VMM is gone, and lets go of what only a running machine holds.
@@ -214,20 +236,12 @@ func (r *run) verdict(exit vmm.Exit) (Reason, int, string) {
 	r.e.mu.Lock()
 	defer r.e.mu.Unlock()
 	switch {
+	case r.e.m.Last != nil: // the agent's own word, which a guest that writes to its console cannot outdo
+		return r.e.m.Last.Reason, r.e.m.Last.ExitCode, r.e.m.Last.Detail
 	case exit.Reason == vmm.ReasonPanic:
 		return ReasonPanic, 255, "the guest's kernel panicked"
-	case r.exited != nil:
-		detail := ""
-		if r.exited.GetOomKilled() {
-			detail = "the entrypoint was killed for want of memory"
-		}
-		return ReasonExited, int(r.exited.GetCode()) & 0xff, detail
 	case r.killed:
 		return ReasonKilled, 137, ""
-	case r.down == agentv1.GoingDown_REASON_REBOOT:
-		return ReasonReboot, 0, ""
-	case r.down != agentv1.GoingDown_REASON_UNSPECIFIED:
-		return ReasonPoweroff, 0, ""
 	case exit.Reason == vmm.ReasonGuest:
 		return ReasonPoweroff, 0, "the guest went down without the agent's word"
 	default:
@@ -240,6 +254,7 @@ func (ms *Machines) finish(e *entry, reason Reason, code int, detail string) {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanupTimeout)
 	defer cancel()
 	m := e.get()
+	e.log.End() // before the record tells that it stopped: a quick restart begins the log anew
 	if err := ms.detach(ctx, &m); err != nil {
 		ms.Log.Error("detaching a stopped machine", "machine", m.ID, "err", err)
 	}
@@ -250,14 +265,22 @@ func (ms *Machines) finish(e *entry, reason Reason, code int, detail string) {
 		m.VMM.PID, m.Ports = 0, nil
 	})
 	e.mu.Unlock()
-	e.log.End()
 	if err != nil {
 		ms.Log.Error("recording a stopped machine", "machine", m.ID, "err", err)
 	}
+	if m.State == Stopping && reason == ReasonReboot {
+		return // a stop was asked for as well, and is what counts
+	}
+	ms.afterwards(e)
+}
+
+// afterwards does what a stopped machine's record still asks for: to be thrown away, or to start again after a reboot.
+func (ms *Machines) afterwards(e *entry) {
+	m := e.get()
 	switch {
-	case m.Spec.Remove:
+	case m.Spec.Remove && (m.State == Stopped || m.State == Failed):
 		ms.later("removing a machine that was to be thrown away", m.ID, func() error { return ms.remove(context.Background(), e, false) })
-	case reason == ReasonReboot:
+	case m.State == Stopped && m.Reason == ReasonReboot:
 		ms.later("restarting a machine that rebooted", m.ID, func() error {
 			_, _, err := ms.Start(ms.life, string(m.ID))
 			return err

@@ -74,23 +74,29 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 	}
 	token := transport.NewToken()
 	s := &starting{ms: ms, e: e}
-	// The one write before the VMM runs: after a crash from here on, Recover undoes what it finds.
-	err = ms.commit(e, "", func(m *Machine) {
-		m.State, m.Reason, m.ExitCode, m.Error, m.FailedStep = Starting, "", 0, "", ""
-		m.Started, m.Finished, m.Steps, m.Ports = time.Time{}, time.Time{}, nil, nil
-		m.AgentToken, m.HostBoot = token, ms.BootID
-		m.VMM = VMMStatus{Driver: driver.Name(), Accelerator: caps.Accelerator, Console: filepath.Join(e.dir, vmm.ConsoleFile)}
-		s.m = *m
-	})
-	if err != nil {
-		return e.get(), warnings, fmt.Errorf("starting machine %q: %w", m.Spec.Name, err)
-	}
-	e.log.Begin()
-
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	e.setCancel(cancel)
 	defer e.setCancel(nil)
+	// Before the record tells that it starts: whoever is attached waits for this boot's output.
+	if err := e.log.Begin(); err != nil {
+		e.log.End()
+		return m, warnings, fmt.Errorf("starting machine %q: %w", m.Spec.Name, err)
+	}
+	began := time.Now()
+	// The one write before the VMM runs: after a crash from here on, Recover undoes what it finds.
+	err = ms.commit(e, "", func(m *Machine) {
+		m.State, m.Reason, m.ExitCode, m.Error, m.FailedStep = Starting, "", 0, "", ""
+		m.Started, m.Finished, m.Steps, m.Ports = time.Time{}, time.Time{}, nil, nil
+		m.AgentToken, m.HostBoot, m.Last = token, ms.BootID, nil
+		m.VMM = VMMStatus{Driver: driver.Name(), Accelerator: caps.Accelerator, Console: filepath.Join(e.dir, vmm.ConsoleFile)}
+		s.m = *m
+	})
+	if err != nil {
+		e.log.End()
+		return e.get(), warnings, fmt.Errorf("starting machine %q: %w", m.Spec.Name, err)
+	}
+	s.m.Steps = []StepTime{{"record", time.Since(began)}}
 	err = s.all(ctx, []step{
 		{"kernel", s.findKernel},
 		{"root disk", s.makeRoot},
@@ -100,10 +106,15 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 		{"agent", s.connectAgent},
 		{"guest", s.configureGuest},
 	})
+	e.mu.Lock()
+	if err == nil {
+		err = ctx.Err() // a kill came with the last step
+	}
 	if err != nil {
+		e.mu.Unlock()
 		return s.fail(ctx, err, warnings)
 	}
-	e.mu.Lock()
+	e.cancelStart = nil
 	e.run = s.run
 	err = ms.commitLocked(e, "start", func(m *Machine) {
 		m.State, m.Started, m.Steps, m.Lease, m.Ports = Running, time.Now(), s.m.Steps, s.m.Lease, s.m.Ports
@@ -285,12 +296,15 @@ func (s *starting) fail(ctx context.Context, cause error, warnings []string) (Ma
 		}
 	}
 	err := fmt.Errorf("starting machine %q: %s: %w", s.m.Spec.Name, s.running, cause)
+	s.e.log.End()
 	commitErr := s.ms.commit(s.e, "die", func(m *Machine) {
 		m.State, m.Error, m.FailedStep, m.ExitCode, m.Finished, m.Steps = Failed, cause.Error(), s.running, code, time.Now(), s.m.Steps
 		m.Lease = s.m.Lease
 		m.VMM.PID = 0
 	})
-	s.e.log.End()
+	if ctx.Err() != nil {
+		s.ms.afterwards(s.e) // nobody may be there any more to throw it away
+	}
 	return s.e.get(), warnings, errors.Join(err, commitErr)
 }
 

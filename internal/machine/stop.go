@@ -11,8 +11,12 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// killAfter is what a guest gets beyond the grace period to power off: sync and unmount.
-const killAfter = 2 * time.Second
+const (
+	// killAfter is what a guest gets beyond the grace period to say that it goes down.
+	killAfter = 3 * time.Second
+	// downTimeout is what it gets from then on to write everything to its disk.
+	downTimeout = 30 * time.Second
+)
 
 // Stop sends the entrypoint its stop signal, waits grace (unset: the machine's own) and ends the machine in any case. A machine
 // that does not run is no error.
@@ -37,7 +41,7 @@ func (ms *Machines) stop(ctx context.Context, e *entry, grace *time.Duration) (M
 	r, m := e.run, e.m
 	if r == nil {
 		e.mu.Unlock()
-		return m, nil
+		return m, lost(m)
 	}
 	err := ms.commitLocked(e, "", func(m *Machine) { m.State = Stopping })
 	e.mu.Unlock()
@@ -48,25 +52,47 @@ func (ms *Machines) stop(ctx context.Context, e *entry, grace *time.Duration) (M
 	if grace != nil {
 		wait = *grace
 	}
-	polite, cancel := context.WithTimeout(ctx, wait+killAfter)
-	defer cancel()
-	if agent, err := r.client(); err == nil {
-		if err := agent.Shutdown(polite, "", wait); err != nil {
-			ms.Log.Debug("asking the guest to shut down", "machine", m.ID, "err", err)
-		}
-	}
-	select {
-	case <-r.inst.Done():
-	case <-polite.Done():
-		if err := ms.killVMM(ctx, e, r); err != nil {
-			return m, fmt.Errorf("stopping machine %q: %w", m.Spec.Name, err)
-		}
+	if err := ms.askDown(ctx, e, r, wait); err != nil {
+		return m, fmt.Errorf("stopping machine %q: %w", m.Spec.Name, err)
 	}
 	if err := e.until(ctx, func(e *entry) bool { return !e.m.State.Alive() }); err != nil {
 		return m, fmt.Errorf("stopping machine %q: %w", m.Spec.Name, err)
 	}
 	ms.publish(&m, "stop", nil)
 	return e.get(), nil
+}
+
+// askDown asks the guest to go down and kills it when it does not. A caller that gives up, or a daemon that ends, kills nothing: the
+// guest has its order.
+func (ms *Machines) askDown(ctx context.Context, e *entry, r *run, grace time.Duration) error {
+	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+killAfter)
+	defer cancel()
+	// In a goroutine of its own: a guest that no longer reads its channel holds the call up.
+	go func() {
+		if agent, err := r.client(); err == nil {
+			if err := agent.Shutdown(asking, "", grace); err != nil {
+				ms.Log.Debug("asking the guest to shut down", "machine", e.get().ID, "err", err)
+			}
+		}
+	}()
+	patience := asking.Done()
+	for {
+		select {
+		case <-r.inst.Done():
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-ms.life.Done():
+			return fmt.Errorf("the daemon ends: %w", errdefs.ErrUnavailable)
+		case <-patience:
+		}
+		if e.get().Last == nil || patience != asking.Done() {
+			return ms.killVMM(ctx, e, r)
+		}
+		down, cancel := context.WithTimeout(context.WithoutCancel(ctx), downTimeout)
+		defer cancel()
+		patience = down.Done()
+	}
 }
 
 // end stops a start that is under way and kills a VMM that runs.
@@ -76,14 +102,24 @@ func (ms *Machines) end(ctx context.Context, e *entry) error {
 	e.mu.Unlock()
 	if cancel != nil {
 		cancel()
+		return e.until(ctx, func(e *entry) bool { return e.cancelStart == nil || e.m.State != Starting })
 	}
 	if r == nil {
-		return nil
+		return lost(e.get())
 	}
 	if err := ms.killVMM(ctx, e, r); err != nil {
 		return err
 	}
 	return e.until(ctx, func(e *entry) bool { return e.run != r })
+}
+
+// lost is the error for a machine that should run but could not be taken back; nil for one that does not run.
+func lost(m Machine) error {
+	if !m.State.Alive() {
+		return nil
+	}
+	err := fmt.Errorf("machine %q may run, but its VMM could not be taken back: %w", m.Spec.Name, errdefs.ErrUnavailable)
+	return hint.With(err, "restart the daemon; its log says why, and inspect shows the VMM's process")
 }
 
 func (ms *Machines) killVMM(ctx context.Context, e *entry, r *run) error {

@@ -233,10 +233,17 @@ func (s *machines) bootLog(_ context.Context, req *atollv1.LogsRequest, out *con
 
 // seekLines leaves f before its last n lines.
 func seekLines(f *os.File, n int64) error {
-	data, err := io.ReadAll(f)
-	if err != nil {
+	const most = 1 << 20 // of the console's end: a guest may have written any amount
+	start := int64(0)
+	if st, err := f.Stat(); err == nil && st.Size() > most {
+		start = st.Size() - most
+	}
+	data := make([]byte, most)
+	read, err := f.ReadAt(data, start)
+	if err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
+	data = data[:read]
 	at := len(data)
 	if at > 0 && data[at-1] == '\n' {
 		at--
@@ -244,6 +251,6 @@ func seekLines(f *os.File, n int64) error {
 	for ; n > 0 && at >= 0; n-- {
 		at = bytes.LastIndexByte(data[:max(at, 0)], '\n')
 	}
-	_, err = f.Seek(int64(at+1), io.SeekStart)
+	_, err = f.Seek(start+int64(at+1), io.SeekStart)
 	return err
 }

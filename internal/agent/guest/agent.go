@@ -86,6 +86,9 @@ func uptime() time.Duration {
 // obey takes the signals by which the guest's own poweroff, halt and reboot commands speak to PID 1 (busybox, sysvinit).
 func (a *Agent) obey() {
 	unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF) // ctrl-alt-del becomes SIGINT
+	// Go's default for these is to exit, which as PID 1 is a kernel panic. Caught, not ignored: children would inherit that.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGABRT, syscall.SIGTRAP, syscall.SIGSYS, syscall.SIGXCPU,
+		syscall.SIGXFSZ, syscall.SIGSTKFLT, syscall.SIGALRM, syscall.SIGVTALRM, syscall.SIGPIPE)
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGUSR1, syscall.SIGUSR2)
 	for s := range signals {

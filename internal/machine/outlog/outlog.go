@@ -24,7 +24,8 @@ const (
 	Stderr Stream = 2
 )
 
-// Record is one piece of output as the guest's agent numbered it.
+// Record is one piece of output as the guest's agent numbered it, from 1 on. A record numbered 0 in the file marks where a boot begins;
+// readers do not see it.
 type Record struct {
 	Seq    uint64    `json:"seq"`
 	Time   time.Time `json:"time"`
@@ -101,10 +102,11 @@ func (l *Log) LastSeq() uint64 {
 }
 
 // Begin starts a new boot: sequence numbers start again and readers that follow wait for its records.
-func (l *Log) Begin() {
+func (l *Log) Begin() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.lastSeq, l.ended = 0, false
+	return l.writeLocked(Record{Time: time.Now()})
 }
 
 // Resume goes on with a boot that an earlier process began.
@@ -129,16 +131,20 @@ func (l *Log) wakeLocked() {
 
 // Append adds a record. One that is not newer than the last of this boot is a repetition after a reconnect and is dropped.
 func (l *Log) Append(r Record) error {
-	line, err := json.Marshal(r)
-	if err != nil {
-		return fmt.Errorf("writing output log: %w", err)
-	}
-	line = append(line, '\n')
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if r.Seq <= l.lastSeq {
 		return nil
 	}
+	return l.writeLocked(r)
+}
+
+func (l *Log) writeLocked(r Record) error {
+	line, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("writing output log: %w", err)
+	}
+	line = append(line, '\n')
 	if l.size > 0 && l.size+int64(len(line)) > l.limit {
 		if err := l.rotateLocked(); err != nil {
 			return fmt.Errorf("rotating output log: %w", err)
@@ -237,6 +243,9 @@ func (r *Reader) Next(ctx context.Context, follow bool) (Record, error) {
 			r.part = r.part[:0]
 			if err != nil {
 				return Record{}, fmt.Errorf("reading output log: %w", err)
+			}
+			if rec.Seq == 0 {
+				continue
 			}
 			return rec, nil
 		}

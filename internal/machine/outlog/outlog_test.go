@@ -21,6 +21,13 @@ func open(t *testing.T, dir string, limit int64) *Log {
 	return l
 }
 
+func begin(t *testing.T, l *Log) {
+	t.Helper()
+	if err := l.Begin(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func add(t *testing.T, l *Log, seq uint64, data string) {
 	t.Helper()
 	if err := l.Append(Record{Seq: seq, Stream: Stdout, Data: []byte(data)}); err != nil {
@@ -50,7 +57,7 @@ func all(t *testing.T, l *Log) []string {
 
 func TestRepeatedRecordsAreDropped(t *testing.T) {
 	l := open(t, t.TempDir(), 1<<20)
-	l.Begin()
+	begin(t, l)
 	add(t, l, 1, "a")
 	add(t, l, 2, "b")
 	add(t, l, 2, "b again")
@@ -58,7 +65,7 @@ func TestRepeatedRecordsAreDropped(t *testing.T) {
 	if got := fmt.Sprint(all(t, l)); got != "[a b c]" {
 		t.Fatalf("got %s", got)
 	}
-	l.Begin() // the next boot counts from one again
+	begin(t, l) // the next boot counts from one again
 	add(t, l, 1, "d")
 	if got := fmt.Sprint(all(t, l)); got != "[a b c d]" {
 		t.Fatalf("got %s", got)
@@ -68,7 +75,7 @@ func TestRepeatedRecordsAreDropped(t *testing.T) {
 func TestTornRecordIsCutOff(t *testing.T) {
 	dir := t.TempDir()
 	l := open(t, dir, 1<<20)
-	l.Begin()
+	begin(t, l)
 	add(t, l, 1, "whole")
 	l.Close()
 	f, err := os.OpenFile(filepath.Join(dir, fileName), os.O_APPEND|os.O_WRONLY, 0)
@@ -91,7 +98,7 @@ func TestTornRecordIsCutOff(t *testing.T) {
 
 func TestFollowOverRotation(t *testing.T) {
 	l := open(t, t.TempDir(), 300)
-	l.Begin()
+	begin(t, l)
 	r, err := l.Tail()
 	if err != nil {
 		t.Fatal(err)
@@ -101,7 +108,11 @@ func TestFollowOverRotation(t *testing.T) {
 	defer cancel()
 	// Each record is read before the next is written, so that both the waiting and the rotation are met.
 	for i := 1; i <= 20; i++ {
-		go add(t, l, uint64(i), fmt.Sprint(i))
+		go func() {
+			if err := l.Append(Record{Seq: uint64(i), Data: []byte(fmt.Sprint(i))}); err != nil {
+				t.Error(err)
+			}
+		}()
 		rec, err := r.Next(ctx, true)
 		if err != nil {
 			t.Fatal(err)
@@ -124,5 +135,25 @@ func TestFollowOverRotation(t *testing.T) {
 	}
 	if sizes > 600 {
 		t.Fatalf("the files hold %d bytes", sizes)
+	}
+}
+
+// A daemon that comes back to a boot without output yet must not take the last boot's numbers for this one's.
+func TestBootWithoutOutputStartsAtZero(t *testing.T) {
+	dir := t.TempDir()
+	l := open(t, dir, 1<<20)
+	begin(t, l)
+	add(t, l, 1, "a")
+	add(t, l, 2, "b")
+	begin(t, l)
+	l.Close()
+	l = open(t, dir, 1<<20)
+	l.Resume()
+	if l.LastSeq() != 0 {
+		t.Fatalf("last seq %d", l.LastSeq())
+	}
+	add(t, l, 1, "c")
+	if got := fmt.Sprint(all(t, l)); got != "[a b c]" {
+		t.Fatalf("got %s", got)
 	}
 }

@@ -132,7 +132,7 @@ func arguments(spec vmm.Spec, h host) []string {
 		"-append", kernelArguments(spec, h),
 		"-chardev", "socket,id=qmp,fd=3,server=on,wait=off",
 		"-mon", "chardev=qmp,mode=control",
-		"-chardev", "file,id=console,path=" + escape(filepath.Join(spec.Dir, vmm.ConsoleFile)),
+		"-chardev", "file,id=console,append=on,path=" + escape(filepath.Join(spec.Dir, vmm.ConsoleFile)), // append: the machine room may empty it
 		"-serial", "chardev:console",
 	}
 	// QEMU gives devices their virtio-mmio slots in the order of the command line, which is the guest's order too. Slots are not named:
