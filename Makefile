@@ -48,7 +48,7 @@ test: deps build ## all tests: unit, and end to end with real machines
 
 .PHONY: bench
 bench: deps build ## measure, and write docs/benchmarks.md
-	@go run ./test/bench -atoll bin/atoll -out docs/benchmarks.md
+	@scripts/bench
 
 .PHONY: lint
 lint: ## gofmt, vet, staticcheck, errorlint, sloglint, misspell

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -14,7 +15,7 @@ import (
 )
 
 func newKernelCmd(e *environment) *cobra.Command {
-	return newGroup("kernel", "Kernels that machines boot", `  atoll kernel ls`, newKernelLsCmd(e), newKernelPullCmd(e), newKernelInspectCmd(e))
+	return newGroup("kernel", "Kernels that machines boot", `  atoll kernel ls`, newKernelLsCmd(e), newKernelPullCmd(e), newKernelImportCmd(e), newKernelInspectCmd(e))
 }
 
 func newKernelLsCmd(e *environment) *cobra.Command {
@@ -123,6 +124,34 @@ func (e *environment) pullKernel(ctx context.Context, c *client.Client, req *ato
 		err = errDisconnected
 	}
 	return kernel, err
+}
+
+func newKernelImportCmd(e *environment) *cobra.Command {
+	return &cobra.Command{
+		Use:   "import FILE NAME",
+		Short: "Take a kernel from a file",
+		Long: `Take a kernel from a file: an uncompressed ELF kernel with a PVH entry, a
+bzImage, or an arm64 Image, with everything built in that a guest needs. The
+name is printed; "atoll run --kernel NAME" boots it.`,
+		Example: `  atoll kernel import ./vmlinux mine`,
+		Args:    cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			path, err := filepath.Abs(args[0])
+			if err != nil {
+				return fmt.Errorf("finding kernel %q: %w", args[0], err)
+			}
+			c, err := e.connect(cmd.Context())
+			if err != nil {
+				return err
+			}
+			res, err := c.Kernels.Import(cmd.Context(), connect.NewRequest(&atollv1.ImportKernelRequest{Path: path, Name: args[1]}))
+			if err != nil {
+				return err
+			}
+			fmt.Fprintln(e.Stdout, res.Msg.GetKernel().GetName())
+			return nil
+		},
+	}
 }
 
 func newKernelInspectCmd(e *environment) *cobra.Command {

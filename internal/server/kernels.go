@@ -48,6 +48,14 @@ func (s *kernels) Pull(ctx context.Context, req *connect.Request[atollv1.PullKer
 	return out.Send(&atollv1.PullKernelResponse{Kind: &atollv1.PullKernelResponse_Kernel{Kernel: kernelTo(k)}})
 }
 
+func (s *kernels) Import(ctx context.Context, req *connect.Request[atollv1.ImportKernelRequest]) (*connect.Response[atollv1.ImportKernelResponse], error) {
+	k, err := s.Kernels.Import(ctx, req.Msg.GetPath(), req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&atollv1.ImportKernelResponse{Kernel: kernelTo(k)}), nil
+}
+
 func kernelTo(k kernel.Kernel) *atollv1.Kernel {
 	return &atollv1.Kernel{
 		Name: k.Name, Version: k.Version, Digest: k.Digest.String(), Architecture: k.Arch, Source: k.Source, Args: k.Args, SizeBytes: k.Size,

@@ -188,7 +188,7 @@ func (x Check_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Check_Level.Descriptor instead.
 func (Check_Level) EnumDescriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67, 0}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69, 0}
 }
 
 // Hint is an error detail: the next step for a person.
@@ -3999,6 +3999,102 @@ func (x *Kernel) GetConfigDigest() string {
 	return ""
 }
 
+type ImportKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // absolute
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportKernelRequest) Reset() {
+	*x = ImportKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportKernelRequest) ProtoMessage() {}
+
+func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportKernelRequest.ProtoReflect.Descriptor instead.
+func (*ImportKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *ImportKernelRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *ImportKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ImportKernelResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kernel        *Kernel                `protobuf:"bytes,1,opt,name=kernel,proto3" json:"kernel,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportKernelResponse) Reset() {
+	*x = ImportKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportKernelResponse) ProtoMessage() {}
+
+func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportKernelResponse.ProtoReflect.Descriptor instead.
+func (*ImportKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *ImportKernelResponse) GetKernel() *Kernel {
+	if x != nil {
+		return x.Kernel
+	}
+	return nil
+}
+
 type ListKernelsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -4007,7 +4103,7 @@ type ListKernelsRequest struct {
 
 func (x *ListKernelsRequest) Reset() {
 	*x = ListKernelsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4019,7 +4115,7 @@ func (x *ListKernelsRequest) String() string {
 func (*ListKernelsRequest) ProtoMessage() {}
 
 func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4032,7 +4128,7 @@ func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsRequest.ProtoReflect.Descriptor instead.
 func (*ListKernelsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
 }
 
 type ListKernelsResponse struct {
@@ -4044,7 +4140,7 @@ type ListKernelsResponse struct {
 
 func (x *ListKernelsResponse) Reset() {
 	*x = ListKernelsResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4056,7 +4152,7 @@ func (x *ListKernelsResponse) String() string {
 func (*ListKernelsResponse) ProtoMessage() {}
 
 func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4069,7 +4165,7 @@ func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsResponse.ProtoReflect.Descriptor instead.
 func (*ListKernelsResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ListKernelsResponse) GetKernels() []*Kernel {
@@ -4088,7 +4184,7 @@ type GetKernelRequest struct {
 
 func (x *GetKernelRequest) Reset() {
 	*x = GetKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4100,7 +4196,7 @@ func (x *GetKernelRequest) String() string {
 func (*GetKernelRequest) ProtoMessage() {}
 
 func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4113,7 +4209,7 @@ func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelRequest.ProtoReflect.Descriptor instead.
 func (*GetKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *GetKernelRequest) GetName() string {
@@ -4132,7 +4228,7 @@ type GetKernelResponse struct {
 
 func (x *GetKernelResponse) Reset() {
 	*x = GetKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4144,7 +4240,7 @@ func (x *GetKernelResponse) String() string {
 func (*GetKernelResponse) ProtoMessage() {}
 
 func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4157,7 +4253,7 @@ func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelResponse.ProtoReflect.Descriptor instead.
 func (*GetKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *GetKernelResponse) GetKernel() *Kernel {
@@ -4178,7 +4274,7 @@ type PullKernelRequest struct {
 
 func (x *PullKernelRequest) Reset() {
 	*x = PullKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4190,7 +4286,7 @@ func (x *PullKernelRequest) String() string {
 func (*PullKernelRequest) ProtoMessage() {}
 
 func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4203,7 +4299,7 @@ func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelRequest.ProtoReflect.Descriptor instead.
 func (*PullKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *PullKernelRequest) GetName() string {
@@ -4240,7 +4336,7 @@ type PullKernelResponse struct {
 
 func (x *PullKernelResponse) Reset() {
 	*x = PullKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4252,7 +4348,7 @@ func (x *PullKernelResponse) String() string {
 func (*PullKernelResponse) ProtoMessage() {}
 
 func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4265,7 +4361,7 @@ func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelResponse.ProtoReflect.Descriptor instead.
 func (*PullKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *PullKernelResponse) GetKind() isPullKernelResponse_Kind {
@@ -4317,7 +4413,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4329,7 +4425,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4342,7 +4438,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
 }
 
 type VersionResponse struct {
@@ -4359,7 +4455,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4371,7 +4467,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4384,7 +4480,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -4439,7 +4535,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4451,7 +4547,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4464,7 +4560,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *EventsRequest) GetSince() *timestamppb.Timestamp {
@@ -4496,7 +4592,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4508,7 +4604,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4521,7 +4617,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -4574,7 +4670,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4586,7 +4682,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4599,7 +4695,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
 }
 
 type DoctorResponse struct {
@@ -4611,7 +4707,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4623,7 +4719,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4636,7 +4732,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *DoctorResponse) GetChecks() []*Check {
@@ -4658,7 +4754,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4670,7 +4766,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4683,7 +4779,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *Check) GetName() string {
@@ -4722,7 +4818,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4734,7 +4830,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4747,7 +4843,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
 }
 
 type ShutdownResponse struct {
@@ -4758,7 +4854,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4770,7 +4866,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4783,7 +4879,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
 }
 
 var File_api_atoll_v1_atoll_proto protoreflect.FileDescriptor
@@ -5085,7 +5181,12 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x04path\x18\n" +
 	" \x01(\tR\x04path\x12\x18\n" +
 	"\amodules\x18\v \x03(\tR\amodules\x12#\n" +
-	"\rconfig_digest\x18\f \x01(\tR\fconfigDigest\"\x14\n" +
+	"\rconfig_digest\x18\f \x01(\tR\fconfigDigest\"=\n" +
+	"\x13ImportKernelRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"@\n" +
+	"\x14ImportKernelResponse\x12(\n" +
+	"\x06kernel\x18\x01 \x01(\v2\x10.atoll.v1.KernelR\x06kernel\"\x14\n" +
 	"\x12ListKernelsRequest\"A\n" +
 	"\x13ListKernelsResponse\x12*\n" +
 	"\akernels\x18\x01 \x03(\v2\x10.atoll.v1.KernelR\akernels\"&\n" +
@@ -5177,11 +5278,12 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05Build\x12\x16.atoll.v1.BuildRequest\x1a\x17.atoll.v1.BuildResponse0\x012\x92\x01\n" +
 	"\vBaseService\x12?\n" +
 	"\x04List\x12\x1a.atoll.v1.ListBasesRequest\x1a\x1b.atoll.v1.ListBasesResponse\x12B\n" +
-	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\xd9\x01\n" +
+	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\xa2\x02\n" +
 	"\rKernelService\x12C\n" +
 	"\x04List\x12\x1c.atoll.v1.ListKernelsRequest\x1a\x1d.atoll.v1.ListKernelsResponse\x12>\n" +
 	"\x03Get\x12\x1a.atoll.v1.GetKernelRequest\x1a\x1b.atoll.v1.GetKernelResponse\x12C\n" +
-	"\x04Pull\x12\x1b.atoll.v1.PullKernelRequest\x1a\x1c.atoll.v1.PullKernelResponse0\x012\x85\x02\n" +
+	"\x04Pull\x12\x1b.atoll.v1.PullKernelRequest\x1a\x1c.atoll.v1.PullKernelResponse0\x01\x12G\n" +
+	"\x06Import\x12\x1d.atoll.v1.ImportKernelRequest\x1a\x1e.atoll.v1.ImportKernelResponse2\x85\x02\n" +
 	"\rSystemService\x12>\n" +
 	"\aVersion\x12\x18.atoll.v1.VersionRequest\x1a\x19.atoll.v1.VersionResponse\x124\n" +
 	"\x06Events\x12\x17.atoll.v1.EventsRequest\x1a\x0f.atoll.v1.Event0\x01\x12;\n" +
@@ -5201,7 +5303,7 @@ func file_api_atoll_v1_atoll_proto_rawDescGZIP() []byte {
 }
 
 var file_api_atoll_v1_atoll_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 74)
+var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 76)
 var file_api_atoll_v1_atoll_proto_goTypes = []any{
 	(MachineState)(0),             // 0: atoll.v1.MachineState
 	(Stream)(0),                   // 1: atoll.v1.Stream
@@ -5261,52 +5363,54 @@ var file_api_atoll_v1_atoll_proto_goTypes = []any{
 	(*BuildBaseRequest)(nil),      // 55: atoll.v1.BuildBaseRequest
 	(*BuildBaseResponse)(nil),     // 56: atoll.v1.BuildBaseResponse
 	(*Kernel)(nil),                // 57: atoll.v1.Kernel
-	(*ListKernelsRequest)(nil),    // 58: atoll.v1.ListKernelsRequest
-	(*ListKernelsResponse)(nil),   // 59: atoll.v1.ListKernelsResponse
-	(*GetKernelRequest)(nil),      // 60: atoll.v1.GetKernelRequest
-	(*GetKernelResponse)(nil),     // 61: atoll.v1.GetKernelResponse
-	(*PullKernelRequest)(nil),     // 62: atoll.v1.PullKernelRequest
-	(*PullKernelResponse)(nil),    // 63: atoll.v1.PullKernelResponse
-	(*VersionRequest)(nil),        // 64: atoll.v1.VersionRequest
-	(*VersionResponse)(nil),       // 65: atoll.v1.VersionResponse
-	(*EventsRequest)(nil),         // 66: atoll.v1.EventsRequest
-	(*Event)(nil),                 // 67: atoll.v1.Event
-	(*DoctorRequest)(nil),         // 68: atoll.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 69: atoll.v1.DoctorResponse
-	(*Check)(nil),                 // 70: atoll.v1.Check
-	(*ShutdownRequest)(nil),       // 71: atoll.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),      // 72: atoll.v1.ShutdownResponse
-	nil,                           // 73: atoll.v1.MachineSpec.LabelsEntry
-	nil,                           // 74: atoll.v1.BuildRequest.BuildArgsEntry
-	nil,                           // 75: atoll.v1.BuildRequest.LabelsEntry
-	nil,                           // 76: atoll.v1.Event.AttributesEntry
-	(*durationpb.Duration)(nil),   // 77: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 78: google.protobuf.Timestamp
+	(*ImportKernelRequest)(nil),   // 58: atoll.v1.ImportKernelRequest
+	(*ImportKernelResponse)(nil),  // 59: atoll.v1.ImportKernelResponse
+	(*ListKernelsRequest)(nil),    // 60: atoll.v1.ListKernelsRequest
+	(*ListKernelsResponse)(nil),   // 61: atoll.v1.ListKernelsResponse
+	(*GetKernelRequest)(nil),      // 62: atoll.v1.GetKernelRequest
+	(*GetKernelResponse)(nil),     // 63: atoll.v1.GetKernelResponse
+	(*PullKernelRequest)(nil),     // 64: atoll.v1.PullKernelRequest
+	(*PullKernelResponse)(nil),    // 65: atoll.v1.PullKernelResponse
+	(*VersionRequest)(nil),        // 66: atoll.v1.VersionRequest
+	(*VersionResponse)(nil),       // 67: atoll.v1.VersionResponse
+	(*EventsRequest)(nil),         // 68: atoll.v1.EventsRequest
+	(*Event)(nil),                 // 69: atoll.v1.Event
+	(*DoctorRequest)(nil),         // 70: atoll.v1.DoctorRequest
+	(*DoctorResponse)(nil),        // 71: atoll.v1.DoctorResponse
+	(*Check)(nil),                 // 72: atoll.v1.Check
+	(*ShutdownRequest)(nil),       // 73: atoll.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),      // 74: atoll.v1.ShutdownResponse
+	nil,                           // 75: atoll.v1.MachineSpec.LabelsEntry
+	nil,                           // 76: atoll.v1.BuildRequest.BuildArgsEntry
+	nil,                           // 77: atoll.v1.BuildRequest.LabelsEntry
+	nil,                           // 78: atoll.v1.Event.AttributesEntry
+	(*durationpb.Duration)(nil),   // 79: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 80: google.protobuf.Timestamp
 }
 var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	5,  // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
-	73, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
-	77, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
+	75, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
+	79, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
 	4,  // 3: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
 	0,  // 4: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
-	78, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
-	78, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
-	78, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
+	80, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
+	80, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
+	80, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
 	7,  // 8: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
 	8,  // 9: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
 	9,  // 10: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
 	5,  // 11: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
-	77, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
+	79, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
 	4,  // 13: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
 	6,  // 14: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,  // 15: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
-	77, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
+	79, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
 	6,  // 17: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,  // 18: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
 	6,  // 19: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
-	78, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	80, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
 	1,  // 21: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
-	78, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	80, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
 	30, // 23: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
 	28, // 24: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
 	28, // 25: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
@@ -5315,88 +5419,91 @@ var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	28, // 28: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
 	28, // 29: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
 	21, // 30: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
-	78, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	80, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	37, // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
 	39, // 33: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
 	36, // 34: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
 	36, // 35: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
 	36, // 36: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
-	74, // 37: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
-	75, // 38: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
+	76, // 37: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
+	77, // 38: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
 	51, // 39: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
-	77, // 40: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
-	77, // 41: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
-	78, // 42: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
+	79, // 40: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
+	79, // 41: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
+	80, // 42: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
 	52, // 43: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
 	39, // 44: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
 	52, // 45: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
-	78, // 46: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
-	57, // 47: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
-	57, // 48: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	39, // 49: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	57, // 50: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	78, // 51: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	78, // 52: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
-	76, // 53: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
-	70, // 54: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
-	2,  // 55: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
-	10, // 56: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
-	12, // 57: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
-	14, // 58: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
-	16, // 59: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
-	18, // 60: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
-	20, // 61: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
-	22, // 62: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
-	24, // 63: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
-	26, // 64: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
-	29, // 65: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
-	33, // 66: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
-	38, // 67: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
-	41, // 68: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
-	43, // 69: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
-	45, // 70: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
-	47, // 71: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
-	49, // 72: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
-	53, // 73: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
-	55, // 74: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
-	58, // 75: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
-	60, // 76: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
-	62, // 77: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
-	64, // 78: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
-	66, // 79: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
-	68, // 80: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
-	71, // 81: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
-	11, // 82: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
-	13, // 83: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
-	15, // 84: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
-	17, // 85: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
-	19, // 86: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
-	21, // 87: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
-	23, // 88: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
-	25, // 89: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
-	27, // 90: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
-	31, // 91: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
-	35, // 92: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
-	40, // 93: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
-	42, // 94: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
-	44, // 95: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
-	46, // 96: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
-	48, // 97: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
-	50, // 98: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
-	54, // 99: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
-	56, // 100: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
-	59, // 101: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
-	61, // 102: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
-	63, // 103: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
-	65, // 104: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
-	67, // 105: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
-	69, // 106: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
-	72, // 107: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
-	82, // [82:108] is the sub-list for method output_type
-	56, // [56:82] is the sub-list for method input_type
-	56, // [56:56] is the sub-list for extension type_name
-	56, // [56:56] is the sub-list for extension extendee
-	0,  // [0:56] is the sub-list for field type_name
+	80, // 46: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
+	57, // 47: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	57, // 48: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
+	57, // 49: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	39, // 50: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	57, // 51: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	80, // 52: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	80, // 53: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
+	78, // 54: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
+	72, // 55: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
+	2,  // 56: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
+	10, // 57: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
+	12, // 58: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
+	14, // 59: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
+	16, // 60: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
+	18, // 61: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
+	20, // 62: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
+	22, // 63: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
+	24, // 64: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
+	26, // 65: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
+	29, // 66: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
+	33, // 67: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
+	38, // 68: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
+	41, // 69: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
+	43, // 70: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
+	45, // 71: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
+	47, // 72: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
+	49, // 73: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
+	53, // 74: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
+	55, // 75: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
+	60, // 76: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
+	62, // 77: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
+	64, // 78: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
+	58, // 79: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
+	66, // 80: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
+	68, // 81: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
+	70, // 82: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
+	73, // 83: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
+	11, // 84: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
+	13, // 85: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
+	15, // 86: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
+	17, // 87: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
+	19, // 88: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
+	21, // 89: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
+	23, // 90: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
+	25, // 91: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
+	27, // 92: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
+	31, // 93: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
+	35, // 94: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
+	40, // 95: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
+	42, // 96: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
+	44, // 97: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
+	46, // 98: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
+	48, // 99: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
+	50, // 100: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
+	54, // 101: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
+	56, // 102: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
+	61, // 103: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
+	63, // 104: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
+	65, // 105: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
+	59, // 106: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
+	67, // 107: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
+	69, // 108: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
+	71, // 109: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
+	74, // 110: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
+	84, // [84:111] is the sub-list for method output_type
+	57, // [57:84] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_api_atoll_v1_atoll_proto_init() }
@@ -5444,7 +5551,7 @@ func file_api_atoll_v1_atoll_proto_init() {
 		(*BuildBaseResponse_Transfer)(nil),
 		(*BuildBaseResponse_Base)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[60].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[62].OneofWrappers = []any{
 		(*PullKernelResponse_Transfer)(nil),
 		(*PullKernelResponse_Kernel)(nil),
 	}
@@ -5454,7 +5561,7 @@ func file_api_atoll_v1_atoll_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_atoll_v1_atoll_proto_rawDesc), len(file_api_atoll_v1_atoll_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   74,
+			NumMessages:   76,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

@@ -90,6 +90,8 @@ const (
 	KernelServiceGetProcedure = "/atoll.v1.KernelService/Get"
 	// KernelServicePullProcedure is the fully-qualified name of the KernelService's Pull RPC.
 	KernelServicePullProcedure = "/atoll.v1.KernelService/Pull"
+	// KernelServiceImportProcedure is the fully-qualified name of the KernelService's Import RPC.
+	KernelServiceImportProcedure = "/atoll.v1.KernelService/Import"
 	// SystemServiceVersionProcedure is the fully-qualified name of the SystemService's Version RPC.
 	SystemServiceVersionProcedure = "/atoll.v1.SystemService/Version"
 	// SystemServiceEventsProcedure is the fully-qualified name of the SystemService's Events RPC.
@@ -783,6 +785,8 @@ type KernelServiceClient interface {
 	List(context.Context, *connect.Request[v1.ListKernelsRequest]) (*connect.Response[v1.ListKernelsResponse], error)
 	Get(context.Context, *connect.Request[v1.GetKernelRequest]) (*connect.Response[v1.GetKernelResponse], error)
 	Pull(context.Context, *connect.Request[v1.PullKernelRequest]) (*connect.ServerStreamForClient[v1.PullKernelResponse], error)
+	// Import takes a kernel from a file of the daemon's host.
+	Import(context.Context, *connect.Request[v1.ImportKernelRequest]) (*connect.Response[v1.ImportKernelResponse], error)
 }
 
 // NewKernelServiceClient constructs a client for the atoll.v1.KernelService service. By default, it
@@ -814,14 +818,21 @@ func NewKernelServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(kernelServiceMethods.ByName("Pull")),
 			connect.WithClientOptions(opts...),
 		),
+		_import: connect.NewClient[v1.ImportKernelRequest, v1.ImportKernelResponse](
+			httpClient,
+			baseURL+KernelServiceImportProcedure,
+			connect.WithSchema(kernelServiceMethods.ByName("Import")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // kernelServiceClient implements KernelServiceClient.
 type kernelServiceClient struct {
-	list *connect.Client[v1.ListKernelsRequest, v1.ListKernelsResponse]
-	get  *connect.Client[v1.GetKernelRequest, v1.GetKernelResponse]
-	pull *connect.Client[v1.PullKernelRequest, v1.PullKernelResponse]
+	list    *connect.Client[v1.ListKernelsRequest, v1.ListKernelsResponse]
+	get     *connect.Client[v1.GetKernelRequest, v1.GetKernelResponse]
+	pull    *connect.Client[v1.PullKernelRequest, v1.PullKernelResponse]
+	_import *connect.Client[v1.ImportKernelRequest, v1.ImportKernelResponse]
 }
 
 // List calls atoll.v1.KernelService.List.
@@ -839,11 +850,18 @@ func (c *kernelServiceClient) Pull(ctx context.Context, req *connect.Request[v1.
 	return c.pull.CallServerStream(ctx, req)
 }
 
+// Import calls atoll.v1.KernelService.Import.
+func (c *kernelServiceClient) Import(ctx context.Context, req *connect.Request[v1.ImportKernelRequest]) (*connect.Response[v1.ImportKernelResponse], error) {
+	return c._import.CallUnary(ctx, req)
+}
+
 // KernelServiceHandler is an implementation of the atoll.v1.KernelService service.
 type KernelServiceHandler interface {
 	List(context.Context, *connect.Request[v1.ListKernelsRequest]) (*connect.Response[v1.ListKernelsResponse], error)
 	Get(context.Context, *connect.Request[v1.GetKernelRequest]) (*connect.Response[v1.GetKernelResponse], error)
 	Pull(context.Context, *connect.Request[v1.PullKernelRequest], *connect.ServerStream[v1.PullKernelResponse]) error
+	// Import takes a kernel from a file of the daemon's host.
+	Import(context.Context, *connect.Request[v1.ImportKernelRequest]) (*connect.Response[v1.ImportKernelResponse], error)
 }
 
 // NewKernelServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -871,6 +889,12 @@ func NewKernelServiceHandler(svc KernelServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(kernelServiceMethods.ByName("Pull")),
 		connect.WithHandlerOptions(opts...),
 	)
+	kernelServiceImportHandler := connect.NewUnaryHandler(
+		KernelServiceImportProcedure,
+		svc.Import,
+		connect.WithSchema(kernelServiceMethods.ByName("Import")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/atoll.v1.KernelService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case KernelServiceListProcedure:
@@ -879,6 +903,8 @@ func NewKernelServiceHandler(svc KernelServiceHandler, opts ...connect.HandlerOp
 			kernelServiceGetHandler.ServeHTTP(w, r)
 		case KernelServicePullProcedure:
 			kernelServicePullHandler.ServeHTTP(w, r)
+		case KernelServiceImportProcedure:
+			kernelServiceImportHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -898,6 +924,10 @@ func (UnimplementedKernelServiceHandler) Get(context.Context, *connect.Request[v
 
 func (UnimplementedKernelServiceHandler) Pull(context.Context, *connect.Request[v1.PullKernelRequest], *connect.ServerStream[v1.PullKernelResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.KernelService.Pull is not implemented"))
+}
+
+func (UnimplementedKernelServiceHandler) Import(context.Context, *connect.Request[v1.ImportKernelRequest]) (*connect.Response[v1.ImportKernelResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.KernelService.Import is not implemented"))
 }
 
 // SystemServiceClient is a client for the atoll.v1.SystemService service.
