@@ -102,7 +102,7 @@ func unpack(t *testing.T, b *Builder, d ocispec.Descriptor, dir string) (ocispec
 	entries := map[string]*tar.Header{}
 	for tr := tar.NewReader(tree); ; {
 		h, err := tr.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {

@@ -113,7 +113,7 @@ func verify(keys openpgp.EntityList, text []byte, signatures io.Reader) error {
 	var faults []error
 	for packets := packet.NewReader(signatures); ; {
 		p, err := packets.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return errors.Join(append(faults, errors.New("signed with no known key"))...)
 		}
 		if err != nil {

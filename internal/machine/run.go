@@ -306,7 +306,7 @@ func (ms *Machines) later(what string, id ID, do func() error) {
 	}
 	ms.workers.Go(func() {
 		if err := do(); err != nil && !errors.Is(err, errdefs.ErrNotFound) {
-			ms.Log.Error(what, "machine", id, "err", err)
+			ms.Log.Error("work left for later failed", "work", what, "machine", id, "err", err)
 		}
 	})
 }

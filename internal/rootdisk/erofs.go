@@ -584,7 +584,7 @@ func writeSparse(f *os.File, b []byte, off int64) error {
 
 // noEOF: the end of the stream within a file is never an orderly one.
 func noEOF(err error) error {
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return io.ErrUnexpectedEOF
 	}
 	return err

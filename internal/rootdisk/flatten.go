@@ -181,7 +181,7 @@ func each(ctx context.Context, l Layer, count func(int), fn func(h *tar.Header, 
 	tr := tar.NewReader(ahead)
 	for entries := 0; ; entries++ {
 		h, err := tr.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
@@ -197,7 +197,7 @@ func each(ctx context.Context, l Layer, count func(int), fn func(h *tar.Header, 
 		if err == nil {
 			err = fn(h, name, tr)
 		}
-		if err == errEnough {
+		if errors.Is(err, errEnough) {
 			return nil
 		}
 		if err != nil {

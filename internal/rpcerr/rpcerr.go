@@ -50,7 +50,7 @@ func ToConnect(err error) error {
 	code := connect.CodeInternal
 	resolved := errdefs.Resolve(err)
 	for _, c := range classes {
-		if resolved == c.class {
+		if errors.Is(resolved, c.class) {
 			code = c.code
 			break
 		}

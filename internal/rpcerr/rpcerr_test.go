@@ -49,7 +49,7 @@ func TestBothWays(t *testing.T) {
 			if want == nil {
 				want = tt.class
 			}
-			if got := errdefs.Resolve(back); got != want {
+			if got := errdefs.Resolve(back); !errors.Is(got, want) {
 				t.Errorf("class = %v, want %v", got, want)
 			}
 			if got := hint.Of(back); got != "try 100% harder" {
@@ -63,11 +63,11 @@ func TestPassThrough(t *testing.T) {
 	if ToConnect(nil) != nil || FromConnect(nil) != nil {
 		t.Error("nil did not stay nil")
 	}
-	if err := FromConnect(io.EOF); err != io.EOF {
+	if err := FromConnect(io.EOF); !errors.Is(err, io.EOF) {
 		t.Errorf("io.EOF became %v", err)
 	}
 	ce := connect.NewError(connect.CodeNotFound, errors.New("x"))
-	if ToConnect(ce) != error(ce) {
+	if !errors.Is(ToConnect(ce), ce) {
 		t.Error("a *connect.Error was wrapped again")
 	}
 }

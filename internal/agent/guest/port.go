@@ -50,11 +50,11 @@ func (p *port) Read(b []byte) (n int, err error) {
 	cerr := conn.Read(func(fd uintptr) bool {
 		for {
 			n, err = unix.Read(int(fd), b)
-			if err != unix.EINTR {
+			if !errors.Is(err, unix.EINTR) {
 				break
 			}
 		}
-		return n > 0 || err != nil && err != unix.EAGAIN
+		return n > 0 || err != nil && !errors.Is(err, unix.EAGAIN)
 	})
 	if cerr != nil {
 		return 0, cerr

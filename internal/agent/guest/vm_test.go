@@ -291,7 +291,7 @@ func (v *guestVM) exec(p *agentv1.Process, stdin []byte) (stdout, stderr string,
 		out.Write(o.GetStdout())
 		errs.Write(o.GetStderr())
 		if e := o.GetExit(); e != nil {
-			if _, err := x.Recv(); err != io.EOF {
+			if _, err := x.Recv(); !errors.Is(err, io.EOF) {
 				v.t.Errorf("after the exit: %v", err)
 			}
 			return out.String(), errs.String(), e.GetCode()

@@ -174,7 +174,7 @@ func TestStdinStopsWhenTheProcessDoesNotRead(t *testing.T) {
 	if err != nil || o.GetExit().GetCode() != 3 {
 		t.Fatalf("got %v, %v", o, err)
 	}
-	if _, err := x.Recv(); err != io.EOF {
+	if _, err := x.Recv(); !errors.Is(err, io.EOF) {
 		t.Fatalf("got %v after the exit", err)
 	}
 	<-wrote

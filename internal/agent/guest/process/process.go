@@ -5,6 +5,7 @@
 package process
 
 import (
+	"errors"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -188,7 +189,9 @@ func (p *Process) closeStreams() {
 
 func startError(name string, err error) error {
 	class := agentv1.FailureClass_FAILURE_CLASS_UNSPECIFIED
-	switch err {
+	var errno syscall.Errno
+	errors.As(err, &errno)
+	switch errno {
 	case syscall.ENOENT, syscall.ENOTDIR: // also a script whose interpreter is missing
 		class = agentv1.FailureClass_FAILURE_CLASS_NOT_FOUND
 	case syscall.EACCES, syscall.ENOEXEC, syscall.EISDIR, syscall.EPERM, syscall.ELOOP, syscall.ETXTBSY, syscall.ELIBBAD:
