@@ -167,6 +167,9 @@ func (e *environment) start(ctx context.Context, c *client.Client, m *atollv1.Ma
 		return res.Msg.GetWarnings(), nil
 	}
 	code := 125
+	if name := m.GetSpec().GetName(); isBroken(err) {
+		err = hint.With(fmt.Errorf("starting machine %q: %w", name, errDisconnected), "atoll start %s", name)
+	}
 	if ctx.Err() == nil {
 		ctx, cancel := context.WithTimeout(ctx, lastWord)
 		defer cancel()

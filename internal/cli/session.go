@@ -157,8 +157,17 @@ func (e *environment) checkTerminal(stdin, tty bool) error {
 // receive returns the next message of a stream; its end before a result is an error.
 func receive[T any](next func() (*T, error)) (*T, error) {
 	m, err := next()
-	if errors.Is(err, io.EOF) {
+	if errors.Is(err, io.EOF) || isBroken(err) {
 		return nil, errDisconnected
 	}
 	return m, err
+}
+
+// isBroken tells a connection that broke, as when the daemon is killed, from an answer of the daemon.
+func isBroken(err error) bool {
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) {
+		return true
+	}
+	// Connect gives a stream that was cut off in a message no other sign than these words.
+	return err != nil && (strings.Contains(err.Error(), "incomplete envelope") || strings.HasSuffix(err.Error(), "unexpected EOF"))
 }

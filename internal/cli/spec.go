@@ -68,6 +68,9 @@ func (s *specFlags) machine(e *environment, cmd *cobra.Command, args []string) (
 	default:
 		return nil, usagef("--pull %q: want always, missing or never", s.pull)
 	}
+	if cmd.Flags().Changed("name") && spec.Name == "" {
+		return nil, usagef("--name: an empty name")
+	}
 	if cmd.Flags().Changed("cpus") && spec.Cpus == 0 {
 		return nil, usagef("--cpus 0: want at least 1")
 	}

@@ -25,7 +25,7 @@ type imagesOf struct{ s *system }
 
 func (i *imagesOf) Find(ctx context.Context, ref, platform string) (machine.Image, error) {
 	img, err := i.s.images.Resolve(ctx, ref, platform)
-	if errdefs.IsNotFound(err) && isBase(ref) {
+	if _, absent := i.s.images.Resolve(ctx, ref, ""); errdefs.IsNotFound(err) && absent != nil && isBase(ref) {
 		return machine.Image{}, hint.With(err, "make it from the distribution's packages: atoll base build %s", ref)
 	}
 	if err != nil {

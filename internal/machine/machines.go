@@ -162,6 +162,11 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (Machine, error) {
 	if _, err := argv(s, img); err != nil {
 		return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
 	}
+	if s.Kernel != "" {
+		if _, _, err := ms.Kernels.Boot(ctx, s.Kernel); err != nil {
+			return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
+		}
+	}
 	if s.Network != NoNetwork {
 		if _, _, err := ms.Networks.Get(s.Network); err != nil {
 			return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)

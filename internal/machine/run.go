@@ -311,10 +311,12 @@ func (ms *Machines) later(what string, id ID, do func() error) {
 	})
 }
 
+// exitCodeOf is the exit code of a machine that could not be started.
 func exitCodeOf(err error) int {
+	const failed = 125 // Docker's code for what is not the command's own fault
 	var f *host.Failure
 	if !errors.As(err, &f) {
-		return 0
+		return failed
 	}
 	switch f.Class {
 	case agentv1.FailureClass_FAILURE_CLASS_NOT_FOUND:
@@ -322,7 +324,7 @@ func exitCodeOf(err error) int {
 	case agentv1.FailureClass_FAILURE_CLASS_NOT_EXECUTABLE:
 		return 126
 	}
-	return 0
+	return failed
 }
 
 // consoleTail returns the last lines of the serial console, with what a terminal could choke on made harmless.

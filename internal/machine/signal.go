@@ -1,6 +1,11 @@
 package machine
 
-import "strings"
+import (
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
 
 // canonical is a signal's name as the agent takes it: upper case, without SIG; KILL by default.
 func canonical(signal string) string {
@@ -10,4 +15,22 @@ func canonical(signal string) string {
 		return "KILL"
 	}
 	return s
+}
+
+// isSignal says whether a guest will know the signal, by name or number.
+func isSignal(s string) bool {
+	if n, err := strconv.Atoi(s); err == nil {
+		return n >= 1 && n <= 64
+	}
+	name := canonical(s)
+	return unix.SignalNum("SIG"+name) != 0 || strings.HasPrefix(name, "RTMIN") || strings.HasPrefix(name, "RTMAX")
+}
+
+// hostMemory is the size of this host's memory.
+func hostMemory() int64 {
+	var info unix.Sysinfo_t
+	if unix.Sysinfo(&info) != nil {
+		return 1 << 62
+	}
+	return int64(info.Totalram) * int64(info.Unit)
 }

@@ -19,6 +19,7 @@ const (
 	MinMemory          = 96 << 20 // less and Debian's kernel cannot unpack its initramfs
 	DefaultDisk        = 10 << 30
 	MinDisk            = 16 << 20
+	MaxDisk            = 15 << 40
 	DefaultStopTimeout = 10 * time.Second
 	DefaultNetwork     = "default"
 	NoNetwork          = "none"
@@ -66,8 +67,7 @@ func (s Spec) validate() error {
 		fault("a name starts with a letter or digit, goes on with letters, digits, '_', '.', '-', and has at most 63 characters", "machine name %q", shorten(s.Name))
 	} else if idForm.MatchString(s.Name) {
 		fault("choose a name with a letter after f or fewer than 12 characters", "machine name %q looks like a machine ID", s.Name)
-	}
-	if !hostnameForm.MatchString(s.Hostname) {
+	} else if !hostnameForm.MatchString(s.Hostname) {
 		fault("a hostname has letters, digits, '-' and '.', at most 64", "hostname %q", shorten(s.Hostname))
 	}
 	if s.Image == "" {
@@ -78,6 +78,20 @@ func (s Spec) validate() error {
 	}
 	if s.MemoryBytes < MinMemory {
 		fault(fmt.Sprintf("give at least %s, such as --memory 256M", units.BytesSize(MinMemory)), "memory of %s is too small to boot a kernel", units.BytesSize(float64(s.MemoryBytes)))
+	}
+	if total := hostMemory(); s.MemoryBytes > total {
+		fault("give less --memory", "memory of %s is more than the host's %s", units.BytesSize(float64(s.MemoryBytes)), units.BytesSize(float64(total)))
+	}
+	if s.DiskBytes > MaxDisk {
+		fault("give less --disk-size", "disk size of %s is more than a file system can have (%s)", units.BytesSize(float64(s.DiskBytes)), units.BytesSize(MaxDisk))
+	}
+	if s.StopSignal != "" && !isSignal(s.StopSignal) {
+		fault("use a name such as SIGTERM or a number from 1 to 64", "stop signal %q", shorten(s.StopSignal))
+	}
+	for k := range s.Labels {
+		if k == "" {
+			fault("write KEY=value", "a label without a key")
+		}
 	}
 	if s.DiskBytes < MinDisk {
 		fault("give at least 16M, such as --disk-size 1G", "disk size of %s is too small for a file system", units.BytesSize(float64(s.DiskBytes)))
@@ -126,6 +140,10 @@ func argv(s Spec, img Image) ([]string, error) {
 		cmd = s.Command
 	}
 	words := append(append([]string{}, entrypoint...), cmd...)
+	if len(words) == 0 && s.SetEntrypoint {
+		err := fmt.Errorf("with its ENTRYPOINT cleared, image %s has nothing to run (--entrypoint drops CMD too): %w", s.Image, errdefs.ErrInvalidArgument)
+		return nil, hint.With(err, "say what to run: atoll run --entrypoint '' %s COMMAND", s.Image)
+	}
 	if len(words) == 0 {
 		err := fmt.Errorf("image %s has neither ENTRYPOINT nor CMD, and no command was given: %w", s.Image, errdefs.ErrInvalidArgument)
 		return nil, hint.With(err, "say what to run: atoll run %s COMMAND", s.Image)

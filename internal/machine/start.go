@@ -10,6 +10,7 @@ import (
 	"time"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
+	"github.com/atollvm/atoll/internal/agent/host"
 	"github.com/atollvm/atoll/internal/agent/transport"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/network"
@@ -285,7 +286,9 @@ func (s *starting) fail(ctx context.Context, cause error, warnings []string) (Ma
 		cause = fmt.Errorf("%w (%s after the start)", cause, startTimeout)
 	}
 	code := exitCodeOf(cause)
-	if code == 0 { // a command that cannot be run speaks for itself
+	if f := (*host.Failure)(nil); errors.As(cause, &f) { // the agent's own words say more than the console, and the step is named already
+		cause = &host.Failure{Class: f.Class, Message: f.Message}
+	} else {
 		cause = withConsole(cause, s.m.VMM.Console, s.run != nil)
 	}
 	cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)

@@ -5,10 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/host"
+	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/machine/outlog"
+	"github.com/containerd/errdefs"
 )
 
 // Process is a command to run beside the entrypoint; empty fields are the machine's own.
@@ -34,6 +37,10 @@ func (ms *Machines) Exec(ctx context.Context, name string, p Process) (*host.Exe
 	e.mu.Unlock()
 	if r == nil || m.State != Running {
 		return nil, notRunning(m)
+	}
+	if p.WorkingDir != "" && !strings.HasPrefix(p.WorkingDir, "/") {
+		err := fmt.Errorf("running a command in machine %q: working directory %q: %w", m.Spec.Name, shorten(p.WorkingDir), errdefs.ErrInvalidArgument)
+		return nil, hint.With(err, "give an absolute path")
 	}
 	agent, err := r.client()
 	if err != nil {

@@ -34,7 +34,9 @@ func (a *Agent) startEntrypoint(p *agentv1.Process) error {
 	if err != nil {
 		return err
 	}
-	proc, err := a.processes.Start(spec(p, "entrypoint"))
+	s := spec(p, "entrypoint")
+	s.MakeDir = true // as Docker does with WORKDIR
+	proc, err := a.processes.Start(s)
 	if err != nil {
 		return err
 	}

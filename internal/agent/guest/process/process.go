@@ -23,6 +23,7 @@ type Spec struct {
 	Argv       []string
 	Env        []string
 	Dir        string
+	MakeDir    bool   // Dir is made when it is not there
 	User       string // name|uid[:group|gid]
 	TTY        bool
 	Stdin      bool
@@ -126,8 +127,15 @@ func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
 	if dir == "" {
 		dir = "/"
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if spec.MakeDir {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, invalid("working directory " + dir + ": " + reason(err))
+		}
+	}
+	if st, err := os.Stat(dir); err != nil {
 		return nil, invalid("working directory " + dir + ": " + reason(err))
+	} else if !st.IsDir() {
+		return nil, invalid("working directory " + dir + ": not a directory")
 	}
 	path, err := lookUpCommand(spec.Argv[0], env, dir)
 	if err != nil {
