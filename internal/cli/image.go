@@ -111,20 +111,25 @@ func (e *environment) pull(ctx context.Context, c *client.Client, req *atollv1.P
 	if err != nil {
 		return nil, err
 	}
-	var image *atollv1.Image
+	return pulled(e, stream, quiet, (*atollv1.PullImageResponse).GetTransfer, (*atollv1.PullImageResponse).GetImage)
+}
+
+// pulled shows the transfers of a stream and returns its result.
+func pulled[R, T any](e *environment, stream *connect.ServerStreamForClient[R], quiet bool, transfer func(*R) *atollv1.Transfer, result func(*R) *T) (*T, error) {
 	show := e.progress(quiet)
 	defer show.Close()
-	err = each(stream, func(r *atollv1.PullImageResponse) error {
-		if i := r.GetImage(); i != nil {
-			image = i
+	var got *T
+	err := each(stream, func(r *R) error {
+		if t := result(r); t != nil {
+			got = t
 		}
-		showTransfer(show, r.GetTransfer())
+		showTransfer(show, transfer(r))
 		return nil
 	})
-	if err == nil && image == nil {
+	if err == nil && got == nil {
 		err = errDisconnected
 	}
-	return image, err
+	return got, err
 }
 
 func newTagCmd(e *environment) *cobra.Command {

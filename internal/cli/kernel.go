@@ -110,20 +110,7 @@ func (e *environment) pullKernel(ctx context.Context, c *client.Client, req *ato
 	if err != nil {
 		return nil, err
 	}
-	show := e.progress(quiet)
-	defer show.Close()
-	var kernel *atollv1.Kernel
-	err = each(stream, func(r *atollv1.PullKernelResponse) error {
-		if k := r.GetKernel(); k != nil {
-			kernel = k
-		}
-		showTransfer(show, r.GetTransfer())
-		return nil
-	})
-	if err == nil && kernel == nil {
-		err = errDisconnected
-	}
-	return kernel, err
+	return pulled(e, stream, quiet, (*atollv1.PullKernelResponse).GetTransfer, (*atollv1.PullKernelResponse).GetKernel)
 }
 
 func newKernelImportCmd(e *environment) *cobra.Command {

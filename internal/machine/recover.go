@@ -99,7 +99,7 @@ func (ms *Machines) undoStart(ctx context.Context, e *entry, inst vmm.Instance) 
 		}
 	}
 	err := ms.commit(e, "die", func(m *Machine) {
-		m.State, m.ExitCode, m.Error, m.FailedStep, m.Finished = Failed, 125, "the daemon ended while the machine was starting", "start", time.Now()
+		m.State, m.ExitCode, m.Error, m.FailedStep, m.Finished = Failed, exitFailed, "the daemon ended while the machine was starting", "start", time.Now()
 		m.VMM.PID = 0
 	})
 	if err != nil {

@@ -311,12 +311,14 @@ func (ms *Machines) later(what string, id ID, do func() error) {
 	})
 }
 
-// exitCodeOf is the exit code of a machine that could not be started.
+// exitFailed is Docker's exit code for what is not the command's own fault.
+const exitFailed = 125
+
+// exitCodeOf is the exit code of a command that could not be started, as shells and Docker have them.
 func exitCodeOf(err error) int {
-	const failed = 125 // Docker's code for what is not the command's own fault
 	var f *host.Failure
 	if !errors.As(err, &f) {
-		return failed
+		return exitFailed
 	}
 	switch f.Class {
 	case agentv1.FailureClass_FAILURE_CLASS_NOT_FOUND:
@@ -324,7 +326,7 @@ func exitCodeOf(err error) int {
 	case agentv1.FailureClass_FAILURE_CLASS_NOT_EXECUTABLE:
 		return 126
 	}
-	return failed
+	return exitFailed
 }
 
 // consoleTail returns the last lines of the serial console, with what a terminal could choke on made harmless.

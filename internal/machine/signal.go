@@ -17,13 +17,18 @@ func canonical(signal string) string {
 	return s
 }
 
+// SignalNumber is the number of a signal by its name, with or without SIG; 0: there is none of that name.
+func SignalNumber(name string) unix.Signal {
+	return unix.SignalNum("SIG" + strings.TrimPrefix(strings.ToUpper(name), "SIG"))
+}
+
 // isSignal says whether a guest will know the signal, by name or number.
 func isSignal(s string) bool {
 	if n, err := strconv.Atoi(s); err == nil {
 		return n >= 1 && n <= 64
 	}
 	name := canonical(s)
-	return unix.SignalNum("SIG"+name) != 0 || strings.HasPrefix(name, "RTMIN") || strings.HasPrefix(name, "RTMAX")
+	return SignalNumber(s) != 0 || strings.HasPrefix(name, "RTMIN") || strings.HasPrefix(name, "RTMAX")
 }
 
 // hostMemory is the size of this host's memory.

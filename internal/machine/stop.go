@@ -75,23 +75,29 @@ func (ms *Machines) askDown(ctx context.Context, e *entry, r *run, grace time.Du
 			}
 		}
 	}()
-	patience := asking.Done()
-	for {
-		select {
-		case <-r.inst.Done():
-			return nil
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-ms.life.Done():
-			return fmt.Errorf("the daemon ends: %w", errdefs.ErrUnavailable)
-		case <-patience:
-		}
-		if e.get().Last == nil || patience != asking.Done() {
-			return ms.killVMM(ctx, e, r)
-		}
-		down, cancel := context.WithTimeout(context.WithoutCancel(ctx), downTimeout)
-		defer cancel()
-		patience = down.Done()
+	down, err := ms.wentDown(ctx, r, grace+killAfter)
+	if err == nil && !down && e.get().Last != nil {
+		down, err = ms.wentDown(ctx, r, downTimeout)
+	}
+	if down || err != nil {
+		return err
+	}
+	return ms.killVMM(ctx, e, r)
+}
+
+// wentDown waits for the end of the VMM. It is an error when the caller or the daemon goes first.
+func (ms *Machines) wentDown(ctx context.Context, r *run, patience time.Duration) (bool, error) {
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	select {
+	case <-r.inst.Done():
+		return true, nil
+	case <-ctx.Done():
+		return false, ctx.Err()
+	case <-ms.life.Done():
+		return false, fmt.Errorf("the daemon ends: %w", errdefs.ErrUnavailable)
+	case <-timer.C:
+		return false, nil
 	}
 }
 

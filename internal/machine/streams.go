@@ -26,6 +26,13 @@ type Process struct {
 	Detach     bool
 }
 
+// ExitCode tells, of an error of Exec, the exit code of a command that is not there (127) or cannot be executed (126). Other faults
+// are not the command's.
+func ExitCode(err error) (code int, ok bool) {
+	code = exitCodeOf(err)
+	return code, code != exitFailed
+}
+
 // Exec starts a command in a running machine.
 func (ms *Machines) Exec(ctx context.Context, name string, p Process) (*host.Exec, error) {
 	e, err := ms.find(name)

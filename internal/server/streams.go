@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 
 	"connectrpc.com/connect"
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
@@ -15,18 +14,11 @@ import (
 	"github.com/atollvm/atoll/internal/machine"
 	"github.com/atollvm/atoll/internal/machine/outlog"
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
 )
 
 type (
 	execStream   = connect.BidiStream[atollv1.ExecRequest, atollv1.ExecResponse]
 	attachStream = connect.BidiStream[atollv1.AttachRequest, atollv1.AttachResponse]
-)
-
-// Exit codes of a command that could not be started, as shells and Docker have them.
-const (
-	exitNotExecutable = 126
-	exitNotFound      = 127
 )
 
 func (s *machines) Exec(ctx context.Context, stream *execStream) error {
@@ -60,21 +52,13 @@ func (s *machines) Exec(ctx context.Context, stream *execStream) error {
 
 // notStarted tells a command that is not there, or cannot be executed, by its exit code; other faults are errors of the call.
 func notStarted(stream *execStream, err error) error {
-	code := int32(0)
-	if f := (*host.Failure)(nil); errors.As(err, &f) {
-		switch f.Class {
-		case agentv1.FailureClass_FAILURE_CLASS_NOT_FOUND:
-			code = exitNotFound
-		case agentv1.FailureClass_FAILURE_CLASS_NOT_EXECUTABLE:
-			code = exitNotExecutable
-		}
-	}
-	if code == 0 {
+	code, ok := machine.ExitCode(err)
+	if !ok {
 		return err
 	}
 	return errors.Join(
 		stream.Send(&atollv1.ExecResponse{Kind: &atollv1.ExecResponse_Failure{Failure: err.Error()}}),
-		stream.Send(&atollv1.ExecResponse{Kind: &atollv1.ExecResponse_ExitCode{ExitCode: code}}),
+		stream.Send(&atollv1.ExecResponse{Kind: &atollv1.ExecResponse_ExitCode{ExitCode: int32(code)}}),
 	)
 }
 
@@ -93,20 +77,12 @@ func (s *machines) execInput(stream *execStream, x *host.Exec) {
 		case *atollv1.ExecRequest_Resize:
 			err = x.Resize(k.Resize.GetRows(), k.Resize.GetCols())
 		case *atollv1.ExecRequest_Signal:
-			err = x.Signal(int32(signalNumber(k.Signal)))
+			err = x.Signal(int32(machine.SignalNumber(k.Signal)))
 		}
 		if err != nil {
 			s.Log.Debug("input to a command", "err", err)
 		}
 	}
-}
-
-func signalNumber(name string) unix.Signal {
-	name = strings.ToUpper(name)
-	if !strings.HasPrefix(name, "SIG") {
-		name = "SIG" + name
-	}
-	return unix.SignalNum(name)
 }
 
 func execOutput(stream *execStream, x *host.Exec) error {
