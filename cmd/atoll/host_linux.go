@@ -33,6 +33,10 @@ SIGTERM and SIGINT end it; machines run on and are taken back by the next one.`,
 			if err != nil {
 				return err
 			}
+			settings, err := config.LoadSettings(c.Home)
+			if err != nil {
+				return err
+			}
 			level := slog.LevelInfo
 			if debug {
 				level = slog.LevelDebug
@@ -40,7 +44,8 @@ SIGTERM and SIGINT end it; machines run on and are taken back by the next one.`,
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
 			return daemon.Run(ctx, daemon.Config{
-				Home: c.Home, Socket: c.Socket(), Exe: exe, DockerConfigDir: c.DockerConfig, Version: version, Commit: commit,
+				Home: c.Home, Socket: c.Socket(), Exe: exe, DockerConfigDir: c.DockerConfig, Settings: settings,
+				Version: version, Commit: commit,
 				Log: slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: level})),
 			})
 		},

@@ -21,6 +21,7 @@ import (
 
 	"github.com/atollvm/atoll/internal/base"
 	"github.com/atollvm/atoll/internal/build"
+	"github.com/atollvm/atoll/internal/config"
 	"github.com/atollvm/atoll/internal/event"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/image"
@@ -44,6 +45,7 @@ type Config struct {
 	Socket          string
 	Exe             string // this program, for the helper processes
 	DockerConfigDir string
+	Settings        config.Settings
 	Version         string
 	Commit          string
 	Log             *slog.Logger
