@@ -186,9 +186,14 @@ type Variant struct {
 // Variants returns what the name's registry had for it: the digest, and for an index the images in it. An image that came without an
 // index is its own only variant.
 func (s *Store) Variants(ctx context.Context, name string, img Image) (digest.Digest, []Variant) {
-	rec := s.recordFor(name, img)
+	return s.variantsOf(ctx, s.recordFor(name, img))
+}
+
+func (s *Store) variantsOf(ctx context.Context, rec record) (digest.Digest, []Variant) {
 	if rec.Source.Digest == rec.Manifest.Digest {
-		return rec.Source.Digest, []Variant{{Digest: img.Digest, Platform: img.Platform, Here: true}}
+		s.mu.RLock()
+		defer s.mu.RUnlock()
+		return rec.Source.Digest, []Variant{{Digest: rec.Manifest.Digest, Platform: s.images[rec.Manifest.Digest].Platform, Here: true}}
 	}
 	var all []Variant
 	have, _ := s.complete(ctx, rec.Source) // what is missing is told by Here

@@ -452,7 +452,9 @@ func TestPullRefuses(t *testing.T) {
 }
 
 func TestExplain(t *testing.T) {
-	s, _ := openStore(t, t.TempDir(), func(o *Options) { o.Registries = map[string]Registry{"127.0.0.1:7": {CA: "/ca"}, "127.0.0.1:8": {Insecure: true}} })
+	s, _ := openStore(t, t.TempDir(), func(o *Options) {
+		o.Registries = map[string]Registry{"127.0.0.1:7": {CA: "/ca"}, "127.0.0.1:8": {Insecure: true}}
+	})
 	r, err := ref.Parse("r.example/team/app:1")
 	if err != nil {
 		t.Fatal(err)

@@ -1,8 +1,10 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +13,7 @@ import (
 	"net/url"
 	"path"
 	"strings"
+	"unicode"
 
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -143,8 +146,55 @@ func timedOut(err error) bool {
 	return errors.As(err, &ne) && ne.Timeout()
 }
 
+// answer is a registry's refusal on one line: the library's has one for each of the registry's own messages, and every query.
+type answer struct {
+	cause error
+	text  string
+}
+
+func (a *answer) Error() string { return a.text }
+func (a *answer) Unwrap() error { return a.cause }
+
+// tidy makes the library's error about an answer of a registry readable.
+func tidy(err error) error {
+	var status remoteerrors.ErrUnexpectedStatus
+	if !errors.As(err, &status) {
+		return err
+	}
+	target := status.RequestURL
+	if u, err := url.Parse(target); err == nil {
+		u.RawQuery = ""
+		target = u.Redacted()
+	}
+	text := fmt.Sprintf("%s %s: %s", status.RequestMethod, target, status.Status)
+	var body struct {
+		Errors []struct{ Code, Message string } `json:"errors"`
+	}
+	if json.Unmarshal(status.Body, &body) == nil {
+		for _, e := range body.Errors {
+			text += fmt.Sprintf(" (%s)", cmp.Or(e.Message, e.Code))
+		}
+	}
+	return &answer{err, printable(text)}
+}
+
+// printable is a stranger's text, fit for a line of an error.
+func printable(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return ' '
+	}, s)
+	if len(s) > 1000 {
+		s = strings.ToValidUTF8(s[:1000], "") + "…"
+	}
+	return s
+}
+
 // explain gives a failure of a registry its class and the next step.
 func (s *Store) explain(ctx context.Context, err error, r ref.Ref) error {
+	err = tidy(err)
 	host, status := r.Host(), statusOf(err)
 	login := "log in: atoll login " + host
 	var netErr net.Error
