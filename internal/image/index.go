@@ -216,3 +216,17 @@ func (s *Store) variants(ctx context.Context, index ocispec.Descriptor, depth in
 		}
 	}
 }
+
+// RepoDigests returns name@digest for each name of an image, as its registry has it where it came from one.
+func (s *Store) RepoDigests(img Image) []string {
+	var all []string
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, key := range img.References {
+		if rec, ok := s.refs[key]; ok {
+			all = append(all, nameOf(key)+"@"+rec.Source.Digest.String())
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
+}

@@ -473,13 +473,26 @@ func (s *Store) full(err error) error {
 	if !errors.Is(err, syscall.ENOSPC) {
 		return err
 	}
-	var st unix.Statfs_t
 	free := "free space unknown"
-	if unix.Statfs(s.dir, &st) == nil {
-		free = fmt.Sprintf("%d KiB free", st.Bavail*uint64(st.Bsize)>>10)
+	if n, ok := s.free(); ok {
+		free = fmt.Sprintf("%d KiB free", n>>10)
 	}
 	return hint.With(fmt.Errorf("writing to %s (%s): %w: %w", s.dir, free, syscall.ENOSPC, errdefs.ErrResourceExhausted),
-		"free some space there, such as with atoll image rm, and pull again")
+		"free some space there, such as with atoll image prune, and try again")
+}
+
+func (s *Store) free() (int64, bool) {
+	var st unix.Statfs_t
+	err := unix.Statfs(s.dir, &st)
+	return int64(st.Bavail) * st.Bsize, err == nil
+}
+
+// room says beforehand that so many bytes would fill the disk.
+func (s *Store) room(size int64) error {
+	if n, ok := s.free(); !ok || size <= n {
+		return nil
+	}
+	return s.full(fmt.Errorf("%d bytes: %w", size, syscall.ENOSPC))
 }
 
 // meter reads a blob's body, reports how far it is, and ends what is longer than it should be.

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -98,6 +99,7 @@ type Store struct {
 	artifacts       *state.Collection[artifact]
 	events          *event.Bus
 	log             *slog.Logger
+	ingests         atomic.Uint64 // makes names of ingests differ
 
 	// change is held while records or blobs go or come; before mu. It guards the holds.
 	change   sync.Mutex
