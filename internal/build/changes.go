@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
 	"github.com/moby/buildkit/frontend/dockerfile/parser"
+	"github.com/moby/buildkit/frontend/dockerfile/shell"
 	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
 
 	"github.com/atollvm/atoll/internal/hint"
@@ -37,6 +38,16 @@ func change(c *dockerspec.DockerOCIImageConfig, line string) error {
 		instruction, err := instructions.ParseInstruction(node)
 		if err != nil {
 			return err
+		}
+		if e, ok := instruction.(instructions.SupportsSingleWordExpansion); ok {
+			words := shell.NewLex(parsed.EscapeToken)
+			err := e.Expand(func(word string) (string, error) {
+				value, _, err := words.ProcessWord(word, shell.EnvsFromSlice(c.Env))
+				return value, err
+			})
+			if err != nil {
+				return err
+			}
 		}
 		if err := apply(c, instruction); err != nil {
 			return err
