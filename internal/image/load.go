@@ -221,7 +221,7 @@ func badArchive(err error) error {
 		return hint.With(fmt.Errorf("the archive ends too early: %w: %w", io.ErrUnexpectedEOF, errdefs.ErrDataLoss), "was the file written completely?")
 	}
 	if errors.Is(err, tar.ErrHeader) || errors.Is(err, tar.ErrInsecurePath) || errors.Is(err, gzip.ErrHeader) {
-		return hint.With(fmt.Errorf("it is no tar archive: %w: %w", err, errdefs.ErrInvalidArgument), "give a file that docker save or atoll save has written")
+		return hint.With(fmt.Errorf("it is no tar archive: %w: %w", err, errdefs.ErrInvalidArgument), "give a tar archive, plain or compressed")
 	}
 	if errors.Is(err, gzip.ErrChecksum) || errors.Is(err, zstd.ErrCRCMismatch) || errors.Is(err, zstd.ErrMagicMismatch) {
 		return hint.With(fmt.Errorf("the archive is damaged: %w: %w", err, errdefs.ErrDataLoss), "write it again")

@@ -393,7 +393,9 @@ func (p *pusher) explain(ctx context.Context, err error) error {
 		return hint.With(fmt.Errorf("registry %s: too large: %w: %w", host, tidied, errdefs.ErrInvalidArgument), "a proxy before the registry limits the size of requests: tell who runs it")
 	case code == http.StatusNotFound, code == http.StatusMethodNotAllowed:
 		return hint.With(fmt.Errorf("registry %s takes no images at %s: %w: %w", host, p.ref.Name, tidied, errdefs.ErrFailedPrecondition), "create the repository there, or check the name")
-	case code == http.StatusUnauthorized, code == http.StatusForbidden, code == http.StatusTooManyRequests:
+	case errors.Is(err, docker.ErrInvalidAuthorization), code == http.StatusUnauthorized:
+		return hint.With(fmt.Errorf("registry %s: pushing needs other credentials: %w: %w", host, tidied, errdefs.ErrUnauthenticated), "log in: atoll login %s", host)
+	case code == http.StatusForbidden, code == http.StatusTooManyRequests:
 	case code >= 400 && code < 500:
 		return hint.With(fmt.Errorf("registry %s refuses it: %w: %w", host, tidied, errdefs.ErrInvalidArgument), "its message says why; tell who runs it")
 	}

@@ -543,6 +543,9 @@ func (s *Store) read(ctx context.Context, desc ocispec.Descriptor, limit int64) 
 	if ra.Size() > limit {
 		return nil, tooLarge(desc, limit)
 	}
+	if desc.Size > 0 && ra.Size() != desc.Size {
+		return nil, fmt.Errorf("blob %s has %d bytes, its descriptor says %d: %w", desc.Digest, ra.Size(), desc.Size, errdefs.ErrDataLoss)
+	}
 	data := make([]byte, ra.Size())
 	if _, err := ra.ReadAt(data, 0); err != nil && !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("reading blob %s: %w", desc.Digest, err)
