@@ -226,6 +226,8 @@ func (s *Store) explain(ctx context.Context, err error, r ref.Ref) error {
 		return hint.With(fmt.Errorf("registry %s: %w: %w", host, err, errdefs.ErrUnavailable), "the registry sends requests in circles: tell who runs it")
 	case status >= 500:
 		return hint.With(fmt.Errorf("registry %s fails: %w: %w", host, err, errdefs.ErrUnavailable), "try again later")
+	case status >= 400:
+		return hint.With(fmt.Errorf("registry %s: %w: %w", host, err, errdefs.ErrUnavailable), "check that there is a registry at %s", host)
 	case errors.As(err, &netErr), errors.Is(err, io.ErrUnexpectedEOF):
 		return hint.With(fmt.Errorf("registry %s: %w: %w", host, err, errdefs.ErrUnavailable), "check that this host reaches %s; a pull goes on where it was interrupted", host)
 	}

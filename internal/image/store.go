@@ -507,6 +507,9 @@ func parseDocument(desc ocispec.Descriptor, data []byte) (document, error) {
 	}
 	entries := slices.Concat(doc.Layers, doc.Manifests)
 	if doc.Config != nil {
+		if doc.Config.Size > maxConfig {
+			return doc, tooLarge(*doc.Config, maxConfig)
+		}
 		entries = append(entries, *doc.Config)
 	}
 	for _, d := range entries {
