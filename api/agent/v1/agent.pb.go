@@ -512,6 +512,7 @@ type Config struct {
 	Root          *Root                  `protobuf:"bytes,8,opt,name=root,proto3" json:"root,omitempty"`
 	Process       *Process               `protobuf:"bytes,9,opt,name=process,proto3" json:"process,omitempty"`  // the entrypoint
 	Entropy       []byte                 `protobuf:"bytes,10,opt,name=entropy,proto3" json:"entropy,omitempty"` // mixed into the guest's random pool
+	Modules       []string               `protobuf:"bytes,11,rep,name=modules,proto3" json:"modules,omitempty"` // features whose modules the initramfs has in a directory of that name: loaded before all else
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -612,6 +613,13 @@ func (x *Config) GetProcess() *Process {
 func (x *Config) GetEntropy() []byte {
 	if x != nil {
 		return x.Entropy
+	}
+	return nil
+}
+
+func (x *Config) GetModules() []string {
+	if x != nil {
+		return x.Modules
 	}
 	return nil
 }
@@ -2208,7 +2216,7 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05state\x18\x04 \x01(\v2\x15.atoll.agent.v1.EventR\x05state\x12\x17\n" +
 	"\aboot_id\x18\x05 \x01(\tR\x06bootId\x12,\n" +
 	"\x12start_uptime_nanos\x18\x06 \x01(\x03R\x10startUptimeNanos\x12!\n" +
-	"\fuptime_nanos\x18\a \x01(\x03R\vuptimeNanos\"\x85\x03\n" +
+	"\fuptime_nanos\x18\a \x01(\x03R\vuptimeNanos\"\x9f\x03\n" +
 	"\x06Config\x12\x1d\n" +
 	"\n" +
 	"machine_id\x18\x01 \x01(\tR\tmachineId\x12\x1a\n" +
@@ -2226,7 +2234,8 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x04root\x18\b \x01(\v2\x14.atoll.agent.v1.RootR\x04root\x121\n" +
 	"\aprocess\x18\t \x01(\v2\x17.atoll.agent.v1.ProcessR\aprocess\x12\x18\n" +
 	"\aentropy\x18\n" +
-	" \x01(\fR\aentropy\";\n" +
+	" \x01(\fR\aentropy\x12\x18\n" +
+	"\amodules\x18\v \x03(\tR\amodules\";\n" +
 	"\tHostEntry\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x14\n" +
 	"\x05names\x18\x02 \x03(\tR\x05names\"c\n" +
