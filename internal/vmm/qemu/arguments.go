@@ -22,6 +22,7 @@ const (
 	maxSocket   = 107 // bytes of a unix socket's path: sun_path less its NUL
 	mmioDevices = 8   // virtio-mmio slots of microvm without ACPI
 	acpiDevices = 24  // and with it (QEMU 7.2, hw/i386/microvm.c)
+	ownDevices  = 2   // the agent's port and the random number device take a slot each
 )
 
 // host is what the command line depends on besides the spec.
@@ -44,9 +45,8 @@ func check(spec vmm.Spec, h host) error {
 	if spec.CPUs < 1 {
 		invalid("%d CPUs", spec.CPUs)
 	}
-	// The agent's port and the random number device take a slot each.
-	if n, most := len(spec.Disks)+len(spec.NICs)+2, slots(spec, h); n > most {
-		invalid("%d disks and NICs, but there is room for %d", n-2, most-2)
+	if n, most := len(spec.Disks)+len(spec.NICs), slots(spec, h)-ownDevices; n > most {
+		invalid("%d disks and NICs, but there is room for %d", n, most)
 	}
 	sockets := []string{filepath.Join(spec.Dir, agentSocket)}
 	for _, n := range spec.NICs {
@@ -73,11 +73,19 @@ func check(spec vmm.Spec, h host) error {
 	return errors.Join(faults...)
 }
 
+// slots is how many virtio-mmio devices the machine has room for.
 func slots(spec vmm.Spec, h host) int {
-	if h.arch == "amd64" && !spec.Kernel.NeedsACPI {
+	if h.arch == "amd64" && !useACPI(spec) {
 		return mmioDevices
 	}
 	return acpiDevices
+}
+
+// useACPI: a kernel boots faster with its devices on the command line. It gets ACPI when it needs that, or when it has more devices than a
+// machine without ACPI has room for.
+func useACPI(spec vmm.Spec) bool {
+	many := len(spec.Disks)+len(spec.NICs)+ownDevices > mmioDevices
+	return spec.Kernel.NeedsACPI || spec.Kernel.ACPI && many
 }
 
 func class(err error) error {
@@ -167,7 +175,7 @@ func machine(spec vmm.Spec, h host) string {
 	switch {
 	case h.arch == "arm64":
 		return "virt,gic-version=max"
-	case spec.Kernel.NeedsACPI:
+	case useACPI(spec):
 		return "microvm,acpi=on"
 	}
 	return "microvm,acpi=off"
