@@ -25,7 +25,7 @@ print its name, and make it the default. It boots in a fraction of the time of a
 distribution's kernel. The same source, configuration and compiler are built
 once; then the answer comes at once.
 
---source is debian (the linux-source package from Debian's signed archive: 6.1 or
+--source is debian (the package linux-source of Debian's signed archive, 6.1 or
 6.12), the URL of an archive, or the directory of an unpacked tree. An archive
 needs --keyring with the public keys of its signers, whose signature is fetched
 from beside it, or --sha256.
