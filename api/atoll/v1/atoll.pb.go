@@ -188,7 +188,7 @@ func (x Check_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Check_Level.Descriptor instead.
 func (Check_Level) EnumDescriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69, 0}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{75, 0}
 }
 
 // Hint is an error detail: the next step for a person.
@@ -3999,6 +3999,372 @@ func (x *Kernel) GetConfigDigest() string {
 	return ""
 }
 
+type BuildKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`       // default: atoll-VERSION
+	Version       string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"` // of Linux
+	Source        string                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`   // debian (the default), a URL, or an absolute path of the daemon's host
+	Sha256        string                 `protobuf:"bytes,4,opt,name=sha256,proto3" json:"sha256,omitempty"`   // of what is behind the URL
+	Keyring       []byte                 `protobuf:"bytes,5,opt,name=keyring,proto3" json:"keyring,omitempty"` // OpenPGP public keys, one of which signed what is behind the URL
+	Mirror        string                 `protobuf:"bytes,6,opt,name=mirror,proto3" json:"mirror,omitempty"`   // Debian's
+	Config        []byte                 `protobuf:"bytes,7,opt,name=config,proto3" json:"config,omitempty"`   // a fragment, or a whole .config
+	Architecture  string                 `protobuf:"bytes,8,opt,name=architecture,proto3" json:"architecture,omitempty"`
+	Jobs          int32                  `protobuf:"varint,9,opt,name=jobs,proto3" json:"jobs,omitempty"` // 0: one for each CPU
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildKernelRequest) Reset() {
+	*x = BuildKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildKernelRequest) ProtoMessage() {}
+
+func (x *BuildKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildKernelRequest.ProtoReflect.Descriptor instead.
+func (*BuildKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *BuildKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetKeyring() []byte {
+	if x != nil {
+		return x.Keyring
+	}
+	return nil
+}
+
+func (x *BuildKernelRequest) GetMirror() string {
+	if x != nil {
+		return x.Mirror
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetConfig() []byte {
+	if x != nil {
+		return x.Config
+	}
+	return nil
+}
+
+func (x *BuildKernelRequest) GetArchitecture() string {
+	if x != nil {
+		return x.Architecture
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetJobs() int32 {
+	if x != nil {
+		return x.Jobs
+	}
+	return 0
+}
+
+type BuildKernelResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*BuildKernelResponse_Transfer
+	//	*BuildKernelResponse_Line
+	//	*BuildKernelResponse_Kernel
+	Kind          isBuildKernelResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildKernelResponse) Reset() {
+	*x = BuildKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildKernelResponse) ProtoMessage() {}
+
+func (x *BuildKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildKernelResponse.ProtoReflect.Descriptor instead.
+func (*BuildKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *BuildKernelResponse) GetKind() isBuildKernelResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *BuildKernelResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildKernelResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *BuildKernelResponse) GetLine() string {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildKernelResponse_Line); ok {
+			return x.Line
+		}
+	}
+	return ""
+}
+
+func (x *BuildKernelResponse) GetKernel() *Kernel {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildKernelResponse_Kernel); ok {
+			return x.Kernel
+		}
+	}
+	return nil
+}
+
+type isBuildKernelResponse_Kind interface {
+	isBuildKernelResponse_Kind()
+}
+
+type BuildKernelResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"`
+}
+
+type BuildKernelResponse_Line struct {
+	Line string `protobuf:"bytes,2,opt,name=line,proto3,oneof"` // for a person
+}
+
+type BuildKernelResponse_Kernel struct {
+	Kernel *Kernel `protobuf:"bytes,3,opt,name=kernel,proto3,oneof"` // the last message
+}
+
+func (*BuildKernelResponse_Transfer) isBuildKernelResponse_Kind() {}
+
+func (*BuildKernelResponse_Line) isBuildKernelResponse_Kind() {}
+
+func (*BuildKernelResponse_Kernel) isBuildKernelResponse_Kind() {}
+
+type RemoveKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveKernelRequest) Reset() {
+	*x = RemoveKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveKernelRequest) ProtoMessage() {}
+
+func (x *RemoveKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveKernelRequest.ProtoReflect.Descriptor instead.
+func (*RemoveKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *RemoveKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type RemoveKernelResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveKernelResponse) Reset() {
+	*x = RemoveKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveKernelResponse) ProtoMessage() {}
+
+func (x *RemoveKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveKernelResponse.ProtoReflect.Descriptor instead.
+func (*RemoveKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
+}
+
+type SetDefaultKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetDefaultKernelRequest) Reset() {
+	*x = SetDefaultKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetDefaultKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetDefaultKernelRequest) ProtoMessage() {}
+
+func (x *SetDefaultKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetDefaultKernelRequest.ProtoReflect.Descriptor instead.
+func (*SetDefaultKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *SetDefaultKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type SetDefaultKernelResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetDefaultKernelResponse) Reset() {
+	*x = SetDefaultKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetDefaultKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetDefaultKernelResponse) ProtoMessage() {}
+
+func (x *SetDefaultKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetDefaultKernelResponse.ProtoReflect.Descriptor instead.
+func (*SetDefaultKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
+}
+
 type ImportKernelRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // absolute
@@ -4009,7 +4375,7 @@ type ImportKernelRequest struct {
 
 func (x *ImportKernelRequest) Reset() {
 	*x = ImportKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4021,7 +4387,7 @@ func (x *ImportKernelRequest) String() string {
 func (*ImportKernelRequest) ProtoMessage() {}
 
 func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4034,7 +4400,7 @@ func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelRequest.ProtoReflect.Descriptor instead.
 func (*ImportKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ImportKernelRequest) GetPath() string {
@@ -4060,7 +4426,7 @@ type ImportKernelResponse struct {
 
 func (x *ImportKernelResponse) Reset() {
 	*x = ImportKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4072,7 +4438,7 @@ func (x *ImportKernelResponse) String() string {
 func (*ImportKernelResponse) ProtoMessage() {}
 
 func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4085,7 +4451,7 @@ func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelResponse.ProtoReflect.Descriptor instead.
 func (*ImportKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *ImportKernelResponse) GetKernel() *Kernel {
@@ -4103,7 +4469,7 @@ type ListKernelsRequest struct {
 
 func (x *ListKernelsRequest) Reset() {
 	*x = ListKernelsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4115,7 +4481,7 @@ func (x *ListKernelsRequest) String() string {
 func (*ListKernelsRequest) ProtoMessage() {}
 
 func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4128,7 +4494,7 @@ func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsRequest.ProtoReflect.Descriptor instead.
 func (*ListKernelsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
 }
 
 type ListKernelsResponse struct {
@@ -4140,7 +4506,7 @@ type ListKernelsResponse struct {
 
 func (x *ListKernelsResponse) Reset() {
 	*x = ListKernelsResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4152,7 +4518,7 @@ func (x *ListKernelsResponse) String() string {
 func (*ListKernelsResponse) ProtoMessage() {}
 
 func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4165,7 +4531,7 @@ func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsResponse.ProtoReflect.Descriptor instead.
 func (*ListKernelsResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ListKernelsResponse) GetKernels() []*Kernel {
@@ -4184,7 +4550,7 @@ type GetKernelRequest struct {
 
 func (x *GetKernelRequest) Reset() {
 	*x = GetKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4196,7 +4562,7 @@ func (x *GetKernelRequest) String() string {
 func (*GetKernelRequest) ProtoMessage() {}
 
 func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4209,7 +4575,7 @@ func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelRequest.ProtoReflect.Descriptor instead.
 func (*GetKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *GetKernelRequest) GetName() string {
@@ -4228,7 +4594,7 @@ type GetKernelResponse struct {
 
 func (x *GetKernelResponse) Reset() {
 	*x = GetKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4240,7 +4606,7 @@ func (x *GetKernelResponse) String() string {
 func (*GetKernelResponse) ProtoMessage() {}
 
 func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4253,7 +4619,7 @@ func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelResponse.ProtoReflect.Descriptor instead.
 func (*GetKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *GetKernelResponse) GetKernel() *Kernel {
@@ -4274,7 +4640,7 @@ type PullKernelRequest struct {
 
 func (x *PullKernelRequest) Reset() {
 	*x = PullKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4286,7 +4652,7 @@ func (x *PullKernelRequest) String() string {
 func (*PullKernelRequest) ProtoMessage() {}
 
 func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4299,7 +4665,7 @@ func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelRequest.ProtoReflect.Descriptor instead.
 func (*PullKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *PullKernelRequest) GetName() string {
@@ -4336,7 +4702,7 @@ type PullKernelResponse struct {
 
 func (x *PullKernelResponse) Reset() {
 	*x = PullKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4348,7 +4714,7 @@ func (x *PullKernelResponse) String() string {
 func (*PullKernelResponse) ProtoMessage() {}
 
 func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4361,7 +4727,7 @@ func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelResponse.ProtoReflect.Descriptor instead.
 func (*PullKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *PullKernelResponse) GetKind() isPullKernelResponse_Kind {
@@ -4413,7 +4779,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4425,7 +4791,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4438,7 +4804,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
 }
 
 type VersionResponse struct {
@@ -4455,7 +4821,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4467,7 +4833,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4480,7 +4846,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -4535,7 +4901,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4547,7 +4913,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4560,7 +4926,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *EventsRequest) GetSince() *timestamppb.Timestamp {
@@ -4592,7 +4958,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4604,7 +4970,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4617,7 +4983,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -4670,7 +5036,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4682,7 +5048,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4695,7 +5061,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{73}
 }
 
 type DoctorResponse struct {
@@ -4707,7 +5073,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4719,7 +5085,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4732,7 +5098,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *DoctorResponse) GetChecks() []*Check {
@@ -4754,7 +5120,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4766,7 +5132,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4779,7 +5145,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *Check) GetName() string {
@@ -4818,7 +5184,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4830,7 +5196,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4843,7 +5209,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{76}
 }
 
 type ShutdownResponse struct {
@@ -4854,7 +5220,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4866,7 +5232,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4879,7 +5245,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{77}
 }
 
 var File_api_atoll_v1_atoll_proto protoreflect.FileDescriptor
@@ -5181,7 +5547,28 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x04path\x18\n" +
 	" \x01(\tR\x04path\x12\x18\n" +
 	"\amodules\x18\v \x03(\tR\amodules\x12#\n" +
-	"\rconfig_digest\x18\f \x01(\tR\fconfigDigest\"=\n" +
+	"\rconfig_digest\x18\f \x01(\tR\fconfigDigest\"\xf4\x01\n" +
+	"\x12BuildKernelRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\tR\aversion\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\x12\x16\n" +
+	"\x06sha256\x18\x04 \x01(\tR\x06sha256\x12\x18\n" +
+	"\akeyring\x18\x05 \x01(\fR\akeyring\x12\x16\n" +
+	"\x06mirror\x18\x06 \x01(\tR\x06mirror\x12\x16\n" +
+	"\x06config\x18\a \x01(\fR\x06config\x12\"\n" +
+	"\farchitecture\x18\b \x01(\tR\farchitecture\x12\x12\n" +
+	"\x04jobs\x18\t \x01(\x05R\x04jobs\"\x91\x01\n" +
+	"\x13BuildKernelResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12\x14\n" +
+	"\x04line\x18\x02 \x01(\tH\x00R\x04line\x12*\n" +
+	"\x06kernel\x18\x03 \x01(\v2\x10.atoll.v1.KernelH\x00R\x06kernelB\x06\n" +
+	"\x04kind\")\n" +
+	"\x13RemoveKernelRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x16\n" +
+	"\x14RemoveKernelResponse\"-\n" +
+	"\x17SetDefaultKernelRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x1a\n" +
+	"\x18SetDefaultKernelResponse\"=\n" +
 	"\x13ImportKernelRequest\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"@\n" +
@@ -5278,12 +5665,16 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05Build\x12\x16.atoll.v1.BuildRequest\x1a\x17.atoll.v1.BuildResponse0\x012\x92\x01\n" +
 	"\vBaseService\x12?\n" +
 	"\x04List\x12\x1a.atoll.v1.ListBasesRequest\x1a\x1b.atoll.v1.ListBasesResponse\x12B\n" +
-	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\xa2\x02\n" +
+	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\x88\x04\n" +
 	"\rKernelService\x12C\n" +
 	"\x04List\x12\x1c.atoll.v1.ListKernelsRequest\x1a\x1d.atoll.v1.ListKernelsResponse\x12>\n" +
 	"\x03Get\x12\x1a.atoll.v1.GetKernelRequest\x1a\x1b.atoll.v1.GetKernelResponse\x12C\n" +
 	"\x04Pull\x12\x1b.atoll.v1.PullKernelRequest\x1a\x1c.atoll.v1.PullKernelResponse0\x01\x12G\n" +
-	"\x06Import\x12\x1d.atoll.v1.ImportKernelRequest\x1a\x1e.atoll.v1.ImportKernelResponse2\x85\x02\n" +
+	"\x06Import\x12\x1d.atoll.v1.ImportKernelRequest\x1a\x1e.atoll.v1.ImportKernelResponse\x12F\n" +
+	"\x05Build\x12\x1c.atoll.v1.BuildKernelRequest\x1a\x1d.atoll.v1.BuildKernelResponse0\x01\x12G\n" +
+	"\x06Remove\x12\x1d.atoll.v1.RemoveKernelRequest\x1a\x1e.atoll.v1.RemoveKernelResponse\x12S\n" +
+	"\n" +
+	"SetDefault\x12!.atoll.v1.SetDefaultKernelRequest\x1a\".atoll.v1.SetDefaultKernelResponse2\x85\x02\n" +
 	"\rSystemService\x12>\n" +
 	"\aVersion\x12\x18.atoll.v1.VersionRequest\x1a\x19.atoll.v1.VersionResponse\x124\n" +
 	"\x06Events\x12\x17.atoll.v1.EventsRequest\x1a\x0f.atoll.v1.Event0\x01\x12;\n" +
@@ -5303,114 +5694,120 @@ func file_api_atoll_v1_atoll_proto_rawDescGZIP() []byte {
 }
 
 var file_api_atoll_v1_atoll_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 76)
+var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 82)
 var file_api_atoll_v1_atoll_proto_goTypes = []any{
-	(MachineState)(0),             // 0: atoll.v1.MachineState
-	(Stream)(0),                   // 1: atoll.v1.Stream
-	(Check_Level)(0),              // 2: atoll.v1.Check.Level
-	(*Hint)(nil),                  // 3: atoll.v1.Hint
-	(*MachineSpec)(nil),           // 4: atoll.v1.MachineSpec
-	(*PortMapping)(nil),           // 5: atoll.v1.PortMapping
-	(*Machine)(nil),               // 6: atoll.v1.Machine
-	(*NetworkStatus)(nil),         // 7: atoll.v1.NetworkStatus
-	(*VMMStatus)(nil),             // 8: atoll.v1.VMMStatus
-	(*StepTime)(nil),              // 9: atoll.v1.StepTime
-	(*CreateMachineRequest)(nil),  // 10: atoll.v1.CreateMachineRequest
-	(*CreateMachineResponse)(nil), // 11: atoll.v1.CreateMachineResponse
-	(*StartMachineRequest)(nil),   // 12: atoll.v1.StartMachineRequest
-	(*StartMachineResponse)(nil),  // 13: atoll.v1.StartMachineResponse
-	(*StopMachineRequest)(nil),    // 14: atoll.v1.StopMachineRequest
-	(*StopMachineResponse)(nil),   // 15: atoll.v1.StopMachineResponse
-	(*KillMachineRequest)(nil),    // 16: atoll.v1.KillMachineRequest
-	(*KillMachineResponse)(nil),   // 17: atoll.v1.KillMachineResponse
-	(*RemoveMachineRequest)(nil),  // 18: atoll.v1.RemoveMachineRequest
-	(*RemoveMachineResponse)(nil), // 19: atoll.v1.RemoveMachineResponse
-	(*WaitMachineRequest)(nil),    // 20: atoll.v1.WaitMachineRequest
-	(*WaitMachineResponse)(nil),   // 21: atoll.v1.WaitMachineResponse
-	(*ListMachinesRequest)(nil),   // 22: atoll.v1.ListMachinesRequest
-	(*ListMachinesResponse)(nil),  // 23: atoll.v1.ListMachinesResponse
-	(*GetMachineRequest)(nil),     // 24: atoll.v1.GetMachineRequest
-	(*GetMachineResponse)(nil),    // 25: atoll.v1.GetMachineResponse
-	(*LogsRequest)(nil),           // 26: atoll.v1.LogsRequest
-	(*LogsResponse)(nil),          // 27: atoll.v1.LogsResponse
-	(*Size)(nil),                  // 28: atoll.v1.Size
-	(*ExecRequest)(nil),           // 29: atoll.v1.ExecRequest
-	(*ExecStart)(nil),             // 30: atoll.v1.ExecStart
-	(*ExecResponse)(nil),          // 31: atoll.v1.ExecResponse
-	(*ExecStarted)(nil),           // 32: atoll.v1.ExecStarted
-	(*AttachRequest)(nil),         // 33: atoll.v1.AttachRequest
-	(*AttachStart)(nil),           // 34: atoll.v1.AttachStart
-	(*AttachResponse)(nil),        // 35: atoll.v1.AttachResponse
-	(*Image)(nil),                 // 36: atoll.v1.Image
-	(*Layer)(nil),                 // 37: atoll.v1.Layer
-	(*PullImageRequest)(nil),      // 38: atoll.v1.PullImageRequest
-	(*Transfer)(nil),              // 39: atoll.v1.Transfer
-	(*PullImageResponse)(nil),     // 40: atoll.v1.PullImageResponse
-	(*ListImagesRequest)(nil),     // 41: atoll.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),    // 42: atoll.v1.ListImagesResponse
-	(*GetImageRequest)(nil),       // 43: atoll.v1.GetImageRequest
-	(*GetImageResponse)(nil),      // 44: atoll.v1.GetImageResponse
-	(*TagImageRequest)(nil),       // 45: atoll.v1.TagImageRequest
-	(*TagImageResponse)(nil),      // 46: atoll.v1.TagImageResponse
-	(*RemoveImageRequest)(nil),    // 47: atoll.v1.RemoveImageRequest
-	(*RemoveImageResponse)(nil),   // 48: atoll.v1.RemoveImageResponse
-	(*BuildRequest)(nil),          // 49: atoll.v1.BuildRequest
-	(*BuildResponse)(nil),         // 50: atoll.v1.BuildResponse
-	(*BuildResult)(nil),           // 51: atoll.v1.BuildResult
-	(*Base)(nil),                  // 52: atoll.v1.Base
-	(*ListBasesRequest)(nil),      // 53: atoll.v1.ListBasesRequest
-	(*ListBasesResponse)(nil),     // 54: atoll.v1.ListBasesResponse
-	(*BuildBaseRequest)(nil),      // 55: atoll.v1.BuildBaseRequest
-	(*BuildBaseResponse)(nil),     // 56: atoll.v1.BuildBaseResponse
-	(*Kernel)(nil),                // 57: atoll.v1.Kernel
-	(*ImportKernelRequest)(nil),   // 58: atoll.v1.ImportKernelRequest
-	(*ImportKernelResponse)(nil),  // 59: atoll.v1.ImportKernelResponse
-	(*ListKernelsRequest)(nil),    // 60: atoll.v1.ListKernelsRequest
-	(*ListKernelsResponse)(nil),   // 61: atoll.v1.ListKernelsResponse
-	(*GetKernelRequest)(nil),      // 62: atoll.v1.GetKernelRequest
-	(*GetKernelResponse)(nil),     // 63: atoll.v1.GetKernelResponse
-	(*PullKernelRequest)(nil),     // 64: atoll.v1.PullKernelRequest
-	(*PullKernelResponse)(nil),    // 65: atoll.v1.PullKernelResponse
-	(*VersionRequest)(nil),        // 66: atoll.v1.VersionRequest
-	(*VersionResponse)(nil),       // 67: atoll.v1.VersionResponse
-	(*EventsRequest)(nil),         // 68: atoll.v1.EventsRequest
-	(*Event)(nil),                 // 69: atoll.v1.Event
-	(*DoctorRequest)(nil),         // 70: atoll.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 71: atoll.v1.DoctorResponse
-	(*Check)(nil),                 // 72: atoll.v1.Check
-	(*ShutdownRequest)(nil),       // 73: atoll.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),      // 74: atoll.v1.ShutdownResponse
-	nil,                           // 75: atoll.v1.MachineSpec.LabelsEntry
-	nil,                           // 76: atoll.v1.BuildRequest.BuildArgsEntry
-	nil,                           // 77: atoll.v1.BuildRequest.LabelsEntry
-	nil,                           // 78: atoll.v1.Event.AttributesEntry
-	(*durationpb.Duration)(nil),   // 79: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 80: google.protobuf.Timestamp
+	(MachineState)(0),                // 0: atoll.v1.MachineState
+	(Stream)(0),                      // 1: atoll.v1.Stream
+	(Check_Level)(0),                 // 2: atoll.v1.Check.Level
+	(*Hint)(nil),                     // 3: atoll.v1.Hint
+	(*MachineSpec)(nil),              // 4: atoll.v1.MachineSpec
+	(*PortMapping)(nil),              // 5: atoll.v1.PortMapping
+	(*Machine)(nil),                  // 6: atoll.v1.Machine
+	(*NetworkStatus)(nil),            // 7: atoll.v1.NetworkStatus
+	(*VMMStatus)(nil),                // 8: atoll.v1.VMMStatus
+	(*StepTime)(nil),                 // 9: atoll.v1.StepTime
+	(*CreateMachineRequest)(nil),     // 10: atoll.v1.CreateMachineRequest
+	(*CreateMachineResponse)(nil),    // 11: atoll.v1.CreateMachineResponse
+	(*StartMachineRequest)(nil),      // 12: atoll.v1.StartMachineRequest
+	(*StartMachineResponse)(nil),     // 13: atoll.v1.StartMachineResponse
+	(*StopMachineRequest)(nil),       // 14: atoll.v1.StopMachineRequest
+	(*StopMachineResponse)(nil),      // 15: atoll.v1.StopMachineResponse
+	(*KillMachineRequest)(nil),       // 16: atoll.v1.KillMachineRequest
+	(*KillMachineResponse)(nil),      // 17: atoll.v1.KillMachineResponse
+	(*RemoveMachineRequest)(nil),     // 18: atoll.v1.RemoveMachineRequest
+	(*RemoveMachineResponse)(nil),    // 19: atoll.v1.RemoveMachineResponse
+	(*WaitMachineRequest)(nil),       // 20: atoll.v1.WaitMachineRequest
+	(*WaitMachineResponse)(nil),      // 21: atoll.v1.WaitMachineResponse
+	(*ListMachinesRequest)(nil),      // 22: atoll.v1.ListMachinesRequest
+	(*ListMachinesResponse)(nil),     // 23: atoll.v1.ListMachinesResponse
+	(*GetMachineRequest)(nil),        // 24: atoll.v1.GetMachineRequest
+	(*GetMachineResponse)(nil),       // 25: atoll.v1.GetMachineResponse
+	(*LogsRequest)(nil),              // 26: atoll.v1.LogsRequest
+	(*LogsResponse)(nil),             // 27: atoll.v1.LogsResponse
+	(*Size)(nil),                     // 28: atoll.v1.Size
+	(*ExecRequest)(nil),              // 29: atoll.v1.ExecRequest
+	(*ExecStart)(nil),                // 30: atoll.v1.ExecStart
+	(*ExecResponse)(nil),             // 31: atoll.v1.ExecResponse
+	(*ExecStarted)(nil),              // 32: atoll.v1.ExecStarted
+	(*AttachRequest)(nil),            // 33: atoll.v1.AttachRequest
+	(*AttachStart)(nil),              // 34: atoll.v1.AttachStart
+	(*AttachResponse)(nil),           // 35: atoll.v1.AttachResponse
+	(*Image)(nil),                    // 36: atoll.v1.Image
+	(*Layer)(nil),                    // 37: atoll.v1.Layer
+	(*PullImageRequest)(nil),         // 38: atoll.v1.PullImageRequest
+	(*Transfer)(nil),                 // 39: atoll.v1.Transfer
+	(*PullImageResponse)(nil),        // 40: atoll.v1.PullImageResponse
+	(*ListImagesRequest)(nil),        // 41: atoll.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),       // 42: atoll.v1.ListImagesResponse
+	(*GetImageRequest)(nil),          // 43: atoll.v1.GetImageRequest
+	(*GetImageResponse)(nil),         // 44: atoll.v1.GetImageResponse
+	(*TagImageRequest)(nil),          // 45: atoll.v1.TagImageRequest
+	(*TagImageResponse)(nil),         // 46: atoll.v1.TagImageResponse
+	(*RemoveImageRequest)(nil),       // 47: atoll.v1.RemoveImageRequest
+	(*RemoveImageResponse)(nil),      // 48: atoll.v1.RemoveImageResponse
+	(*BuildRequest)(nil),             // 49: atoll.v1.BuildRequest
+	(*BuildResponse)(nil),            // 50: atoll.v1.BuildResponse
+	(*BuildResult)(nil),              // 51: atoll.v1.BuildResult
+	(*Base)(nil),                     // 52: atoll.v1.Base
+	(*ListBasesRequest)(nil),         // 53: atoll.v1.ListBasesRequest
+	(*ListBasesResponse)(nil),        // 54: atoll.v1.ListBasesResponse
+	(*BuildBaseRequest)(nil),         // 55: atoll.v1.BuildBaseRequest
+	(*BuildBaseResponse)(nil),        // 56: atoll.v1.BuildBaseResponse
+	(*Kernel)(nil),                   // 57: atoll.v1.Kernel
+	(*BuildKernelRequest)(nil),       // 58: atoll.v1.BuildKernelRequest
+	(*BuildKernelResponse)(nil),      // 59: atoll.v1.BuildKernelResponse
+	(*RemoveKernelRequest)(nil),      // 60: atoll.v1.RemoveKernelRequest
+	(*RemoveKernelResponse)(nil),     // 61: atoll.v1.RemoveKernelResponse
+	(*SetDefaultKernelRequest)(nil),  // 62: atoll.v1.SetDefaultKernelRequest
+	(*SetDefaultKernelResponse)(nil), // 63: atoll.v1.SetDefaultKernelResponse
+	(*ImportKernelRequest)(nil),      // 64: atoll.v1.ImportKernelRequest
+	(*ImportKernelResponse)(nil),     // 65: atoll.v1.ImportKernelResponse
+	(*ListKernelsRequest)(nil),       // 66: atoll.v1.ListKernelsRequest
+	(*ListKernelsResponse)(nil),      // 67: atoll.v1.ListKernelsResponse
+	(*GetKernelRequest)(nil),         // 68: atoll.v1.GetKernelRequest
+	(*GetKernelResponse)(nil),        // 69: atoll.v1.GetKernelResponse
+	(*PullKernelRequest)(nil),        // 70: atoll.v1.PullKernelRequest
+	(*PullKernelResponse)(nil),       // 71: atoll.v1.PullKernelResponse
+	(*VersionRequest)(nil),           // 72: atoll.v1.VersionRequest
+	(*VersionResponse)(nil),          // 73: atoll.v1.VersionResponse
+	(*EventsRequest)(nil),            // 74: atoll.v1.EventsRequest
+	(*Event)(nil),                    // 75: atoll.v1.Event
+	(*DoctorRequest)(nil),            // 76: atoll.v1.DoctorRequest
+	(*DoctorResponse)(nil),           // 77: atoll.v1.DoctorResponse
+	(*Check)(nil),                    // 78: atoll.v1.Check
+	(*ShutdownRequest)(nil),          // 79: atoll.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 80: atoll.v1.ShutdownResponse
+	nil,                              // 81: atoll.v1.MachineSpec.LabelsEntry
+	nil,                              // 82: atoll.v1.BuildRequest.BuildArgsEntry
+	nil,                              // 83: atoll.v1.BuildRequest.LabelsEntry
+	nil,                              // 84: atoll.v1.Event.AttributesEntry
+	(*durationpb.Duration)(nil),      // 85: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 86: google.protobuf.Timestamp
 }
 var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	5,  // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
-	75, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
-	79, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
+	81, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
+	85, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
 	4,  // 3: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
 	0,  // 4: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
-	80, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
-	80, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
-	80, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
+	86, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
+	86, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
+	86, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
 	7,  // 8: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
 	8,  // 9: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
 	9,  // 10: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
 	5,  // 11: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
-	79, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
+	85, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
 	4,  // 13: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
 	6,  // 14: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,  // 15: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
-	79, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
+	85, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
 	6,  // 17: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,  // 18: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
 	6,  // 19: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
-	80, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	86, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
 	1,  // 21: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
-	80, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	86, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
 	30, // 23: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
 	28, // 24: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
 	28, // 25: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
@@ -5419,91 +5816,99 @@ var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	28, // 28: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
 	28, // 29: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
 	21, // 30: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
-	80, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	86, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	37, // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
 	39, // 33: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
 	36, // 34: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
 	36, // 35: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
 	36, // 36: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
-	76, // 37: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
-	77, // 38: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
+	82, // 37: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
+	83, // 38: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
 	51, // 39: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
-	79, // 40: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
-	79, // 41: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
-	80, // 42: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
+	85, // 40: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
+	85, // 41: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
+	86, // 42: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
 	52, // 43: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
 	39, // 44: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
 	52, // 45: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
-	80, // 46: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
-	57, // 47: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	57, // 48: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
-	57, // 49: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	39, // 50: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	57, // 51: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	80, // 52: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	80, // 53: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
-	78, // 54: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
-	72, // 55: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
-	2,  // 56: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
-	10, // 57: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
-	12, // 58: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
-	14, // 59: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
-	16, // 60: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
-	18, // 61: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
-	20, // 62: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
-	22, // 63: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
-	24, // 64: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
-	26, // 65: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
-	29, // 66: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
-	33, // 67: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
-	38, // 68: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
-	41, // 69: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
-	43, // 70: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
-	45, // 71: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
-	47, // 72: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
-	49, // 73: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
-	53, // 74: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
-	55, // 75: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
-	60, // 76: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
-	62, // 77: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
-	64, // 78: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
-	58, // 79: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
-	66, // 80: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
-	68, // 81: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
-	70, // 82: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
-	73, // 83: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
-	11, // 84: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
-	13, // 85: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
-	15, // 86: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
-	17, // 87: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
-	19, // 88: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
-	21, // 89: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
-	23, // 90: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
-	25, // 91: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
-	27, // 92: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
-	31, // 93: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
-	35, // 94: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
-	40, // 95: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
-	42, // 96: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
-	44, // 97: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
-	46, // 98: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
-	48, // 99: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
-	50, // 100: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
-	54, // 101: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
-	56, // 102: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
-	61, // 103: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
-	63, // 104: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
-	65, // 105: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
-	59, // 106: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
-	67, // 107: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
-	69, // 108: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
-	71, // 109: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
-	74, // 110: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
-	84, // [84:111] is the sub-list for method output_type
-	57, // [57:84] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	86, // 46: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
+	39, // 47: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	57, // 48: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	57, // 49: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	57, // 50: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
+	57, // 51: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	39, // 52: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	57, // 53: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	86, // 54: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	86, // 55: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
+	84, // 56: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
+	78, // 57: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
+	2,  // 58: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
+	10, // 59: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
+	12, // 60: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
+	14, // 61: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
+	16, // 62: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
+	18, // 63: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
+	20, // 64: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
+	22, // 65: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
+	24, // 66: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
+	26, // 67: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
+	29, // 68: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
+	33, // 69: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
+	38, // 70: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
+	41, // 71: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
+	43, // 72: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
+	45, // 73: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
+	47, // 74: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
+	49, // 75: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
+	53, // 76: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
+	55, // 77: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
+	66, // 78: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
+	68, // 79: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
+	70, // 80: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
+	64, // 81: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
+	58, // 82: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
+	60, // 83: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
+	62, // 84: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
+	72, // 85: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
+	74, // 86: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
+	76, // 87: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
+	79, // 88: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
+	11, // 89: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
+	13, // 90: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
+	15, // 91: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
+	17, // 92: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
+	19, // 93: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
+	21, // 94: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
+	23, // 95: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
+	25, // 96: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
+	27, // 97: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
+	31, // 98: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
+	35, // 99: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
+	40, // 100: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
+	42, // 101: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
+	44, // 102: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
+	46, // 103: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
+	48, // 104: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
+	50, // 105: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
+	54, // 106: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
+	56, // 107: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
+	67, // 108: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
+	69, // 109: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
+	71, // 110: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
+	65, // 111: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
+	59, // 112: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
+	61, // 113: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
+	63, // 114: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
+	73, // 115: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
+	75, // 116: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
+	77, // 117: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
+	80, // 118: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
+	89, // [89:119] is the sub-list for method output_type
+	59, // [59:89] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_api_atoll_v1_atoll_proto_init() }
@@ -5551,7 +5956,12 @@ func file_api_atoll_v1_atoll_proto_init() {
 		(*BuildBaseResponse_Transfer)(nil),
 		(*BuildBaseResponse_Base)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[62].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[56].OneofWrappers = []any{
+		(*BuildKernelResponse_Transfer)(nil),
+		(*BuildKernelResponse_Line)(nil),
+		(*BuildKernelResponse_Kernel)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[68].OneofWrappers = []any{
 		(*PullKernelResponse_Transfer)(nil),
 		(*PullKernelResponse_Kernel)(nil),
 	}
@@ -5561,7 +5971,7 @@ func file_api_atoll_v1_atoll_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_atoll_v1_atoll_proto_rawDesc), len(file_api_atoll_v1_atoll_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   76,
+			NumMessages:   82,
 			NumExtensions: 0,
 			NumServices:   6,
 		},
