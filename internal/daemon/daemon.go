@@ -103,7 +103,11 @@ func assemble(c Config, db *state.DB) (*system, error) {
 	s := &system{events: event.New()}
 	at := func(name string) string { return filepath.Join(c.Home, name) }
 	var err error
-	s.images, err = image.Open(image.Options{Dir: at("images"), DB: db, DockerConfigDir: c.DockerConfigDir, Events: s.events, Log: c.Log})
+	s.images, err = image.Open(image.Options{
+		Dir: at("images"), DB: db, DockerConfigDir: c.DockerConfigDir, Registries: registriesOf(c.Settings),
+		Proxy: image.Proxy{HTTP: c.Settings.Proxy.HTTP, HTTPS: c.Settings.Proxy.HTTPS, No: c.Settings.Proxy.No}, CA: c.Settings.TLS.CA,
+		Events: s.events, Log: c.Log,
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -188,7 +188,7 @@ func (x Check_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Check_Level.Descriptor instead.
 func (Check_Level) EnumDescriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{75, 0}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{95, 0}
 }
 
 // Hint is an error detail: the next step for a person.
@@ -2577,6 +2577,10 @@ type Image struct {
 	Layers        []*Layer               `protobuf:"bytes,9,rep,name=layers,proto3" json:"layers,omitempty"`
 	RootDisk      string                 `protobuf:"bytes,10,opt,name=root_disk,json=rootDisk,proto3" json:"root_disk,omitempty"` // path, when it is there
 	RootDiskBytes int64                  `protobuf:"varint,11,opt,name=root_disk_bytes,json=rootDiskBytes,proto3" json:"root_disk_bytes,omitempty"`
+	RepoDigests   []string               `protobuf:"bytes,12,rep,name=repo_digests,json=repoDigests,proto3" json:"repo_digests,omitempty"` // name@digest, as its registries have it: of the index where it came from one
+	IndexDigest   string                 `protobuf:"bytes,13,opt,name=index_digest,json=indexDigest,proto3" json:"index_digest,omitempty"` // of the index it came from; only from Get
+	Variants      []*ImageVariant        `protobuf:"bytes,14,rep,name=variants,proto3" json:"variants,omitempty"`                          // of that index; only from Get
+	Referrers     []*ImageReferrer       `protobuf:"bytes,15,rep,name=referrers,proto3" json:"referrers,omitempty"`                        // the artifacts here that refer to it; only from Get
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2688,6 +2692,154 @@ func (x *Image) GetRootDiskBytes() int64 {
 	return 0
 }
 
+func (x *Image) GetRepoDigests() []string {
+	if x != nil {
+		return x.RepoDigests
+	}
+	return nil
+}
+
+func (x *Image) GetIndexDigest() string {
+	if x != nil {
+		return x.IndexDigest
+	}
+	return ""
+}
+
+func (x *Image) GetVariants() []*ImageVariant {
+	if x != nil {
+		return x.Variants
+	}
+	return nil
+}
+
+func (x *Image) GetReferrers() []*ImageReferrer {
+	if x != nil {
+		return x.Referrers
+	}
+	return nil
+}
+
+type ImageVariant struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`
+	Here          bool                   `protobuf:"varint,3,opt,name=here,proto3" json:"here,omitempty"` // with all its content
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageVariant) Reset() {
+	*x = ImageVariant{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageVariant) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageVariant) ProtoMessage() {}
+
+func (x *ImageVariant) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageVariant.ProtoReflect.Descriptor instead.
+func (*ImageVariant) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ImageVariant) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *ImageVariant) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+func (x *ImageVariant) GetHere() bool {
+	if x != nil {
+		return x.Here
+	}
+	return false
+}
+
+type ImageReferrer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	ArtifactType  string                 `protobuf:"bytes,2,opt,name=artifact_type,json=artifactType,proto3" json:"artifact_type,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageReferrer) Reset() {
+	*x = ImageReferrer{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageReferrer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageReferrer) ProtoMessage() {}
+
+func (x *ImageReferrer) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageReferrer.ProtoReflect.Descriptor instead.
+func (*ImageReferrer) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ImageReferrer) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *ImageReferrer) GetArtifactType() string {
+	if x != nil {
+		return x.ArtifactType
+	}
+	return ""
+}
+
+func (x *ImageReferrer) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
 type Layer struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
@@ -2699,7 +2851,7 @@ type Layer struct {
 
 func (x *Layer) Reset() {
 	*x = Layer{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2711,7 +2863,7 @@ func (x *Layer) String() string {
 func (*Layer) ProtoMessage() {}
 
 func (x *Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2724,7 +2876,7 @@ func (x *Layer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Layer.ProtoReflect.Descriptor instead.
 func (*Layer) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{34}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Layer) GetDigest() string {
@@ -2751,14 +2903,15 @@ func (x *Layer) GetSizeBytes() int64 {
 type PullImageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Reference     string                 `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
-	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`
+	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`   // os/arch[/variant], or "all" for the whole index
+	Referrers     []string               `protobuf:"bytes,3,rep,name=referrers,proto3" json:"referrers,omitempty"` // types of artifacts to bring along that refer to the image; "*": all
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PullImageRequest) Reset() {
 	*x = PullImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2770,7 +2923,7 @@ func (x *PullImageRequest) String() string {
 func (*PullImageRequest) ProtoMessage() {}
 
 func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2783,7 +2936,7 @@ func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageRequest.ProtoReflect.Descriptor instead.
 func (*PullImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{35}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PullImageRequest) GetReference() string {
@@ -2800,6 +2953,13 @@ func (x *PullImageRequest) GetPlatform() string {
 	return ""
 }
 
+func (x *PullImageRequest) GetReferrers() []string {
+	if x != nil {
+		return x.Referrers
+	}
+	return nil
+}
+
 // Transfer is the progress of one blob or step.
 type Transfer struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2813,7 +2973,7 @@ type Transfer struct {
 
 func (x *Transfer) Reset() {
 	*x = Transfer{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2825,7 +2985,7 @@ func (x *Transfer) String() string {
 func (*Transfer) ProtoMessage() {}
 
 func (x *Transfer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2838,7 +2998,7 @@ func (x *Transfer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transfer.ProtoReflect.Descriptor instead.
 func (*Transfer) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{36}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Transfer) GetId() string {
@@ -2882,7 +3042,7 @@ type PullImageResponse struct {
 
 func (x *PullImageResponse) Reset() {
 	*x = PullImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2894,7 +3054,7 @@ func (x *PullImageResponse) String() string {
 func (*PullImageResponse) ProtoMessage() {}
 
 func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2907,7 +3067,7 @@ func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageResponse.ProtoReflect.Descriptor instead.
 func (*PullImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{37}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PullImageResponse) GetKind() isPullImageResponse_Kind {
@@ -2953,13 +3113,14 @@ func (*PullImageResponse_Image) isPullImageResponse_Kind() {}
 
 type ListImagesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Filters       []string               `protobuf:"bytes,1,rep,name=filters,proto3" json:"filters,omitempty"` // key=value: before, dangling, label, label!, reference, since, until
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2971,7 +3132,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2984,7 +3145,14 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{38}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *ListImagesRequest) GetFilters() []string {
+	if x != nil {
+		return x.Filters
+	}
+	return nil
 }
 
 type ListImagesResponse struct {
@@ -2996,7 +3164,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3008,7 +3176,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3021,7 +3189,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{39}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListImagesResponse) GetImages() []*Image {
@@ -3040,7 +3208,7 @@ type GetImageRequest struct {
 
 func (x *GetImageRequest) Reset() {
 	*x = GetImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3052,7 +3220,7 @@ func (x *GetImageRequest) String() string {
 func (*GetImageRequest) ProtoMessage() {}
 
 func (x *GetImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3065,7 +3233,7 @@ func (x *GetImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetImageRequest.ProtoReflect.Descriptor instead.
 func (*GetImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{40}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *GetImageRequest) GetReference() string {
@@ -3084,7 +3252,7 @@ type GetImageResponse struct {
 
 func (x *GetImageResponse) Reset() {
 	*x = GetImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3096,7 +3264,7 @@ func (x *GetImageResponse) String() string {
 func (*GetImageResponse) ProtoMessage() {}
 
 func (x *GetImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3109,7 +3277,7 @@ func (x *GetImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetImageResponse.ProtoReflect.Descriptor instead.
 func (*GetImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{41}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GetImageResponse) GetImage() *Image {
@@ -3129,7 +3297,7 @@ type TagImageRequest struct {
 
 func (x *TagImageRequest) Reset() {
 	*x = TagImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3141,7 +3309,7 @@ func (x *TagImageRequest) String() string {
 func (*TagImageRequest) ProtoMessage() {}
 
 func (x *TagImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3154,7 +3322,7 @@ func (x *TagImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagImageRequest.ProtoReflect.Descriptor instead.
 func (*TagImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{42}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *TagImageRequest) GetSource() string {
@@ -3179,7 +3347,7 @@ type TagImageResponse struct {
 
 func (x *TagImageResponse) Reset() {
 	*x = TagImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3191,7 +3359,7 @@ func (x *TagImageResponse) String() string {
 func (*TagImageResponse) ProtoMessage() {}
 
 func (x *TagImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3204,7 +3372,7 @@ func (x *TagImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagImageResponse.ProtoReflect.Descriptor instead.
 func (*TagImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{43}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{45}
 }
 
 type RemoveImageRequest struct {
@@ -3217,7 +3385,7 @@ type RemoveImageRequest struct {
 
 func (x *RemoveImageRequest) Reset() {
 	*x = RemoveImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3229,7 +3397,7 @@ func (x *RemoveImageRequest) String() string {
 func (*RemoveImageRequest) ProtoMessage() {}
 
 func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3242,7 +3410,7 @@ func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageRequest.ProtoReflect.Descriptor instead.
 func (*RemoveImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{44}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RemoveImageRequest) GetReference() string {
@@ -3269,7 +3437,7 @@ type RemoveImageResponse struct {
 
 func (x *RemoveImageResponse) Reset() {
 	*x = RemoveImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3281,7 +3449,7 @@ func (x *RemoveImageResponse) String() string {
 func (*RemoveImageResponse) ProtoMessage() {}
 
 func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3294,7 +3462,7 @@ func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageResponse.ProtoReflect.Descriptor instead.
 func (*RemoveImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{45}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *RemoveImageResponse) GetUntagged() []string {
@@ -3309,6 +3477,1118 @@ func (x *RemoveImageResponse) GetDeleted() []string {
 		return x.Deleted
 	}
 	return nil
+}
+
+type PushImageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reference     string                 `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
+	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`   // of the one image of an index to push; default: the whole index where all of it is here
+	Referrers     []string               `protobuf:"bytes,3,rep,name=referrers,proto3" json:"referrers,omitempty"` // types of artifacts to take along that refer to the image; "*": all
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushImageRequest) Reset() {
+	*x = PushImageRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushImageRequest) ProtoMessage() {}
+
+func (x *PushImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushImageRequest.ProtoReflect.Descriptor instead.
+func (*PushImageRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *PushImageRequest) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+func (x *PushImageRequest) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+func (x *PushImageRequest) GetReferrers() []string {
+	if x != nil {
+		return x.Referrers
+	}
+	return nil
+}
+
+type PushImageResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*PushImageResponse_Transfer
+	//	*PushImageResponse_Pushed
+	Kind          isPushImageResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushImageResponse) Reset() {
+	*x = PushImageResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushImageResponse) ProtoMessage() {}
+
+func (x *PushImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushImageResponse.ProtoReflect.Descriptor instead.
+func (*PushImageResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *PushImageResponse) GetKind() isPushImageResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *PushImageResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*PushImageResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *PushImageResponse) GetPushed() *PushedImage {
+	if x != nil {
+		if x, ok := x.Kind.(*PushImageResponse_Pushed); ok {
+			return x.Pushed
+		}
+	}
+	return nil
+}
+
+type isPushImageResponse_Kind interface {
+	isPushImageResponse_Kind()
+}
+
+type PushImageResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"` // statuses: waiting, uploading, done, exists, mounted
+}
+
+type PushImageResponse_Pushed struct {
+	Pushed *PushedImage `protobuf:"bytes,2,opt,name=pushed,proto3,oneof"` // the last message
+}
+
+func (*PushImageResponse_Transfer) isPushImageResponse_Kind() {}
+
+func (*PushImageResponse_Pushed) isPushImageResponse_Kind() {}
+
+type PushedImage struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Digest           string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`                                             // what the registry has under the reference now
+	MissingPlatforms []string               `protobuf:"bytes,2,rep,name=missing_platforms,json=missingPlatforms,proto3" json:"missing_platforms,omitempty"` // of the image's index, not here and so not pushed
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *PushedImage) Reset() {
+	*x = PushedImage{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushedImage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushedImage) ProtoMessage() {}
+
+func (x *PushedImage) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushedImage.ProtoReflect.Descriptor instead.
+func (*PushedImage) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *PushedImage) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *PushedImage) GetMissingPlatforms() []string {
+	if x != nil {
+		return x.MissingPlatforms
+	}
+	return nil
+}
+
+type SaveImagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	References    []string               `protobuf:"bytes,1,rep,name=references,proto3" json:"references,omitempty"`
+	Format        string                 `protobuf:"bytes,2,opt,name=format,proto3" json:"format,omitempty"`     // docker-archive (default), oci-archive
+	Platform      string                 `protobuf:"bytes,3,opt,name=platform,proto3" json:"platform,omitempty"` // of the one image of an index to save; default: the whole index where all of it is here
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveImagesRequest) Reset() {
+	*x = SaveImagesRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveImagesRequest) ProtoMessage() {}
+
+func (x *SaveImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveImagesRequest.ProtoReflect.Descriptor instead.
+func (*SaveImagesRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *SaveImagesRequest) GetReferences() []string {
+	if x != nil {
+		return x.References
+	}
+	return nil
+}
+
+func (x *SaveImagesRequest) GetFormat() string {
+	if x != nil {
+		return x.Format
+	}
+	return ""
+}
+
+func (x *SaveImagesRequest) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+type SaveImagesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveImagesResponse) Reset() {
+	*x = SaveImagesResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveImagesResponse) ProtoMessage() {}
+
+func (x *SaveImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveImagesResponse.ProtoReflect.Descriptor instead.
+func (*SaveImagesResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *SaveImagesResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type LoadImagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadImagesRequest) Reset() {
+	*x = LoadImagesRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadImagesRequest) ProtoMessage() {}
+
+func (x *LoadImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadImagesRequest.ProtoReflect.Descriptor instead.
+func (*LoadImagesRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *LoadImagesRequest) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type LoadImagesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*LoadImagesResponse_Transfer
+	//	*LoadImagesResponse_Loaded
+	Kind          isLoadImagesResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadImagesResponse) Reset() {
+	*x = LoadImagesResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadImagesResponse) ProtoMessage() {}
+
+func (x *LoadImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadImagesResponse.ProtoReflect.Descriptor instead.
+func (*LoadImagesResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *LoadImagesResponse) GetKind() isLoadImagesResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *LoadImagesResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*LoadImagesResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *LoadImagesResponse) GetLoaded() *LoadedImage {
+	if x != nil {
+		if x, ok := x.Kind.(*LoadImagesResponse_Loaded); ok {
+			return x.Loaded
+		}
+	}
+	return nil
+}
+
+type isLoadImagesResponse_Kind interface {
+	isLoadImagesResponse_Kind()
+}
+
+type LoadImagesResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"`
+}
+
+type LoadImagesResponse_Loaded struct {
+	Loaded *LoadedImage `protobuf:"bytes,2,opt,name=loaded,proto3,oneof"` // one for each name
+}
+
+func (*LoadImagesResponse_Transfer) isLoadImagesResponse_Kind() {}
+
+func (*LoadImagesResponse_Loaded) isLoadImagesResponse_Kind() {}
+
+type LoadedImage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	Reference     string                 `protobuf:"bytes,2,opt,name=reference,proto3" json:"reference,omitempty"` // empty: the archive has no name for it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadedImage) Reset() {
+	*x = LoadedImage{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadedImage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadedImage) ProtoMessage() {}
+
+func (x *LoadedImage) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadedImage.ProtoReflect.Descriptor instead.
+func (*LoadedImage) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *LoadedImage) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *LoadedImage) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+type ImportImageRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*ImportImageRequest_Start
+	//	*ImportImageRequest_Data
+	Kind          isImportImageRequest_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportImageRequest) Reset() {
+	*x = ImportImageRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportImageRequest) ProtoMessage() {}
+
+func (x *ImportImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportImageRequest.ProtoReflect.Descriptor instead.
+func (*ImportImageRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *ImportImageRequest) GetKind() isImportImageRequest_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *ImportImageRequest) GetStart() *ImportStart {
+	if x != nil {
+		if x, ok := x.Kind.(*ImportImageRequest_Start); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *ImportImageRequest) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Kind.(*ImportImageRequest_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+type isImportImageRequest_Kind interface {
+	isImportImageRequest_Kind()
+}
+
+type ImportImageRequest_Start struct {
+	Start *ImportStart `protobuf:"bytes,1,opt,name=start,proto3,oneof"`
+}
+
+type ImportImageRequest_Data struct {
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+func (*ImportImageRequest_Start) isImportImageRequest_Kind() {}
+
+func (*ImportImageRequest_Data) isImportImageRequest_Kind() {}
+
+type ImportStart struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reference     string                 `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"` // default: none
+	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`   // default: this host's
+	Message       string                 `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	Changes       []string               `protobuf:"bytes,4,rep,name=changes,proto3" json:"changes,omitempty"` // Dockerfile instructions: CMD, ENTRYPOINT, ENV, EXPOSE, …
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportStart) Reset() {
+	*x = ImportStart{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportStart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportStart) ProtoMessage() {}
+
+func (x *ImportStart) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportStart.ProtoReflect.Descriptor instead.
+func (*ImportStart) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *ImportStart) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+func (x *ImportStart) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+func (x *ImportStart) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *ImportStart) GetChanges() []string {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
+type ImportImageResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*ImportImageResponse_Transfer
+	//	*ImportImageResponse_Image
+	Kind          isImportImageResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportImageResponse) Reset() {
+	*x = ImportImageResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportImageResponse) ProtoMessage() {}
+
+func (x *ImportImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportImageResponse.ProtoReflect.Descriptor instead.
+func (*ImportImageResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *ImportImageResponse) GetKind() isImportImageResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *ImportImageResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*ImportImageResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *ImportImageResponse) GetImage() *Image {
+	if x != nil {
+		if x, ok := x.Kind.(*ImportImageResponse_Image); ok {
+			return x.Image
+		}
+	}
+	return nil
+}
+
+type isImportImageResponse_Kind interface {
+	isImportImageResponse_Kind()
+}
+
+type ImportImageResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"`
+}
+
+type ImportImageResponse_Image struct {
+	Image *Image `protobuf:"bytes,2,opt,name=image,proto3,oneof"` // the last message
+}
+
+func (*ImportImageResponse_Transfer) isImportImageResponse_Kind() {}
+
+func (*ImportImageResponse_Image) isImportImageResponse_Kind() {}
+
+type ImageHistoryRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reference     string                 `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageHistoryRequest) Reset() {
+	*x = ImageHistoryRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageHistoryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageHistoryRequest) ProtoMessage() {}
+
+func (x *ImageHistoryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageHistoryRequest.ProtoReflect.Descriptor instead.
+func (*ImageHistoryRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *ImageHistoryRequest) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+type ImageHistoryResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Steps         []*ImageStep           `protobuf:"bytes,1,rep,name=steps,proto3" json:"steps,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageHistoryResponse) Reset() {
+	*x = ImageHistoryResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageHistoryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageHistoryResponse) ProtoMessage() {}
+
+func (x *ImageHistoryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageHistoryResponse.ProtoReflect.Descriptor instead.
+func (*ImageHistoryResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *ImageHistoryResponse) GetSteps() []*ImageStep {
+	if x != nil {
+		return x.Steps
+	}
+	return nil
+}
+
+type ImageStep struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`       // of the image, at the last step
+	Layer         string                 `protobuf:"bytes,2,opt,name=layer,proto3" json:"layer,omitempty"` // what the step made; empty: configuration only
+	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	CreatedBy     string                 `protobuf:"bytes,4,opt,name=created_by,json=createdBy,proto3" json:"created_by,omitempty"`
+	Comment       string                 `protobuf:"bytes,5,opt,name=comment,proto3" json:"comment,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,6,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the compressed layer
+	References    []string               `protobuf:"bytes,7,rep,name=references,proto3" json:"references,omitempty"`                 // of the image, at the last step
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageStep) Reset() {
+	*x = ImageStep{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageStep) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageStep) ProtoMessage() {}
+
+func (x *ImageStep) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageStep.ProtoReflect.Descriptor instead.
+func (*ImageStep) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *ImageStep) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ImageStep) GetLayer() string {
+	if x != nil {
+		return x.Layer
+	}
+	return ""
+}
+
+func (x *ImageStep) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+func (x *ImageStep) GetCreatedBy() string {
+	if x != nil {
+		return x.CreatedBy
+	}
+	return ""
+}
+
+func (x *ImageStep) GetComment() string {
+	if x != nil {
+		return x.Comment
+	}
+	return ""
+}
+
+func (x *ImageStep) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *ImageStep) GetReferences() []string {
+	if x != nil {
+		return x.References
+	}
+	return nil
+}
+
+type PruneImagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	All           bool                   `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"`        // images with references too
+	Filters       []string               `protobuf:"bytes,2,rep,name=filters,proto3" json:"filters,omitempty"` // key=value: label, label!, until
+	DryRun        bool                   `protobuf:"varint,3,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PruneImagesRequest) Reset() {
+	*x = PruneImagesRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneImagesRequest) ProtoMessage() {}
+
+func (x *PruneImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneImagesRequest.ProtoReflect.Descriptor instead.
+func (*PruneImagesRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *PruneImagesRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+func (x *PruneImagesRequest) GetFilters() []string {
+	if x != nil {
+		return x.Filters
+	}
+	return nil
+}
+
+func (x *PruneImagesRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+type PruneImagesResponse struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Untagged       []string               `protobuf:"bytes,1,rep,name=untagged,proto3" json:"untagged,omitempty"`
+	Deleted        []string               `protobuf:"bytes,2,rep,name=deleted,proto3" json:"deleted,omitempty"`                                      // digests of images
+	ReclaimedBytes int64                  `protobuf:"varint,3,opt,name=reclaimed_bytes,json=reclaimedBytes,proto3" json:"reclaimed_bytes,omitempty"` // of blobs and root disks
+	Later          bool                   `protobuf:"varint,4,opt,name=later,proto3" json:"later,omitempty"`                                         // images are being worked with: it happens when that ends
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *PruneImagesResponse) Reset() {
+	*x = PruneImagesResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneImagesResponse) ProtoMessage() {}
+
+func (x *PruneImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneImagesResponse.ProtoReflect.Descriptor instead.
+func (*PruneImagesResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *PruneImagesResponse) GetUntagged() []string {
+	if x != nil {
+		return x.Untagged
+	}
+	return nil
+}
+
+func (x *PruneImagesResponse) GetDeleted() []string {
+	if x != nil {
+		return x.Deleted
+	}
+	return nil
+}
+
+func (x *PruneImagesResponse) GetReclaimedBytes() int64 {
+	if x != nil {
+		return x.ReclaimedBytes
+	}
+	return 0
+}
+
+func (x *PruneImagesResponse) GetLater() bool {
+	if x != nil {
+		return x.Later
+	}
+	return false
+}
+
+type LoginRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Registry      string                 `protobuf:"bytes,1,opt,name=registry,proto3" json:"registry,omitempty"` // host[:port]
+	Username      string                 `protobuf:"bytes,2,opt,name=username,proto3" json:"username,omitempty"`
+	Password      string                 `protobuf:"bytes,3,opt,name=password,proto3" json:"password,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoginRequest) Reset() {
+	*x = LoginRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoginRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoginRequest) ProtoMessage() {}
+
+func (x *LoginRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoginRequest.ProtoReflect.Descriptor instead.
+func (*LoginRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
+}
+
+func (x *LoginRequest) GetRegistry() string {
+	if x != nil {
+		return x.Registry
+	}
+	return ""
+}
+
+func (x *LoginRequest) GetUsername() string {
+	if x != nil {
+		return x.Username
+	}
+	return ""
+}
+
+func (x *LoginRequest) GetPassword() string {
+	if x != nil {
+		return x.Password
+	}
+	return ""
+}
+
+type LoginResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoginResponse) Reset() {
+	*x = LoginResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoginResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoginResponse) ProtoMessage() {}
+
+func (x *LoginResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoginResponse.ProtoReflect.Descriptor instead.
+func (*LoginResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
 }
 
 type BuildRequest struct {
@@ -3328,7 +4608,7 @@ type BuildRequest struct {
 
 func (x *BuildRequest) Reset() {
 	*x = BuildRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3340,7 +4620,7 @@ func (x *BuildRequest) String() string {
 func (*BuildRequest) ProtoMessage() {}
 
 func (x *BuildRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3353,7 +4633,7 @@ func (x *BuildRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildRequest.ProtoReflect.Descriptor instead.
 func (*BuildRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{46}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *BuildRequest) GetContextDir() string {
@@ -3432,7 +4712,7 @@ type BuildResponse struct {
 
 func (x *BuildResponse) Reset() {
 	*x = BuildResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3444,7 +4724,7 @@ func (x *BuildResponse) String() string {
 func (*BuildResponse) ProtoMessage() {}
 
 func (x *BuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3457,7 +4737,7 @@ func (x *BuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResponse.ProtoReflect.Descriptor instead.
 func (*BuildResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{47}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *BuildResponse) GetKind() isBuildResponse_Kind {
@@ -3513,7 +4793,7 @@ type BuildResult struct {
 
 func (x *BuildResult) Reset() {
 	*x = BuildResult{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3525,7 +4805,7 @@ func (x *BuildResult) String() string {
 func (*BuildResult) ProtoMessage() {}
 
 func (x *BuildResult) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3538,7 +4818,7 @@ func (x *BuildResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResult.ProtoReflect.Descriptor instead.
 func (*BuildResult) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{48}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *BuildResult) GetDigest() string {
@@ -3581,7 +4861,7 @@ type Base struct {
 
 func (x *Base) Reset() {
 	*x = Base{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3593,7 +4873,7 @@ func (x *Base) String() string {
 func (*Base) ProtoMessage() {}
 
 func (x *Base) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3606,7 +4886,7 @@ func (x *Base) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Base.ProtoReflect.Descriptor instead.
 func (*Base) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{49}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *Base) GetName() string {
@@ -3645,7 +4925,7 @@ type ListBasesRequest struct {
 
 func (x *ListBasesRequest) Reset() {
 	*x = ListBasesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3657,7 +4937,7 @@ func (x *ListBasesRequest) String() string {
 func (*ListBasesRequest) ProtoMessage() {}
 
 func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3670,7 +4950,7 @@ func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesRequest.ProtoReflect.Descriptor instead.
 func (*ListBasesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{50}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
 }
 
 type ListBasesResponse struct {
@@ -3682,7 +4962,7 @@ type ListBasesResponse struct {
 
 func (x *ListBasesResponse) Reset() {
 	*x = ListBasesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3694,7 +4974,7 @@ func (x *ListBasesResponse) String() string {
 func (*ListBasesResponse) ProtoMessage() {}
 
 func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3707,7 +4987,7 @@ func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesResponse.ProtoReflect.Descriptor instead.
 func (*ListBasesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{51}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ListBasesResponse) GetBases() []*Base {
@@ -3727,7 +5007,7 @@ type BuildBaseRequest struct {
 
 func (x *BuildBaseRequest) Reset() {
 	*x = BuildBaseRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3739,7 +5019,7 @@ func (x *BuildBaseRequest) String() string {
 func (*BuildBaseRequest) ProtoMessage() {}
 
 func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3752,7 +5032,7 @@ func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseRequest.ProtoReflect.Descriptor instead.
 func (*BuildBaseRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{52}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *BuildBaseRequest) GetName() string {
@@ -3783,7 +5063,7 @@ type BuildBaseResponse struct {
 
 func (x *BuildBaseResponse) Reset() {
 	*x = BuildBaseResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3795,7 +5075,7 @@ func (x *BuildBaseResponse) String() string {
 func (*BuildBaseResponse) ProtoMessage() {}
 
 func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3808,7 +5088,7 @@ func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseResponse.ProtoReflect.Descriptor instead.
 func (*BuildBaseResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{53}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *BuildBaseResponse) GetKind() isBuildBaseResponse_Kind {
@@ -3887,7 +5167,7 @@ type Kernel struct {
 
 func (x *Kernel) Reset() {
 	*x = Kernel{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3899,7 +5179,7 @@ func (x *Kernel) String() string {
 func (*Kernel) ProtoMessage() {}
 
 func (x *Kernel) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3912,7 +5192,7 @@ func (x *Kernel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Kernel.ProtoReflect.Descriptor instead.
 func (*Kernel) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{54}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *Kernel) GetName() string {
@@ -4016,7 +5296,7 @@ type BuildKernelRequest struct {
 
 func (x *BuildKernelRequest) Reset() {
 	*x = BuildKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4028,7 +5308,7 @@ func (x *BuildKernelRequest) String() string {
 func (*BuildKernelRequest) ProtoMessage() {}
 
 func (x *BuildKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4041,7 +5321,7 @@ func (x *BuildKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildKernelRequest.ProtoReflect.Descriptor instead.
 func (*BuildKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *BuildKernelRequest) GetName() string {
@@ -4121,7 +5401,7 @@ type BuildKernelResponse struct {
 
 func (x *BuildKernelResponse) Reset() {
 	*x = BuildKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4133,7 +5413,7 @@ func (x *BuildKernelResponse) String() string {
 func (*BuildKernelResponse) ProtoMessage() {}
 
 func (x *BuildKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4146,7 +5426,7 @@ func (x *BuildKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildKernelResponse.ProtoReflect.Descriptor instead.
 func (*BuildKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *BuildKernelResponse) GetKind() isBuildKernelResponse_Kind {
@@ -4214,7 +5494,7 @@ type RemoveKernelRequest struct {
 
 func (x *RemoveKernelRequest) Reset() {
 	*x = RemoveKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4226,7 +5506,7 @@ func (x *RemoveKernelRequest) String() string {
 func (*RemoveKernelRequest) ProtoMessage() {}
 
 func (x *RemoveKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4239,7 +5519,7 @@ func (x *RemoveKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveKernelRequest.ProtoReflect.Descriptor instead.
 func (*RemoveKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *RemoveKernelRequest) GetName() string {
@@ -4257,7 +5537,7 @@ type RemoveKernelResponse struct {
 
 func (x *RemoveKernelResponse) Reset() {
 	*x = RemoveKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4269,7 +5549,7 @@ func (x *RemoveKernelResponse) String() string {
 func (*RemoveKernelResponse) ProtoMessage() {}
 
 func (x *RemoveKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4282,7 +5562,7 @@ func (x *RemoveKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveKernelResponse.ProtoReflect.Descriptor instead.
 func (*RemoveKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{78}
 }
 
 type SetDefaultKernelRequest struct {
@@ -4294,7 +5574,7 @@ type SetDefaultKernelRequest struct {
 
 func (x *SetDefaultKernelRequest) Reset() {
 	*x = SetDefaultKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4306,7 +5586,7 @@ func (x *SetDefaultKernelRequest) String() string {
 func (*SetDefaultKernelRequest) ProtoMessage() {}
 
 func (x *SetDefaultKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4319,7 +5599,7 @@ func (x *SetDefaultKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetDefaultKernelRequest.ProtoReflect.Descriptor instead.
 func (*SetDefaultKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *SetDefaultKernelRequest) GetName() string {
@@ -4337,7 +5617,7 @@ type SetDefaultKernelResponse struct {
 
 func (x *SetDefaultKernelResponse) Reset() {
 	*x = SetDefaultKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4349,7 +5629,7 @@ func (x *SetDefaultKernelResponse) String() string {
 func (*SetDefaultKernelResponse) ProtoMessage() {}
 
 func (x *SetDefaultKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4362,7 +5642,7 @@ func (x *SetDefaultKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetDefaultKernelResponse.ProtoReflect.Descriptor instead.
 func (*SetDefaultKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{80}
 }
 
 type ImportKernelRequest struct {
@@ -4375,7 +5655,7 @@ type ImportKernelRequest struct {
 
 func (x *ImportKernelRequest) Reset() {
 	*x = ImportKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4387,7 +5667,7 @@ func (x *ImportKernelRequest) String() string {
 func (*ImportKernelRequest) ProtoMessage() {}
 
 func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4400,7 +5680,7 @@ func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelRequest.ProtoReflect.Descriptor instead.
 func (*ImportKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ImportKernelRequest) GetPath() string {
@@ -4426,7 +5706,7 @@ type ImportKernelResponse struct {
 
 func (x *ImportKernelResponse) Reset() {
 	*x = ImportKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4438,7 +5718,7 @@ func (x *ImportKernelResponse) String() string {
 func (*ImportKernelResponse) ProtoMessage() {}
 
 func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4451,7 +5731,7 @@ func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelResponse.ProtoReflect.Descriptor instead.
 func (*ImportKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ImportKernelResponse) GetKernel() *Kernel {
@@ -4469,7 +5749,7 @@ type ListKernelsRequest struct {
 
 func (x *ListKernelsRequest) Reset() {
 	*x = ListKernelsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4481,7 +5761,7 @@ func (x *ListKernelsRequest) String() string {
 func (*ListKernelsRequest) ProtoMessage() {}
 
 func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4494,7 +5774,7 @@ func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsRequest.ProtoReflect.Descriptor instead.
 func (*ListKernelsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{83}
 }
 
 type ListKernelsResponse struct {
@@ -4506,7 +5786,7 @@ type ListKernelsResponse struct {
 
 func (x *ListKernelsResponse) Reset() {
 	*x = ListKernelsResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4518,7 +5798,7 @@ func (x *ListKernelsResponse) String() string {
 func (*ListKernelsResponse) ProtoMessage() {}
 
 func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4531,7 +5811,7 @@ func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsResponse.ProtoReflect.Descriptor instead.
 func (*ListKernelsResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ListKernelsResponse) GetKernels() []*Kernel {
@@ -4550,7 +5830,7 @@ type GetKernelRequest struct {
 
 func (x *GetKernelRequest) Reset() {
 	*x = GetKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4562,7 +5842,7 @@ func (x *GetKernelRequest) String() string {
 func (*GetKernelRequest) ProtoMessage() {}
 
 func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4575,7 +5855,7 @@ func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelRequest.ProtoReflect.Descriptor instead.
 func (*GetKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *GetKernelRequest) GetName() string {
@@ -4594,7 +5874,7 @@ type GetKernelResponse struct {
 
 func (x *GetKernelResponse) Reset() {
 	*x = GetKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4606,7 +5886,7 @@ func (x *GetKernelResponse) String() string {
 func (*GetKernelResponse) ProtoMessage() {}
 
 func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4619,7 +5899,7 @@ func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelResponse.ProtoReflect.Descriptor instead.
 func (*GetKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *GetKernelResponse) GetKernel() *Kernel {
@@ -4640,7 +5920,7 @@ type PullKernelRequest struct {
 
 func (x *PullKernelRequest) Reset() {
 	*x = PullKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4652,7 +5932,7 @@ func (x *PullKernelRequest) String() string {
 func (*PullKernelRequest) ProtoMessage() {}
 
 func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4665,7 +5945,7 @@ func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelRequest.ProtoReflect.Descriptor instead.
 func (*PullKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *PullKernelRequest) GetName() string {
@@ -4702,7 +5982,7 @@ type PullKernelResponse struct {
 
 func (x *PullKernelResponse) Reset() {
 	*x = PullKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4714,7 +5994,7 @@ func (x *PullKernelResponse) String() string {
 func (*PullKernelResponse) ProtoMessage() {}
 
 func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4727,7 +6007,7 @@ func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelResponse.ProtoReflect.Descriptor instead.
 func (*PullKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *PullKernelResponse) GetKind() isPullKernelResponse_Kind {
@@ -4779,7 +6059,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4791,7 +6071,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4804,7 +6084,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{89}
 }
 
 type VersionResponse struct {
@@ -4821,7 +6101,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4833,7 +6113,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4846,7 +6126,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -4901,7 +6181,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4913,7 +6193,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4926,7 +6206,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *EventsRequest) GetSince() *timestamppb.Timestamp {
@@ -4958,7 +6238,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4970,7 +6250,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4983,7 +6263,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{72}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -5036,7 +6316,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5048,7 +6328,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5061,7 +6341,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{73}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{93}
 }
 
 type DoctorResponse struct {
@@ -5073,7 +6353,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5085,7 +6365,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5098,7 +6378,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{74}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *DoctorResponse) GetChecks() []*Check {
@@ -5120,7 +6400,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5132,7 +6412,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5145,7 +6425,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{75}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *Check) GetName() string {
@@ -5184,7 +6464,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5196,7 +6476,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5209,7 +6489,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{76}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96}
 }
 
 type ShutdownResponse struct {
@@ -5220,7 +6500,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5232,7 +6512,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5245,7 +6525,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{77}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{97}
 }
 
 var File_api_atoll_v1_atoll_proto protoreflect.FileDescriptor
@@ -5429,7 +6709,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06stdout\x18\x02 \x01(\fH\x00R\x06stdout\x12\x18\n" +
 	"\x06stderr\x18\x03 \x01(\fH\x00R\x06stderr\x123\n" +
 	"\x04exit\x18\x04 \x01(\v2\x1d.atoll.v1.WaitMachineResponseH\x00R\x04exitB\x06\n" +
-	"\x04kind\"\xf6\x02\n" +
+	"\x04kind\"\xa7\x04\n" +
 	"\x05Image\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1e\n" +
 	"\n" +
@@ -5447,16 +6727,30 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06layers\x18\t \x03(\v2\x0f.atoll.v1.LayerR\x06layers\x12\x1b\n" +
 	"\troot_disk\x18\n" +
 	" \x01(\tR\brootDisk\x12&\n" +
-	"\x0froot_disk_bytes\x18\v \x01(\x03R\rrootDiskBytes\"]\n" +
+	"\x0froot_disk_bytes\x18\v \x01(\x03R\rrootDiskBytes\x12!\n" +
+	"\frepo_digests\x18\f \x03(\tR\vrepoDigests\x12!\n" +
+	"\findex_digest\x18\r \x01(\tR\vindexDigest\x122\n" +
+	"\bvariants\x18\x0e \x03(\v2\x16.atoll.v1.ImageVariantR\bvariants\x125\n" +
+	"\treferrers\x18\x0f \x03(\v2\x17.atoll.v1.ImageReferrerR\treferrers\"V\n" +
+	"\fImageVariant\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1a\n" +
+	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x12\n" +
+	"\x04here\x18\x03 \x01(\bR\x04here\"k\n" +
+	"\rImageReferrer\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12#\n" +
+	"\rartifact_type\x18\x02 \x01(\tR\fartifactType\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"]\n" +
 	"\x05Layer\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1d\n" +
 	"\n" +
 	"media_type\x18\x02 \x01(\tR\tmediaType\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"L\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"j\n" +
 	"\x10PullImageRequest\x12\x1c\n" +
 	"\treference\x18\x01 \x01(\tR\treference\x12\x1a\n" +
-	"\bplatform\x18\x02 \x01(\tR\bplatform\"r\n" +
+	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x1c\n" +
+	"\treferrers\x18\x03 \x03(\tR\treferrers\"r\n" +
 	"\bTransfer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06status\x18\x02 \x01(\tR\x06status\x12\x1d\n" +
@@ -5467,8 +6761,9 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x11PullImageResponse\x120\n" +
 	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12'\n" +
 	"\x05image\x18\x02 \x01(\v2\x0f.atoll.v1.ImageH\x00R\x05imageB\x06\n" +
-	"\x04kind\"\x13\n" +
-	"\x11ListImagesRequest\"=\n" +
+	"\x04kind\"-\n" +
+	"\x11ListImagesRequest\x12\x18\n" +
+	"\afilters\x18\x01 \x03(\tR\afilters\"=\n" +
 	"\x12ListImagesResponse\x12'\n" +
 	"\x06images\x18\x01 \x03(\v2\x0f.atoll.v1.ImageR\x06images\"/\n" +
 	"\x0fGetImageRequest\x12\x1c\n" +
@@ -5484,7 +6779,79 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"K\n" +
 	"\x13RemoveImageResponse\x12\x1a\n" +
 	"\buntagged\x18\x01 \x03(\tR\buntagged\x12\x18\n" +
-	"\adeleted\x18\x02 \x03(\tR\adeleted\"\xc1\x03\n" +
+	"\adeleted\x18\x02 \x03(\tR\adeleted\"j\n" +
+	"\x10PushImageRequest\x12\x1c\n" +
+	"\treference\x18\x01 \x01(\tR\treference\x12\x1a\n" +
+	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x1c\n" +
+	"\treferrers\x18\x03 \x03(\tR\treferrers\"~\n" +
+	"\x11PushImageResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12/\n" +
+	"\x06pushed\x18\x02 \x01(\v2\x15.atoll.v1.PushedImageH\x00R\x06pushedB\x06\n" +
+	"\x04kind\"R\n" +
+	"\vPushedImage\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12+\n" +
+	"\x11missing_platforms\x18\x02 \x03(\tR\x10missingPlatforms\"g\n" +
+	"\x11SaveImagesRequest\x12\x1e\n" +
+	"\n" +
+	"references\x18\x01 \x03(\tR\n" +
+	"references\x12\x16\n" +
+	"\x06format\x18\x02 \x01(\tR\x06format\x12\x1a\n" +
+	"\bplatform\x18\x03 \x01(\tR\bplatform\"(\n" +
+	"\x12SaveImagesResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"'\n" +
+	"\x11LoadImagesRequest\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\x7f\n" +
+	"\x12LoadImagesResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12/\n" +
+	"\x06loaded\x18\x02 \x01(\v2\x15.atoll.v1.LoadedImageH\x00R\x06loadedB\x06\n" +
+	"\x04kind\"C\n" +
+	"\vLoadedImage\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1c\n" +
+	"\treference\x18\x02 \x01(\tR\treference\"a\n" +
+	"\x12ImportImageRequest\x12-\n" +
+	"\x05start\x18\x01 \x01(\v2\x15.atoll.v1.ImportStartH\x00R\x05start\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04dataB\x06\n" +
+	"\x04kind\"{\n" +
+	"\vImportStart\x12\x1c\n" +
+	"\treference\x18\x01 \x01(\tR\treference\x12\x1a\n" +
+	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\x12\x18\n" +
+	"\achanges\x18\x04 \x03(\tR\achanges\"x\n" +
+	"\x13ImportImageResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12'\n" +
+	"\x05image\x18\x02 \x01(\v2\x0f.atoll.v1.ImageH\x00R\x05imageB\x06\n" +
+	"\x04kind\"3\n" +
+	"\x13ImageHistoryRequest\x12\x1c\n" +
+	"\treference\x18\x01 \x01(\tR\treference\"A\n" +
+	"\x14ImageHistoryResponse\x12)\n" +
+	"\x05steps\x18\x01 \x03(\v2\x13.atoll.v1.ImageStepR\x05steps\"\xe4\x01\n" +
+	"\tImageStep\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05layer\x18\x02 \x01(\tR\x05layer\x129\n" +
+	"\n" +
+	"created_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x1d\n" +
+	"\n" +
+	"created_by\x18\x04 \x01(\tR\tcreatedBy\x12\x18\n" +
+	"\acomment\x18\x05 \x01(\tR\acomment\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x06 \x01(\x03R\tsizeBytes\x12\x1e\n" +
+	"\n" +
+	"references\x18\a \x03(\tR\n" +
+	"references\"Y\n" +
+	"\x12PruneImagesRequest\x12\x10\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\x12\x18\n" +
+	"\afilters\x18\x02 \x03(\tR\afilters\x12\x17\n" +
+	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"\x8a\x01\n" +
+	"\x13PruneImagesResponse\x12\x1a\n" +
+	"\buntagged\x18\x01 \x03(\tR\buntagged\x12\x18\n" +
+	"\adeleted\x18\x02 \x03(\tR\adeleted\x12'\n" +
+	"\x0freclaimed_bytes\x18\x03 \x01(\x03R\x0ereclaimedBytes\x12\x14\n" +
+	"\x05later\x18\x04 \x01(\bR\x05later\"b\n" +
+	"\fLoginRequest\x12\x1a\n" +
+	"\bregistry\x18\x01 \x01(\tR\bregistry\x12\x1a\n" +
+	"\busername\x18\x02 \x01(\tR\busername\x12\x1a\n" +
+	"\bpassword\x18\x03 \x01(\tR\bpassword\"\x0f\n" +
+	"\rLoginResponse\"\xc1\x03\n" +
 	"\fBuildRequest\x12\x1f\n" +
 	"\vcontext_dir\x18\x01 \x01(\tR\n" +
 	"contextDir\x12\x1e\n" +
@@ -5654,13 +7021,20 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x03Get\x12\x1b.atoll.v1.GetMachineRequest\x1a\x1c.atoll.v1.GetMachineResponse\x127\n" +
 	"\x04Logs\x12\x15.atoll.v1.LogsRequest\x1a\x16.atoll.v1.LogsResponse0\x01\x129\n" +
 	"\x04Exec\x12\x15.atoll.v1.ExecRequest\x1a\x16.atoll.v1.ExecResponse(\x010\x01\x12?\n" +
-	"\x06Attach\x12\x17.atoll.v1.AttachRequest\x1a\x18.atoll.v1.AttachResponse(\x010\x012\xd7\x02\n" +
+	"\x06Attach\x12\x17.atoll.v1.AttachRequest\x1a\x18.atoll.v1.AttachResponse(\x010\x012\xbb\x06\n" +
 	"\fImageService\x12A\n" +
 	"\x04Pull\x12\x1a.atoll.v1.PullImageRequest\x1a\x1b.atoll.v1.PullImageResponse0\x01\x12A\n" +
 	"\x04List\x12\x1b.atoll.v1.ListImagesRequest\x1a\x1c.atoll.v1.ListImagesResponse\x12<\n" +
 	"\x03Get\x12\x19.atoll.v1.GetImageRequest\x1a\x1a.atoll.v1.GetImageResponse\x12<\n" +
 	"\x03Tag\x12\x19.atoll.v1.TagImageRequest\x1a\x1a.atoll.v1.TagImageResponse\x12E\n" +
-	"\x06Remove\x12\x1c.atoll.v1.RemoveImageRequest\x1a\x1d.atoll.v1.RemoveImageResponse2J\n" +
+	"\x06Remove\x12\x1c.atoll.v1.RemoveImageRequest\x1a\x1d.atoll.v1.RemoveImageResponse\x12A\n" +
+	"\x04Push\x12\x1a.atoll.v1.PushImageRequest\x1a\x1b.atoll.v1.PushImageResponse0\x01\x12C\n" +
+	"\x04Save\x12\x1b.atoll.v1.SaveImagesRequest\x1a\x1c.atoll.v1.SaveImagesResponse0\x01\x12E\n" +
+	"\x04Load\x12\x1b.atoll.v1.LoadImagesRequest\x1a\x1c.atoll.v1.LoadImagesResponse(\x010\x01\x12I\n" +
+	"\x06Import\x12\x1c.atoll.v1.ImportImageRequest\x1a\x1d.atoll.v1.ImportImageResponse(\x010\x01\x12H\n" +
+	"\aHistory\x12\x1d.atoll.v1.ImageHistoryRequest\x1a\x1e.atoll.v1.ImageHistoryResponse\x12D\n" +
+	"\x05Prune\x12\x1c.atoll.v1.PruneImagesRequest\x1a\x1d.atoll.v1.PruneImagesResponse\x128\n" +
+	"\x05Login\x12\x16.atoll.v1.LoginRequest\x1a\x17.atoll.v1.LoginResponse2J\n" +
 	"\fBuildService\x12:\n" +
 	"\x05Build\x12\x16.atoll.v1.BuildRequest\x1a\x17.atoll.v1.BuildResponse0\x012\x92\x01\n" +
 	"\vBaseService\x12?\n" +
@@ -5694,7 +7068,7 @@ func file_api_atoll_v1_atoll_proto_rawDescGZIP() []byte {
 }
 
 var file_api_atoll_v1_atoll_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 82)
+var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 102)
 var file_api_atoll_v1_atoll_proto_goTypes = []any{
 	(MachineState)(0),                // 0: atoll.v1.MachineState
 	(Stream)(0),                      // 1: atoll.v1.Stream
@@ -5733,182 +7107,227 @@ var file_api_atoll_v1_atoll_proto_goTypes = []any{
 	(*AttachStart)(nil),              // 34: atoll.v1.AttachStart
 	(*AttachResponse)(nil),           // 35: atoll.v1.AttachResponse
 	(*Image)(nil),                    // 36: atoll.v1.Image
-	(*Layer)(nil),                    // 37: atoll.v1.Layer
-	(*PullImageRequest)(nil),         // 38: atoll.v1.PullImageRequest
-	(*Transfer)(nil),                 // 39: atoll.v1.Transfer
-	(*PullImageResponse)(nil),        // 40: atoll.v1.PullImageResponse
-	(*ListImagesRequest)(nil),        // 41: atoll.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),       // 42: atoll.v1.ListImagesResponse
-	(*GetImageRequest)(nil),          // 43: atoll.v1.GetImageRequest
-	(*GetImageResponse)(nil),         // 44: atoll.v1.GetImageResponse
-	(*TagImageRequest)(nil),          // 45: atoll.v1.TagImageRequest
-	(*TagImageResponse)(nil),         // 46: atoll.v1.TagImageResponse
-	(*RemoveImageRequest)(nil),       // 47: atoll.v1.RemoveImageRequest
-	(*RemoveImageResponse)(nil),      // 48: atoll.v1.RemoveImageResponse
-	(*BuildRequest)(nil),             // 49: atoll.v1.BuildRequest
-	(*BuildResponse)(nil),            // 50: atoll.v1.BuildResponse
-	(*BuildResult)(nil),              // 51: atoll.v1.BuildResult
-	(*Base)(nil),                     // 52: atoll.v1.Base
-	(*ListBasesRequest)(nil),         // 53: atoll.v1.ListBasesRequest
-	(*ListBasesResponse)(nil),        // 54: atoll.v1.ListBasesResponse
-	(*BuildBaseRequest)(nil),         // 55: atoll.v1.BuildBaseRequest
-	(*BuildBaseResponse)(nil),        // 56: atoll.v1.BuildBaseResponse
-	(*Kernel)(nil),                   // 57: atoll.v1.Kernel
-	(*BuildKernelRequest)(nil),       // 58: atoll.v1.BuildKernelRequest
-	(*BuildKernelResponse)(nil),      // 59: atoll.v1.BuildKernelResponse
-	(*RemoveKernelRequest)(nil),      // 60: atoll.v1.RemoveKernelRequest
-	(*RemoveKernelResponse)(nil),     // 61: atoll.v1.RemoveKernelResponse
-	(*SetDefaultKernelRequest)(nil),  // 62: atoll.v1.SetDefaultKernelRequest
-	(*SetDefaultKernelResponse)(nil), // 63: atoll.v1.SetDefaultKernelResponse
-	(*ImportKernelRequest)(nil),      // 64: atoll.v1.ImportKernelRequest
-	(*ImportKernelResponse)(nil),     // 65: atoll.v1.ImportKernelResponse
-	(*ListKernelsRequest)(nil),       // 66: atoll.v1.ListKernelsRequest
-	(*ListKernelsResponse)(nil),      // 67: atoll.v1.ListKernelsResponse
-	(*GetKernelRequest)(nil),         // 68: atoll.v1.GetKernelRequest
-	(*GetKernelResponse)(nil),        // 69: atoll.v1.GetKernelResponse
-	(*PullKernelRequest)(nil),        // 70: atoll.v1.PullKernelRequest
-	(*PullKernelResponse)(nil),       // 71: atoll.v1.PullKernelResponse
-	(*VersionRequest)(nil),           // 72: atoll.v1.VersionRequest
-	(*VersionResponse)(nil),          // 73: atoll.v1.VersionResponse
-	(*EventsRequest)(nil),            // 74: atoll.v1.EventsRequest
-	(*Event)(nil),                    // 75: atoll.v1.Event
-	(*DoctorRequest)(nil),            // 76: atoll.v1.DoctorRequest
-	(*DoctorResponse)(nil),           // 77: atoll.v1.DoctorResponse
-	(*Check)(nil),                    // 78: atoll.v1.Check
-	(*ShutdownRequest)(nil),          // 79: atoll.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),         // 80: atoll.v1.ShutdownResponse
-	nil,                              // 81: atoll.v1.MachineSpec.LabelsEntry
-	nil,                              // 82: atoll.v1.BuildRequest.BuildArgsEntry
-	nil,                              // 83: atoll.v1.BuildRequest.LabelsEntry
-	nil,                              // 84: atoll.v1.Event.AttributesEntry
-	(*durationpb.Duration)(nil),      // 85: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 86: google.protobuf.Timestamp
+	(*ImageVariant)(nil),             // 37: atoll.v1.ImageVariant
+	(*ImageReferrer)(nil),            // 38: atoll.v1.ImageReferrer
+	(*Layer)(nil),                    // 39: atoll.v1.Layer
+	(*PullImageRequest)(nil),         // 40: atoll.v1.PullImageRequest
+	(*Transfer)(nil),                 // 41: atoll.v1.Transfer
+	(*PullImageResponse)(nil),        // 42: atoll.v1.PullImageResponse
+	(*ListImagesRequest)(nil),        // 43: atoll.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),       // 44: atoll.v1.ListImagesResponse
+	(*GetImageRequest)(nil),          // 45: atoll.v1.GetImageRequest
+	(*GetImageResponse)(nil),         // 46: atoll.v1.GetImageResponse
+	(*TagImageRequest)(nil),          // 47: atoll.v1.TagImageRequest
+	(*TagImageResponse)(nil),         // 48: atoll.v1.TagImageResponse
+	(*RemoveImageRequest)(nil),       // 49: atoll.v1.RemoveImageRequest
+	(*RemoveImageResponse)(nil),      // 50: atoll.v1.RemoveImageResponse
+	(*PushImageRequest)(nil),         // 51: atoll.v1.PushImageRequest
+	(*PushImageResponse)(nil),        // 52: atoll.v1.PushImageResponse
+	(*PushedImage)(nil),              // 53: atoll.v1.PushedImage
+	(*SaveImagesRequest)(nil),        // 54: atoll.v1.SaveImagesRequest
+	(*SaveImagesResponse)(nil),       // 55: atoll.v1.SaveImagesResponse
+	(*LoadImagesRequest)(nil),        // 56: atoll.v1.LoadImagesRequest
+	(*LoadImagesResponse)(nil),       // 57: atoll.v1.LoadImagesResponse
+	(*LoadedImage)(nil),              // 58: atoll.v1.LoadedImage
+	(*ImportImageRequest)(nil),       // 59: atoll.v1.ImportImageRequest
+	(*ImportStart)(nil),              // 60: atoll.v1.ImportStart
+	(*ImportImageResponse)(nil),      // 61: atoll.v1.ImportImageResponse
+	(*ImageHistoryRequest)(nil),      // 62: atoll.v1.ImageHistoryRequest
+	(*ImageHistoryResponse)(nil),     // 63: atoll.v1.ImageHistoryResponse
+	(*ImageStep)(nil),                // 64: atoll.v1.ImageStep
+	(*PruneImagesRequest)(nil),       // 65: atoll.v1.PruneImagesRequest
+	(*PruneImagesResponse)(nil),      // 66: atoll.v1.PruneImagesResponse
+	(*LoginRequest)(nil),             // 67: atoll.v1.LoginRequest
+	(*LoginResponse)(nil),            // 68: atoll.v1.LoginResponse
+	(*BuildRequest)(nil),             // 69: atoll.v1.BuildRequest
+	(*BuildResponse)(nil),            // 70: atoll.v1.BuildResponse
+	(*BuildResult)(nil),              // 71: atoll.v1.BuildResult
+	(*Base)(nil),                     // 72: atoll.v1.Base
+	(*ListBasesRequest)(nil),         // 73: atoll.v1.ListBasesRequest
+	(*ListBasesResponse)(nil),        // 74: atoll.v1.ListBasesResponse
+	(*BuildBaseRequest)(nil),         // 75: atoll.v1.BuildBaseRequest
+	(*BuildBaseResponse)(nil),        // 76: atoll.v1.BuildBaseResponse
+	(*Kernel)(nil),                   // 77: atoll.v1.Kernel
+	(*BuildKernelRequest)(nil),       // 78: atoll.v1.BuildKernelRequest
+	(*BuildKernelResponse)(nil),      // 79: atoll.v1.BuildKernelResponse
+	(*RemoveKernelRequest)(nil),      // 80: atoll.v1.RemoveKernelRequest
+	(*RemoveKernelResponse)(nil),     // 81: atoll.v1.RemoveKernelResponse
+	(*SetDefaultKernelRequest)(nil),  // 82: atoll.v1.SetDefaultKernelRequest
+	(*SetDefaultKernelResponse)(nil), // 83: atoll.v1.SetDefaultKernelResponse
+	(*ImportKernelRequest)(nil),      // 84: atoll.v1.ImportKernelRequest
+	(*ImportKernelResponse)(nil),     // 85: atoll.v1.ImportKernelResponse
+	(*ListKernelsRequest)(nil),       // 86: atoll.v1.ListKernelsRequest
+	(*ListKernelsResponse)(nil),      // 87: atoll.v1.ListKernelsResponse
+	(*GetKernelRequest)(nil),         // 88: atoll.v1.GetKernelRequest
+	(*GetKernelResponse)(nil),        // 89: atoll.v1.GetKernelResponse
+	(*PullKernelRequest)(nil),        // 90: atoll.v1.PullKernelRequest
+	(*PullKernelResponse)(nil),       // 91: atoll.v1.PullKernelResponse
+	(*VersionRequest)(nil),           // 92: atoll.v1.VersionRequest
+	(*VersionResponse)(nil),          // 93: atoll.v1.VersionResponse
+	(*EventsRequest)(nil),            // 94: atoll.v1.EventsRequest
+	(*Event)(nil),                    // 95: atoll.v1.Event
+	(*DoctorRequest)(nil),            // 96: atoll.v1.DoctorRequest
+	(*DoctorResponse)(nil),           // 97: atoll.v1.DoctorResponse
+	(*Check)(nil),                    // 98: atoll.v1.Check
+	(*ShutdownRequest)(nil),          // 99: atoll.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 100: atoll.v1.ShutdownResponse
+	nil,                              // 101: atoll.v1.MachineSpec.LabelsEntry
+	nil,                              // 102: atoll.v1.BuildRequest.BuildArgsEntry
+	nil,                              // 103: atoll.v1.BuildRequest.LabelsEntry
+	nil,                              // 104: atoll.v1.Event.AttributesEntry
+	(*durationpb.Duration)(nil),      // 105: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 106: google.protobuf.Timestamp
 }
 var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
-	5,  // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
-	81, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
-	85, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
-	4,  // 3: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
-	0,  // 4: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
-	86, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
-	86, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
-	86, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
-	7,  // 8: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
-	8,  // 9: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
-	9,  // 10: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
-	5,  // 11: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
-	85, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
-	4,  // 13: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
-	6,  // 14: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
-	6,  // 15: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
-	85, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
-	6,  // 17: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
-	6,  // 18: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
-	6,  // 19: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
-	86, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
-	1,  // 21: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
-	86, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
-	30, // 23: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
-	28, // 24: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
-	28, // 25: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
-	32, // 26: atoll.v1.ExecResponse.started:type_name -> atoll.v1.ExecStarted
-	34, // 27: atoll.v1.AttachRequest.start:type_name -> atoll.v1.AttachStart
-	28, // 28: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
-	28, // 29: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
-	21, // 30: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
-	86, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
-	37, // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
-	39, // 33: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
-	36, // 34: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
-	36, // 35: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
-	36, // 36: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
-	82, // 37: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
-	83, // 38: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
-	51, // 39: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
-	85, // 40: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
-	85, // 41: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
-	86, // 42: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
-	52, // 43: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
-	39, // 44: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
-	52, // 45: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
-	86, // 46: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
-	39, // 47: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	57, // 48: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	57, // 49: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	57, // 50: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
-	57, // 51: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	39, // 52: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	57, // 53: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	86, // 54: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	86, // 55: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
-	84, // 56: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
-	78, // 57: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
-	2,  // 58: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
-	10, // 59: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
-	12, // 60: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
-	14, // 61: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
-	16, // 62: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
-	18, // 63: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
-	20, // 64: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
-	22, // 65: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
-	24, // 66: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
-	26, // 67: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
-	29, // 68: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
-	33, // 69: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
-	38, // 70: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
-	41, // 71: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
-	43, // 72: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
-	45, // 73: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
-	47, // 74: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
-	49, // 75: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
-	53, // 76: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
-	55, // 77: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
-	66, // 78: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
-	68, // 79: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
-	70, // 80: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
-	64, // 81: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
-	58, // 82: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
-	60, // 83: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
-	62, // 84: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
-	72, // 85: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
-	74, // 86: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
-	76, // 87: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
-	79, // 88: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
-	11, // 89: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
-	13, // 90: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
-	15, // 91: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
-	17, // 92: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
-	19, // 93: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
-	21, // 94: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
-	23, // 95: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
-	25, // 96: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
-	27, // 97: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
-	31, // 98: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
-	35, // 99: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
-	40, // 100: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
-	42, // 101: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
-	44, // 102: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
-	46, // 103: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
-	48, // 104: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
-	50, // 105: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
-	54, // 106: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
-	56, // 107: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
-	67, // 108: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
-	69, // 109: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
-	71, // 110: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
-	65, // 111: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
-	59, // 112: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
-	61, // 113: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
-	63, // 114: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
-	73, // 115: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
-	75, // 116: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
-	77, // 117: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
-	80, // 118: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
-	89, // [89:119] is the sub-list for method output_type
-	59, // [59:89] is the sub-list for method input_type
-	59, // [59:59] is the sub-list for extension type_name
-	59, // [59:59] is the sub-list for extension extendee
-	0,  // [0:59] is the sub-list for field type_name
+	5,   // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
+	101, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
+	105, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
+	4,   // 3: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
+	0,   // 4: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
+	106, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
+	106, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
+	106, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
+	7,   // 8: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
+	8,   // 9: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
+	9,   // 10: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
+	5,   // 11: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
+	105, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
+	4,   // 13: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
+	6,   // 14: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
+	6,   // 15: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
+	105, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
+	6,   // 17: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
+	6,   // 18: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
+	6,   // 19: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
+	106, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	1,   // 21: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
+	106, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	30,  // 23: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
+	28,  // 24: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
+	28,  // 25: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
+	32,  // 26: atoll.v1.ExecResponse.started:type_name -> atoll.v1.ExecStarted
+	34,  // 27: atoll.v1.AttachRequest.start:type_name -> atoll.v1.AttachStart
+	28,  // 28: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
+	28,  // 29: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
+	21,  // 30: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
+	106, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	39,  // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
+	37,  // 33: atoll.v1.Image.variants:type_name -> atoll.v1.ImageVariant
+	38,  // 34: atoll.v1.Image.referrers:type_name -> atoll.v1.ImageReferrer
+	41,  // 35: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
+	36,  // 36: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
+	36,  // 37: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
+	36,  // 38: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
+	41,  // 39: atoll.v1.PushImageResponse.transfer:type_name -> atoll.v1.Transfer
+	53,  // 40: atoll.v1.PushImageResponse.pushed:type_name -> atoll.v1.PushedImage
+	41,  // 41: atoll.v1.LoadImagesResponse.transfer:type_name -> atoll.v1.Transfer
+	58,  // 42: atoll.v1.LoadImagesResponse.loaded:type_name -> atoll.v1.LoadedImage
+	60,  // 43: atoll.v1.ImportImageRequest.start:type_name -> atoll.v1.ImportStart
+	41,  // 44: atoll.v1.ImportImageResponse.transfer:type_name -> atoll.v1.Transfer
+	36,  // 45: atoll.v1.ImportImageResponse.image:type_name -> atoll.v1.Image
+	64,  // 46: atoll.v1.ImageHistoryResponse.steps:type_name -> atoll.v1.ImageStep
+	106, // 47: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
+	102, // 48: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
+	103, // 49: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
+	71,  // 50: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
+	105, // 51: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
+	105, // 52: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
+	106, // 53: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
+	72,  // 54: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
+	41,  // 55: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
+	72,  // 56: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
+	106, // 57: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
+	41,  // 58: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	77,  // 59: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	77,  // 60: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	77,  // 61: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
+	77,  // 62: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	41,  // 63: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	77,  // 64: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	106, // 65: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	106, // 66: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
+	104, // 67: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
+	98,  // 68: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
+	2,   // 69: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
+	10,  // 70: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
+	12,  // 71: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
+	14,  // 72: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
+	16,  // 73: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
+	18,  // 74: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
+	20,  // 75: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
+	22,  // 76: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
+	24,  // 77: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
+	26,  // 78: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
+	29,  // 79: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
+	33,  // 80: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
+	40,  // 81: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
+	43,  // 82: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
+	45,  // 83: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
+	47,  // 84: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
+	49,  // 85: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
+	51,  // 86: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
+	54,  // 87: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
+	56,  // 88: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
+	59,  // 89: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
+	62,  // 90: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
+	65,  // 91: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
+	67,  // 92: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
+	69,  // 93: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
+	73,  // 94: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
+	75,  // 95: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
+	86,  // 96: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
+	88,  // 97: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
+	90,  // 98: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
+	84,  // 99: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
+	78,  // 100: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
+	80,  // 101: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
+	82,  // 102: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
+	92,  // 103: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
+	94,  // 104: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
+	96,  // 105: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
+	99,  // 106: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
+	11,  // 107: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
+	13,  // 108: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
+	15,  // 109: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
+	17,  // 110: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
+	19,  // 111: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
+	21,  // 112: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
+	23,  // 113: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
+	25,  // 114: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
+	27,  // 115: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
+	31,  // 116: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
+	35,  // 117: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
+	42,  // 118: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
+	44,  // 119: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
+	46,  // 120: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
+	48,  // 121: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
+	50,  // 122: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
+	52,  // 123: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
+	55,  // 124: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
+	57,  // 125: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
+	61,  // 126: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
+	63,  // 127: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
+	66,  // 128: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
+	68,  // 129: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
+	70,  // 130: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
+	74,  // 131: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
+	76,  // 132: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
+	87,  // 133: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
+	89,  // 134: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
+	91,  // 135: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
+	85,  // 136: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
+	79,  // 137: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
+	81,  // 138: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
+	83,  // 139: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
+	93,  // 140: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
+	95,  // 141: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
+	97,  // 142: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
+	100, // 143: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
+	107, // [107:144] is the sub-list for method output_type
+	70,  // [70:107] is the sub-list for method input_type
+	70,  // [70:70] is the sub-list for extension type_name
+	70,  // [70:70] is the sub-list for extension extendee
+	0,   // [0:70] is the sub-list for field type_name
 }
 
 func init() { file_api_atoll_v1_atoll_proto_init() }
@@ -5943,25 +7362,41 @@ func file_api_atoll_v1_atoll_proto_init() {
 		(*AttachResponse_Stderr)(nil),
 		(*AttachResponse_Exit)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[37].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[39].OneofWrappers = []any{
 		(*PullImageResponse_Transfer)(nil),
 		(*PullImageResponse_Image)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[47].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[49].OneofWrappers = []any{
+		(*PushImageResponse_Transfer)(nil),
+		(*PushImageResponse_Pushed)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[54].OneofWrappers = []any{
+		(*LoadImagesResponse_Transfer)(nil),
+		(*LoadImagesResponse_Loaded)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[56].OneofWrappers = []any{
+		(*ImportImageRequest_Start)(nil),
+		(*ImportImageRequest_Data)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[58].OneofWrappers = []any{
+		(*ImportImageResponse_Transfer)(nil),
+		(*ImportImageResponse_Image)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[67].OneofWrappers = []any{
 		(*BuildResponse_Status)(nil),
 		(*BuildResponse_Result)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[53].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[73].OneofWrappers = []any{
 		(*BuildBaseResponse_Line)(nil),
 		(*BuildBaseResponse_Transfer)(nil),
 		(*BuildBaseResponse_Base)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[56].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[76].OneofWrappers = []any{
 		(*BuildKernelResponse_Transfer)(nil),
 		(*BuildKernelResponse_Line)(nil),
 		(*BuildKernelResponse_Kernel)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[68].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[88].OneofWrappers = []any{
 		(*PullKernelResponse_Transfer)(nil),
 		(*PullKernelResponse_Kernel)(nil),
 	}
@@ -5971,7 +7406,7 @@ func file_api_atoll_v1_atoll_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_atoll_v1_atoll_proto_rawDesc), len(file_api_atoll_v1_atoll_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   82,
+			NumMessages:   102,
 			NumExtensions: 0,
 			NumServices:   6,
 		},
