@@ -10,6 +10,7 @@ import (
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
 	"github.com/atollvm/atoll/internal/image"
 	"github.com/atollvm/atoll/internal/ref"
+	"github.com/opencontainers/go-digest"
 )
 
 type images struct{ Options }
@@ -68,7 +69,11 @@ func (s *images) Get(ctx context.Context, req *connect.Request[atollv1.GetImageR
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&atollv1.GetImageResponse{Image: s.imageTo(i)}), nil
+	img := s.imageTo(i)
+	if err := s.addUsers(img, i.Digest); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&atollv1.GetImageResponse{Image: img}), nil
 }
 
 func (s *images) Tag(ctx context.Context, req *connect.Request[atollv1.TagImageRequest]) (*connect.Response[atollv1.TagImageResponse], error) {
@@ -98,10 +103,38 @@ func (s *images) imageTo(i image.Image) *atollv1.Image {
 	for _, l := range i.Layers {
 		out.Layers = append(out.Layers, &atollv1.Layer{Digest: l.Digest.String(), MediaType: l.MediaType, SizeBytes: l.Size})
 	}
-	if disk, err := s.Disks.Get(i.Digest); err == nil {
-		out.RootDisk, out.RootDiskBytes = disk.Path, disk.Size
+	if root, err := s.Disks.Get(i.Digest); err == nil {
+		out.RootDisk, out.RootDiskBytes = root.Disks[0].Path, root.Size()
+		for _, d := range root.Disks {
+			disk := &atollv1.RootDisk{Path: d.Path, SizeBytes: d.Size, RootHash: d.Verity.RootHash, Salt: d.Verity.Salt}
+			for _, l := range d.Layers {
+				disk.Layers = append(disk.Layers, l.String())
+			}
+			out.RootDisks = append(out.RootDisks, disk)
+		}
 	}
 	return out
+}
+
+// addUsers tells how many images use each root disk: what removing the image would free.
+func (s *images) addUsers(out *atollv1.Image, img digest.Digest) error {
+	root, err := s.Disks.Get(img)
+	if err != nil {
+		return nil // no root disk, no users
+	}
+	users, err := s.Disks.Users()
+	if err != nil {
+		return err
+	}
+	for i, d := range root.Disks {
+		if i < len(out.RootDisks) {
+			out.RootDisks[i].Images = uint32(users[d.Key])
+		}
+		if users[d.Key] == 1 {
+			out.RootDiskOwnBytes += d.Size
+		}
+	}
+	return nil
 }
 
 func familiar(references []string) []string {

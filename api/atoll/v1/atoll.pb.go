@@ -188,7 +188,7 @@ func (x Check_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Check_Level.Descriptor instead.
 func (Check_Level) EnumDescriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69, 0}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70, 0}
 }
 
 // Hint is an error detail: the next step for a person.
@@ -261,6 +261,7 @@ type MachineSpec struct {
 	Platform      string                 `protobuf:"bytes,21,opt,name=platform,proto3" json:"platform,omitempty"` // os/arch[/variant]
 	StopSignal    string                 `protobuf:"bytes,22,opt,name=stop_signal,json=stopSignal,proto3" json:"stop_signal,omitempty"`
 	StopTimeout   *durationpb.Duration   `protobuf:"bytes,23,opt,name=stop_timeout,json=stopTimeout,proto3" json:"stop_timeout,omitempty"`
+	Verity        bool                   `protobuf:"varint,50,opt,name=verity,proto3" json:"verity,omitempty"` // the root disks must verify: checked whole at each start, and by dm-verity while the machine runs
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -456,6 +457,13 @@ func (x *MachineSpec) GetStopTimeout() *durationpb.Duration {
 	return nil
 }
 
+func (x *MachineSpec) GetVerity() bool {
+	if x != nil {
+		return x.Verity
+	}
+	return false
+}
+
 type PortMapping struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	HostAddress   string                 `protobuf:"bytes,1,opt,name=host_address,json=hostAddress,proto3" json:"host_address,omitempty"` // default 127.0.0.1
@@ -529,7 +537,7 @@ type Machine struct {
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // 32 hex digits; 12 are shown
 	Spec          *MachineSpec           `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
 	State         MachineState           `protobuf:"varint,3,opt,name=state,proto3,enum=atoll.v1.MachineState" json:"state,omitempty"`
-	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"` // of the last stop: exited, killed, poweroff, reboot, panic, vmm-died, host-reboot
+	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"` // of the last stop: exited, killed, poweroff, reboot, panic, vmm-died, host-reboot, verity
 	ExitCode      int32                  `protobuf:"varint,5,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
 	Error         string                 `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"` // of a failed start: step and cause
 	FailedStep    string                 `protobuf:"bytes,7,opt,name=failed_step,json=failedStep,proto3" json:"failed_step,omitempty"`
@@ -2565,20 +2573,22 @@ func (*AttachResponse_Stderr) isAttachResponse_Kind() {}
 func (*AttachResponse_Exit) isAttachResponse_Kind() {}
 
 type Image struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`         // of the manifest: the image's ID
-	References    []string               `protobuf:"bytes,2,rep,name=references,proto3" json:"references,omitempty"` // familiar form: debian:bookworm
-	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
-	SizeBytes     int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the compressed layers and the config
-	Os            string                 `protobuf:"bytes,5,opt,name=os,proto3" json:"os,omitempty"`
-	Architecture  string                 `protobuf:"bytes,6,opt,name=architecture,proto3" json:"architecture,omitempty"`
-	Variant       string                 `protobuf:"bytes,7,opt,name=variant,proto3" json:"variant,omitempty"`
-	ConfigJson    []byte                 `protobuf:"bytes,8,opt,name=config_json,json=configJson,proto3" json:"config_json,omitempty"` // the image config, unchanged
-	Layers        []*Layer               `protobuf:"bytes,9,rep,name=layers,proto3" json:"layers,omitempty"`
-	RootDisk      string                 `protobuf:"bytes,10,opt,name=root_disk,json=rootDisk,proto3" json:"root_disk,omitempty"` // path, when it is there
-	RootDiskBytes int64                  `protobuf:"varint,11,opt,name=root_disk_bytes,json=rootDiskBytes,proto3" json:"root_disk_bytes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Digest           string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`         // of the manifest: the image's ID
+	References       []string               `protobuf:"bytes,2,rep,name=references,proto3" json:"references,omitempty"` // familiar form: debian:bookworm
+	CreatedAt        *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	SizeBytes        int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the compressed layers and the config
+	Os               string                 `protobuf:"bytes,5,opt,name=os,proto3" json:"os,omitempty"`
+	Architecture     string                 `protobuf:"bytes,6,opt,name=architecture,proto3" json:"architecture,omitempty"`
+	Variant          string                 `protobuf:"bytes,7,opt,name=variant,proto3" json:"variant,omitempty"`
+	ConfigJson       []byte                 `protobuf:"bytes,8,opt,name=config_json,json=configJson,proto3" json:"config_json,omitempty"` // the image config, unchanged
+	Layers           []*Layer               `protobuf:"bytes,9,rep,name=layers,proto3" json:"layers,omitempty"`
+	RootDisk         string                 `protobuf:"bytes,10,opt,name=root_disk,json=rootDisk,proto3" json:"root_disk,omitempty"`                              // path of the lowest root disk, when it is there
+	RootDiskBytes    int64                  `protobuf:"varint,11,opt,name=root_disk_bytes,json=rootDiskBytes,proto3" json:"root_disk_bytes,omitempty"`            // of all root disks
+	RootDisks        []*RootDisk            `protobuf:"bytes,30,rep,name=root_disks,json=rootDisks,proto3" json:"root_disks,omitempty"`                           // the lowest first
+	RootDiskOwnBytes int64                  `protobuf:"varint,31,opt,name=root_disk_own_bytes,json=rootDiskOwnBytes,proto3" json:"root_disk_own_bytes,omitempty"` // of those that no other image uses; only from Get
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Image) Reset() {
@@ -2688,6 +2698,106 @@ func (x *Image) GetRootDiskBytes() int64 {
 	return 0
 }
 
+func (x *Image) GetRootDisks() []*RootDisk {
+	if x != nil {
+		return x.RootDisks
+	}
+	return nil
+}
+
+func (x *Image) GetRootDiskOwnBytes() int64 {
+	if x != nil {
+		return x.RootDiskOwnBytes
+	}
+	return 0
+}
+
+// RootDisk is one of the read-only disks of an image: neighbouring layers as one EROFS file system, and behind it, in the same file, its
+// dm-verity hash tree.
+type RootDisk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the file system; the tree begins there
+	Layers        []string               `protobuf:"bytes,3,rep,name=layers,proto3" json:"layers,omitempty"`                         // digests, the lowest first
+	RootHash      string                 `protobuf:"bytes,4,opt,name=root_hash,json=rootHash,proto3" json:"root_hash,omitempty"`     // hex
+	Salt          string                 `protobuf:"bytes,5,opt,name=salt,proto3" json:"salt,omitempty"`                             // hex
+	Images        uint32                 `protobuf:"varint,6,opt,name=images,proto3" json:"images,omitempty"`                        // how many use it; only from Get
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RootDisk) Reset() {
+	*x = RootDisk{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RootDisk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RootDisk) ProtoMessage() {}
+
+func (x *RootDisk) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RootDisk.ProtoReflect.Descriptor instead.
+func (*RootDisk) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *RootDisk) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *RootDisk) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *RootDisk) GetLayers() []string {
+	if x != nil {
+		return x.Layers
+	}
+	return nil
+}
+
+func (x *RootDisk) GetRootHash() string {
+	if x != nil {
+		return x.RootHash
+	}
+	return ""
+}
+
+func (x *RootDisk) GetSalt() string {
+	if x != nil {
+		return x.Salt
+	}
+	return ""
+}
+
+func (x *RootDisk) GetImages() uint32 {
+	if x != nil {
+		return x.Images
+	}
+	return 0
+}
+
 type Layer struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
@@ -2699,7 +2809,7 @@ type Layer struct {
 
 func (x *Layer) Reset() {
 	*x = Layer{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2711,7 +2821,7 @@ func (x *Layer) String() string {
 func (*Layer) ProtoMessage() {}
 
 func (x *Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2724,7 +2834,7 @@ func (x *Layer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Layer.ProtoReflect.Descriptor instead.
 func (*Layer) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{34}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Layer) GetDigest() string {
@@ -2758,7 +2868,7 @@ type PullImageRequest struct {
 
 func (x *PullImageRequest) Reset() {
 	*x = PullImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2770,7 +2880,7 @@ func (x *PullImageRequest) String() string {
 func (*PullImageRequest) ProtoMessage() {}
 
 func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2783,7 +2893,7 @@ func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageRequest.ProtoReflect.Descriptor instead.
 func (*PullImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{35}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PullImageRequest) GetReference() string {
@@ -2813,7 +2923,7 @@ type Transfer struct {
 
 func (x *Transfer) Reset() {
 	*x = Transfer{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2825,7 +2935,7 @@ func (x *Transfer) String() string {
 func (*Transfer) ProtoMessage() {}
 
 func (x *Transfer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2838,7 +2948,7 @@ func (x *Transfer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transfer.ProtoReflect.Descriptor instead.
 func (*Transfer) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{36}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Transfer) GetId() string {
@@ -2882,7 +2992,7 @@ type PullImageResponse struct {
 
 func (x *PullImageResponse) Reset() {
 	*x = PullImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2894,7 +3004,7 @@ func (x *PullImageResponse) String() string {
 func (*PullImageResponse) ProtoMessage() {}
 
 func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2907,7 +3017,7 @@ func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageResponse.ProtoReflect.Descriptor instead.
 func (*PullImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{37}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PullImageResponse) GetKind() isPullImageResponse_Kind {
@@ -2959,7 +3069,7 @@ type ListImagesRequest struct {
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2971,7 +3081,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2984,7 +3094,7 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{38}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{39}
 }
 
 type ListImagesResponse struct {
@@ -2996,7 +3106,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3008,7 +3118,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3021,7 +3131,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{39}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListImagesResponse) GetImages() []*Image {
@@ -3040,7 +3150,7 @@ type GetImageRequest struct {
 
 func (x *GetImageRequest) Reset() {
 	*x = GetImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3052,7 +3162,7 @@ func (x *GetImageRequest) String() string {
 func (*GetImageRequest) ProtoMessage() {}
 
 func (x *GetImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3065,7 +3175,7 @@ func (x *GetImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetImageRequest.ProtoReflect.Descriptor instead.
 func (*GetImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{40}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *GetImageRequest) GetReference() string {
@@ -3084,7 +3194,7 @@ type GetImageResponse struct {
 
 func (x *GetImageResponse) Reset() {
 	*x = GetImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3096,7 +3206,7 @@ func (x *GetImageResponse) String() string {
 func (*GetImageResponse) ProtoMessage() {}
 
 func (x *GetImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3109,7 +3219,7 @@ func (x *GetImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetImageResponse.ProtoReflect.Descriptor instead.
 func (*GetImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{41}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *GetImageResponse) GetImage() *Image {
@@ -3129,7 +3239,7 @@ type TagImageRequest struct {
 
 func (x *TagImageRequest) Reset() {
 	*x = TagImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3141,7 +3251,7 @@ func (x *TagImageRequest) String() string {
 func (*TagImageRequest) ProtoMessage() {}
 
 func (x *TagImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3154,7 +3264,7 @@ func (x *TagImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagImageRequest.ProtoReflect.Descriptor instead.
 func (*TagImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{42}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *TagImageRequest) GetSource() string {
@@ -3179,7 +3289,7 @@ type TagImageResponse struct {
 
 func (x *TagImageResponse) Reset() {
 	*x = TagImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3191,7 +3301,7 @@ func (x *TagImageResponse) String() string {
 func (*TagImageResponse) ProtoMessage() {}
 
 func (x *TagImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3204,7 +3314,7 @@ func (x *TagImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagImageResponse.ProtoReflect.Descriptor instead.
 func (*TagImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{43}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{44}
 }
 
 type RemoveImageRequest struct {
@@ -3217,7 +3327,7 @@ type RemoveImageRequest struct {
 
 func (x *RemoveImageRequest) Reset() {
 	*x = RemoveImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3229,7 +3339,7 @@ func (x *RemoveImageRequest) String() string {
 func (*RemoveImageRequest) ProtoMessage() {}
 
 func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3242,7 +3352,7 @@ func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageRequest.ProtoReflect.Descriptor instead.
 func (*RemoveImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{44}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *RemoveImageRequest) GetReference() string {
@@ -3269,7 +3379,7 @@ type RemoveImageResponse struct {
 
 func (x *RemoveImageResponse) Reset() {
 	*x = RemoveImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3281,7 +3391,7 @@ func (x *RemoveImageResponse) String() string {
 func (*RemoveImageResponse) ProtoMessage() {}
 
 func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3294,7 +3404,7 @@ func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageResponse.ProtoReflect.Descriptor instead.
 func (*RemoveImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{45}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RemoveImageResponse) GetUntagged() []string {
@@ -3328,7 +3438,7 @@ type BuildRequest struct {
 
 func (x *BuildRequest) Reset() {
 	*x = BuildRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3340,7 +3450,7 @@ func (x *BuildRequest) String() string {
 func (*BuildRequest) ProtoMessage() {}
 
 func (x *BuildRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3353,7 +3463,7 @@ func (x *BuildRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildRequest.ProtoReflect.Descriptor instead.
 func (*BuildRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{46}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *BuildRequest) GetContextDir() string {
@@ -3432,7 +3542,7 @@ type BuildResponse struct {
 
 func (x *BuildResponse) Reset() {
 	*x = BuildResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3444,7 +3554,7 @@ func (x *BuildResponse) String() string {
 func (*BuildResponse) ProtoMessage() {}
 
 func (x *BuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3457,7 +3567,7 @@ func (x *BuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResponse.ProtoReflect.Descriptor instead.
 func (*BuildResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{47}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *BuildResponse) GetKind() isBuildResponse_Kind {
@@ -3513,7 +3623,7 @@ type BuildResult struct {
 
 func (x *BuildResult) Reset() {
 	*x = BuildResult{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3525,7 +3635,7 @@ func (x *BuildResult) String() string {
 func (*BuildResult) ProtoMessage() {}
 
 func (x *BuildResult) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3538,7 +3648,7 @@ func (x *BuildResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResult.ProtoReflect.Descriptor instead.
 func (*BuildResult) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{48}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *BuildResult) GetDigest() string {
@@ -3581,7 +3691,7 @@ type Base struct {
 
 func (x *Base) Reset() {
 	*x = Base{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3593,7 +3703,7 @@ func (x *Base) String() string {
 func (*Base) ProtoMessage() {}
 
 func (x *Base) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3606,7 +3716,7 @@ func (x *Base) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Base.ProtoReflect.Descriptor instead.
 func (*Base) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{49}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Base) GetName() string {
@@ -3645,7 +3755,7 @@ type ListBasesRequest struct {
 
 func (x *ListBasesRequest) Reset() {
 	*x = ListBasesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3657,7 +3767,7 @@ func (x *ListBasesRequest) String() string {
 func (*ListBasesRequest) ProtoMessage() {}
 
 func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3670,7 +3780,7 @@ func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesRequest.ProtoReflect.Descriptor instead.
 func (*ListBasesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{50}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{51}
 }
 
 type ListBasesResponse struct {
@@ -3682,7 +3792,7 @@ type ListBasesResponse struct {
 
 func (x *ListBasesResponse) Reset() {
 	*x = ListBasesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3694,7 +3804,7 @@ func (x *ListBasesResponse) String() string {
 func (*ListBasesResponse) ProtoMessage() {}
 
 func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3707,7 +3817,7 @@ func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesResponse.ProtoReflect.Descriptor instead.
 func (*ListBasesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{51}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ListBasesResponse) GetBases() []*Base {
@@ -3727,7 +3837,7 @@ type BuildBaseRequest struct {
 
 func (x *BuildBaseRequest) Reset() {
 	*x = BuildBaseRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3739,7 +3849,7 @@ func (x *BuildBaseRequest) String() string {
 func (*BuildBaseRequest) ProtoMessage() {}
 
 func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3752,7 +3862,7 @@ func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseRequest.ProtoReflect.Descriptor instead.
 func (*BuildBaseRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{52}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *BuildBaseRequest) GetName() string {
@@ -3783,7 +3893,7 @@ type BuildBaseResponse struct {
 
 func (x *BuildBaseResponse) Reset() {
 	*x = BuildBaseResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3795,7 +3905,7 @@ func (x *BuildBaseResponse) String() string {
 func (*BuildBaseResponse) ProtoMessage() {}
 
 func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3808,7 +3918,7 @@ func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseResponse.ProtoReflect.Descriptor instead.
 func (*BuildBaseResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{53}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *BuildBaseResponse) GetKind() isBuildBaseResponse_Kind {
@@ -3887,7 +3997,7 @@ type Kernel struct {
 
 func (x *Kernel) Reset() {
 	*x = Kernel{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3899,7 +4009,7 @@ func (x *Kernel) String() string {
 func (*Kernel) ProtoMessage() {}
 
 func (x *Kernel) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3912,7 +4022,7 @@ func (x *Kernel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Kernel.ProtoReflect.Descriptor instead.
 func (*Kernel) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{54}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Kernel) GetName() string {
@@ -4009,7 +4119,7 @@ type ImportKernelRequest struct {
 
 func (x *ImportKernelRequest) Reset() {
 	*x = ImportKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4021,7 +4131,7 @@ func (x *ImportKernelRequest) String() string {
 func (*ImportKernelRequest) ProtoMessage() {}
 
 func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4034,7 +4144,7 @@ func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelRequest.ProtoReflect.Descriptor instead.
 func (*ImportKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ImportKernelRequest) GetPath() string {
@@ -4060,7 +4170,7 @@ type ImportKernelResponse struct {
 
 func (x *ImportKernelResponse) Reset() {
 	*x = ImportKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4072,7 +4182,7 @@ func (x *ImportKernelResponse) String() string {
 func (*ImportKernelResponse) ProtoMessage() {}
 
 func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4085,7 +4195,7 @@ func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelResponse.ProtoReflect.Descriptor instead.
 func (*ImportKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ImportKernelResponse) GetKernel() *Kernel {
@@ -4103,7 +4213,7 @@ type ListKernelsRequest struct {
 
 func (x *ListKernelsRequest) Reset() {
 	*x = ListKernelsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4115,7 +4225,7 @@ func (x *ListKernelsRequest) String() string {
 func (*ListKernelsRequest) ProtoMessage() {}
 
 func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4128,7 +4238,7 @@ func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsRequest.ProtoReflect.Descriptor instead.
 func (*ListKernelsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
 }
 
 type ListKernelsResponse struct {
@@ -4140,7 +4250,7 @@ type ListKernelsResponse struct {
 
 func (x *ListKernelsResponse) Reset() {
 	*x = ListKernelsResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4152,7 +4262,7 @@ func (x *ListKernelsResponse) String() string {
 func (*ListKernelsResponse) ProtoMessage() {}
 
 func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4165,7 +4275,7 @@ func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsResponse.ProtoReflect.Descriptor instead.
 func (*ListKernelsResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ListKernelsResponse) GetKernels() []*Kernel {
@@ -4184,7 +4294,7 @@ type GetKernelRequest struct {
 
 func (x *GetKernelRequest) Reset() {
 	*x = GetKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4196,7 +4306,7 @@ func (x *GetKernelRequest) String() string {
 func (*GetKernelRequest) ProtoMessage() {}
 
 func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4209,7 +4319,7 @@ func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelRequest.ProtoReflect.Descriptor instead.
 func (*GetKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *GetKernelRequest) GetName() string {
@@ -4228,7 +4338,7 @@ type GetKernelResponse struct {
 
 func (x *GetKernelResponse) Reset() {
 	*x = GetKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4240,7 +4350,7 @@ func (x *GetKernelResponse) String() string {
 func (*GetKernelResponse) ProtoMessage() {}
 
 func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4253,7 +4363,7 @@ func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelResponse.ProtoReflect.Descriptor instead.
 func (*GetKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *GetKernelResponse) GetKernel() *Kernel {
@@ -4274,7 +4384,7 @@ type PullKernelRequest struct {
 
 func (x *PullKernelRequest) Reset() {
 	*x = PullKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4286,7 +4396,7 @@ func (x *PullKernelRequest) String() string {
 func (*PullKernelRequest) ProtoMessage() {}
 
 func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4299,7 +4409,7 @@ func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelRequest.ProtoReflect.Descriptor instead.
 func (*PullKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *PullKernelRequest) GetName() string {
@@ -4336,7 +4446,7 @@ type PullKernelResponse struct {
 
 func (x *PullKernelResponse) Reset() {
 	*x = PullKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4348,7 +4458,7 @@ func (x *PullKernelResponse) String() string {
 func (*PullKernelResponse) ProtoMessage() {}
 
 func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4361,7 +4471,7 @@ func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelResponse.ProtoReflect.Descriptor instead.
 func (*PullKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *PullKernelResponse) GetKind() isPullKernelResponse_Kind {
@@ -4413,7 +4523,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4425,7 +4535,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4438,7 +4548,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
 }
 
 type VersionResponse struct {
@@ -4455,7 +4565,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4467,7 +4577,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4480,7 +4590,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -4535,7 +4645,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4547,7 +4657,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4560,7 +4670,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *EventsRequest) GetSince() *timestamppb.Timestamp {
@@ -4592,7 +4702,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4604,7 +4714,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4617,7 +4727,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -4670,7 +4780,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4682,7 +4792,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4695,7 +4805,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
 }
 
 type DoctorResponse struct {
@@ -4707,7 +4817,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4719,7 +4829,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4732,7 +4842,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *DoctorResponse) GetChecks() []*Check {
@@ -4754,7 +4864,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4766,7 +4876,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4779,7 +4889,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *Check) GetName() string {
@@ -4818,7 +4928,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4830,7 +4940,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4843,7 +4953,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
 }
 
 type ShutdownResponse struct {
@@ -4854,7 +4964,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4866,7 +4976,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4879,7 +4989,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{72}
 }
 
 var File_api_atoll_v1_atoll_proto protoreflect.FileDescriptor
@@ -4888,7 +4998,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\n" +
 	"\x18api/atoll/v1/atoll.proto\x12\batoll.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1egoogle/protobuf/duration.proto\"\x1a\n" +
 	"\x04Hint\x12\x12\n" +
-	"\x04text\x18\x01 \x01(\tR\x04text\"\xf3\x05\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\"\x8b\x06\n" +
 	"\vMachineSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x18\n" +
@@ -4918,7 +5028,8 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\bplatform\x18\x15 \x01(\tR\bplatform\x12\x1f\n" +
 	"\vstop_signal\x18\x16 \x01(\tR\n" +
 	"stopSignal\x12<\n" +
-	"\fstop_timeout\x18\x17 \x01(\v2\x19.google.protobuf.DurationR\vstopTimeout\x1a9\n" +
+	"\fstop_timeout\x18\x17 \x01(\v2\x19.google.protobuf.DurationR\vstopTimeout\x12\x16\n" +
+	"\x06verity\x182 \x01(\bR\x06verity\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x88\x01\n" +
@@ -5063,7 +5174,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06stdout\x18\x02 \x01(\fH\x00R\x06stdout\x12\x18\n" +
 	"\x06stderr\x18\x03 \x01(\fH\x00R\x06stderr\x123\n" +
 	"\x04exit\x18\x04 \x01(\v2\x1d.atoll.v1.WaitMachineResponseH\x00R\x04exitB\x06\n" +
-	"\x04kind\"\xf6\x02\n" +
+	"\x04kind\"\xd8\x03\n" +
 	"\x05Image\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1e\n" +
 	"\n" +
@@ -5081,7 +5192,18 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06layers\x18\t \x03(\v2\x0f.atoll.v1.LayerR\x06layers\x12\x1b\n" +
 	"\troot_disk\x18\n" +
 	" \x01(\tR\brootDisk\x12&\n" +
-	"\x0froot_disk_bytes\x18\v \x01(\x03R\rrootDiskBytes\"]\n" +
+	"\x0froot_disk_bytes\x18\v \x01(\x03R\rrootDiskBytes\x121\n" +
+	"\n" +
+	"root_disks\x18\x1e \x03(\v2\x12.atoll.v1.RootDiskR\trootDisks\x12-\n" +
+	"\x13root_disk_own_bytes\x18\x1f \x01(\x03R\x10rootDiskOwnBytes\"\x9e\x01\n" +
+	"\bRootDisk\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x16\n" +
+	"\x06layers\x18\x03 \x03(\tR\x06layers\x12\x1b\n" +
+	"\troot_hash\x18\x04 \x01(\tR\brootHash\x12\x12\n" +
+	"\x04salt\x18\x05 \x01(\tR\x04salt\x12\x16\n" +
+	"\x06images\x18\x06 \x01(\rR\x06images\"]\n" +
 	"\x05Layer\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1d\n" +
 	"\n" +
@@ -5303,7 +5425,7 @@ func file_api_atoll_v1_atoll_proto_rawDescGZIP() []byte {
 }
 
 var file_api_atoll_v1_atoll_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 76)
+var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 77)
 var file_api_atoll_v1_atoll_proto_goTypes = []any{
 	(MachineState)(0),             // 0: atoll.v1.MachineState
 	(Stream)(0),                   // 1: atoll.v1.Stream
@@ -5342,75 +5464,76 @@ var file_api_atoll_v1_atoll_proto_goTypes = []any{
 	(*AttachStart)(nil),           // 34: atoll.v1.AttachStart
 	(*AttachResponse)(nil),        // 35: atoll.v1.AttachResponse
 	(*Image)(nil),                 // 36: atoll.v1.Image
-	(*Layer)(nil),                 // 37: atoll.v1.Layer
-	(*PullImageRequest)(nil),      // 38: atoll.v1.PullImageRequest
-	(*Transfer)(nil),              // 39: atoll.v1.Transfer
-	(*PullImageResponse)(nil),     // 40: atoll.v1.PullImageResponse
-	(*ListImagesRequest)(nil),     // 41: atoll.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),    // 42: atoll.v1.ListImagesResponse
-	(*GetImageRequest)(nil),       // 43: atoll.v1.GetImageRequest
-	(*GetImageResponse)(nil),      // 44: atoll.v1.GetImageResponse
-	(*TagImageRequest)(nil),       // 45: atoll.v1.TagImageRequest
-	(*TagImageResponse)(nil),      // 46: atoll.v1.TagImageResponse
-	(*RemoveImageRequest)(nil),    // 47: atoll.v1.RemoveImageRequest
-	(*RemoveImageResponse)(nil),   // 48: atoll.v1.RemoveImageResponse
-	(*BuildRequest)(nil),          // 49: atoll.v1.BuildRequest
-	(*BuildResponse)(nil),         // 50: atoll.v1.BuildResponse
-	(*BuildResult)(nil),           // 51: atoll.v1.BuildResult
-	(*Base)(nil),                  // 52: atoll.v1.Base
-	(*ListBasesRequest)(nil),      // 53: atoll.v1.ListBasesRequest
-	(*ListBasesResponse)(nil),     // 54: atoll.v1.ListBasesResponse
-	(*BuildBaseRequest)(nil),      // 55: atoll.v1.BuildBaseRequest
-	(*BuildBaseResponse)(nil),     // 56: atoll.v1.BuildBaseResponse
-	(*Kernel)(nil),                // 57: atoll.v1.Kernel
-	(*ImportKernelRequest)(nil),   // 58: atoll.v1.ImportKernelRequest
-	(*ImportKernelResponse)(nil),  // 59: atoll.v1.ImportKernelResponse
-	(*ListKernelsRequest)(nil),    // 60: atoll.v1.ListKernelsRequest
-	(*ListKernelsResponse)(nil),   // 61: atoll.v1.ListKernelsResponse
-	(*GetKernelRequest)(nil),      // 62: atoll.v1.GetKernelRequest
-	(*GetKernelResponse)(nil),     // 63: atoll.v1.GetKernelResponse
-	(*PullKernelRequest)(nil),     // 64: atoll.v1.PullKernelRequest
-	(*PullKernelResponse)(nil),    // 65: atoll.v1.PullKernelResponse
-	(*VersionRequest)(nil),        // 66: atoll.v1.VersionRequest
-	(*VersionResponse)(nil),       // 67: atoll.v1.VersionResponse
-	(*EventsRequest)(nil),         // 68: atoll.v1.EventsRequest
-	(*Event)(nil),                 // 69: atoll.v1.Event
-	(*DoctorRequest)(nil),         // 70: atoll.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 71: atoll.v1.DoctorResponse
-	(*Check)(nil),                 // 72: atoll.v1.Check
-	(*ShutdownRequest)(nil),       // 73: atoll.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),      // 74: atoll.v1.ShutdownResponse
-	nil,                           // 75: atoll.v1.MachineSpec.LabelsEntry
-	nil,                           // 76: atoll.v1.BuildRequest.BuildArgsEntry
-	nil,                           // 77: atoll.v1.BuildRequest.LabelsEntry
-	nil,                           // 78: atoll.v1.Event.AttributesEntry
-	(*durationpb.Duration)(nil),   // 79: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 80: google.protobuf.Timestamp
+	(*RootDisk)(nil),              // 37: atoll.v1.RootDisk
+	(*Layer)(nil),                 // 38: atoll.v1.Layer
+	(*PullImageRequest)(nil),      // 39: atoll.v1.PullImageRequest
+	(*Transfer)(nil),              // 40: atoll.v1.Transfer
+	(*PullImageResponse)(nil),     // 41: atoll.v1.PullImageResponse
+	(*ListImagesRequest)(nil),     // 42: atoll.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),    // 43: atoll.v1.ListImagesResponse
+	(*GetImageRequest)(nil),       // 44: atoll.v1.GetImageRequest
+	(*GetImageResponse)(nil),      // 45: atoll.v1.GetImageResponse
+	(*TagImageRequest)(nil),       // 46: atoll.v1.TagImageRequest
+	(*TagImageResponse)(nil),      // 47: atoll.v1.TagImageResponse
+	(*RemoveImageRequest)(nil),    // 48: atoll.v1.RemoveImageRequest
+	(*RemoveImageResponse)(nil),   // 49: atoll.v1.RemoveImageResponse
+	(*BuildRequest)(nil),          // 50: atoll.v1.BuildRequest
+	(*BuildResponse)(nil),         // 51: atoll.v1.BuildResponse
+	(*BuildResult)(nil),           // 52: atoll.v1.BuildResult
+	(*Base)(nil),                  // 53: atoll.v1.Base
+	(*ListBasesRequest)(nil),      // 54: atoll.v1.ListBasesRequest
+	(*ListBasesResponse)(nil),     // 55: atoll.v1.ListBasesResponse
+	(*BuildBaseRequest)(nil),      // 56: atoll.v1.BuildBaseRequest
+	(*BuildBaseResponse)(nil),     // 57: atoll.v1.BuildBaseResponse
+	(*Kernel)(nil),                // 58: atoll.v1.Kernel
+	(*ImportKernelRequest)(nil),   // 59: atoll.v1.ImportKernelRequest
+	(*ImportKernelResponse)(nil),  // 60: atoll.v1.ImportKernelResponse
+	(*ListKernelsRequest)(nil),    // 61: atoll.v1.ListKernelsRequest
+	(*ListKernelsResponse)(nil),   // 62: atoll.v1.ListKernelsResponse
+	(*GetKernelRequest)(nil),      // 63: atoll.v1.GetKernelRequest
+	(*GetKernelResponse)(nil),     // 64: atoll.v1.GetKernelResponse
+	(*PullKernelRequest)(nil),     // 65: atoll.v1.PullKernelRequest
+	(*PullKernelResponse)(nil),    // 66: atoll.v1.PullKernelResponse
+	(*VersionRequest)(nil),        // 67: atoll.v1.VersionRequest
+	(*VersionResponse)(nil),       // 68: atoll.v1.VersionResponse
+	(*EventsRequest)(nil),         // 69: atoll.v1.EventsRequest
+	(*Event)(nil),                 // 70: atoll.v1.Event
+	(*DoctorRequest)(nil),         // 71: atoll.v1.DoctorRequest
+	(*DoctorResponse)(nil),        // 72: atoll.v1.DoctorResponse
+	(*Check)(nil),                 // 73: atoll.v1.Check
+	(*ShutdownRequest)(nil),       // 74: atoll.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),      // 75: atoll.v1.ShutdownResponse
+	nil,                           // 76: atoll.v1.MachineSpec.LabelsEntry
+	nil,                           // 77: atoll.v1.BuildRequest.BuildArgsEntry
+	nil,                           // 78: atoll.v1.BuildRequest.LabelsEntry
+	nil,                           // 79: atoll.v1.Event.AttributesEntry
+	(*durationpb.Duration)(nil),   // 80: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 81: google.protobuf.Timestamp
 }
 var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	5,  // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
-	75, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
-	79, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
+	76, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
+	80, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
 	4,  // 3: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
 	0,  // 4: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
-	80, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
-	80, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
-	80, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
+	81, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
+	81, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
+	81, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
 	7,  // 8: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
 	8,  // 9: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
 	9,  // 10: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
 	5,  // 11: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
-	79, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
+	80, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
 	4,  // 13: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
 	6,  // 14: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,  // 15: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
-	79, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
+	80, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
 	6,  // 17: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,  // 18: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
 	6,  // 19: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
-	80, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	81, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
 	1,  // 21: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
-	80, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	81, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
 	30, // 23: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
 	28, // 24: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
 	28, // 25: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
@@ -5419,91 +5542,92 @@ var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	28, // 28: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
 	28, // 29: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
 	21, // 30: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
-	80, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
-	37, // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
-	39, // 33: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
-	36, // 34: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
-	36, // 35: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
-	36, // 36: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
-	76, // 37: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
-	77, // 38: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
-	51, // 39: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
-	79, // 40: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
-	79, // 41: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
-	80, // 42: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
-	52, // 43: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
-	39, // 44: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
-	52, // 45: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
-	80, // 46: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
-	57, // 47: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	57, // 48: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
-	57, // 49: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	39, // 50: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	57, // 51: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	80, // 52: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	80, // 53: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
-	78, // 54: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
-	72, // 55: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
-	2,  // 56: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
-	10, // 57: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
-	12, // 58: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
-	14, // 59: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
-	16, // 60: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
-	18, // 61: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
-	20, // 62: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
-	22, // 63: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
-	24, // 64: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
-	26, // 65: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
-	29, // 66: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
-	33, // 67: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
-	38, // 68: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
-	41, // 69: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
-	43, // 70: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
-	45, // 71: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
-	47, // 72: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
-	49, // 73: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
-	53, // 74: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
-	55, // 75: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
-	60, // 76: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
-	62, // 77: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
-	64, // 78: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
-	58, // 79: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
-	66, // 80: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
-	68, // 81: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
-	70, // 82: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
-	73, // 83: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
-	11, // 84: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
-	13, // 85: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
-	15, // 86: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
-	17, // 87: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
-	19, // 88: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
-	21, // 89: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
-	23, // 90: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
-	25, // 91: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
-	27, // 92: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
-	31, // 93: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
-	35, // 94: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
-	40, // 95: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
-	42, // 96: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
-	44, // 97: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
-	46, // 98: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
-	48, // 99: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
-	50, // 100: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
-	54, // 101: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
-	56, // 102: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
-	61, // 103: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
-	63, // 104: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
-	65, // 105: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
-	59, // 106: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
-	67, // 107: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
-	69, // 108: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
-	71, // 109: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
-	74, // 110: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
-	84, // [84:111] is the sub-list for method output_type
-	57, // [57:84] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	81, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	38, // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
+	37, // 33: atoll.v1.Image.root_disks:type_name -> atoll.v1.RootDisk
+	40, // 34: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
+	36, // 35: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
+	36, // 36: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
+	36, // 37: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
+	77, // 38: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
+	78, // 39: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
+	52, // 40: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
+	80, // 41: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
+	80, // 42: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
+	81, // 43: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
+	53, // 44: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
+	40, // 45: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
+	53, // 46: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
+	81, // 47: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
+	58, // 48: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	58, // 49: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
+	58, // 50: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	40, // 51: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	58, // 52: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	81, // 53: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	81, // 54: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
+	79, // 55: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
+	73, // 56: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
+	2,  // 57: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
+	10, // 58: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
+	12, // 59: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
+	14, // 60: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
+	16, // 61: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
+	18, // 62: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
+	20, // 63: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
+	22, // 64: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
+	24, // 65: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
+	26, // 66: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
+	29, // 67: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
+	33, // 68: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
+	39, // 69: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
+	42, // 70: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
+	44, // 71: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
+	46, // 72: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
+	48, // 73: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
+	50, // 74: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
+	54, // 75: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
+	56, // 76: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
+	61, // 77: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
+	63, // 78: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
+	65, // 79: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
+	59, // 80: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
+	67, // 81: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
+	69, // 82: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
+	71, // 83: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
+	74, // 84: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
+	11, // 85: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
+	13, // 86: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
+	15, // 87: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
+	17, // 88: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
+	19, // 89: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
+	21, // 90: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
+	23, // 91: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
+	25, // 92: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
+	27, // 93: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
+	31, // 94: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
+	35, // 95: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
+	41, // 96: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
+	43, // 97: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
+	45, // 98: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
+	47, // 99: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
+	49, // 100: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
+	51, // 101: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
+	55, // 102: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
+	57, // 103: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
+	62, // 104: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
+	64, // 105: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
+	66, // 106: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
+	60, // 107: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
+	68, // 108: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
+	70, // 109: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
+	72, // 110: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
+	75, // 111: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
+	85, // [85:112] is the sub-list for method output_type
+	58, // [58:85] is the sub-list for method input_type
+	58, // [58:58] is the sub-list for extension type_name
+	58, // [58:58] is the sub-list for extension extendee
+	0,  // [0:58] is the sub-list for field type_name
 }
 
 func init() { file_api_atoll_v1_atoll_proto_init() }
@@ -5538,20 +5662,20 @@ func file_api_atoll_v1_atoll_proto_init() {
 		(*AttachResponse_Stderr)(nil),
 		(*AttachResponse_Exit)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[37].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[38].OneofWrappers = []any{
 		(*PullImageResponse_Transfer)(nil),
 		(*PullImageResponse_Image)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[47].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[48].OneofWrappers = []any{
 		(*BuildResponse_Status)(nil),
 		(*BuildResponse_Result)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[53].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[54].OneofWrappers = []any{
 		(*BuildBaseResponse_Line)(nil),
 		(*BuildBaseResponse_Transfer)(nil),
 		(*BuildBaseResponse_Base)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[62].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[63].OneofWrappers = []any{
 		(*PullKernelResponse_Transfer)(nil),
 		(*PullKernelResponse_Kernel)(nil),
 	}
@@ -5561,7 +5685,7 @@ func file_api_atoll_v1_atoll_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_atoll_v1_atoll_proto_rawDesc), len(file_api_atoll_v1_atoll_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   76,
+			NumMessages:   77,
 			NumExtensions: 0,
 			NumServices:   6,
 		},
