@@ -151,6 +151,7 @@ type specView struct {
 	VMM           string   `json:"vmm"`
 	Platform      string   `json:"platform"`
 	StopSignal    string   `json:"stopSignal"`
+	Verity        bool     `json:"verity"`
 	StopTimeout   string   `json:"stopTimeout"`
 }
 
@@ -182,7 +183,7 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Env: list(s.GetEnv()), WorkingDir: s.GetWorkingDir(), User: s.GetUser(), TTY: s.GetTty(), Stdin: s.GetStdin(),
 		Remove: s.GetRemove(), Hostname: s.GetHostname(), CPUs: s.GetCpus(), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(),
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
-		StopSignal: s.GetStopSignal(),
+		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(),
 	}}
 	if t := s.GetStopTimeout(); t != nil {
 		d.Spec.StopTimeout = t.AsDuration().String()
@@ -324,8 +325,20 @@ type imageDetail struct {
 	IndexDigest   string         `json:"indexDigest"` // of the index that it came from; empty: it came from none
 	Variants      []variantView  `json:"variants"`    // of that index
 	Referrers     []referrerView `json:"referrers"`   // the artifacts here that refer to it
-	RootDisk      string         `json:"rootDisk"`
+	RootDisk      string         `json:"rootDisk"`    // the lowest
 	RootDiskBytes int64          `json:"rootDiskBytes"`
+	// RootDiskOwnBytes is of those that no other image uses.
+	RootDiskOwnBytes int64          `json:"rootDiskOwnBytes"`
+	RootDisks        []rootDiskView `json:"rootDisks"` // the lowest first
+}
+
+type rootDiskView struct {
+	Path      string   `json:"path"`
+	SizeBytes int64    `json:"sizeBytes"`
+	Images    uint32   `json:"images"` // that use it
+	Layers    []string `json:"layers"`
+	RootHash  string   `json:"rootHash"`
+	Salt      string   `json:"salt"`
 }
 
 // RepoTags is Docker's word for References in templates.
@@ -353,8 +366,11 @@ func newImageDetail(i *atollv1.Image) (imageDetail, error) {
 	d := imageDetail{
 		ID: i.GetDigest(), References: list(i.GetReferences()), CreatedAt: clock(i.GetCreatedAt()), SizeBytes: i.GetSizeBytes(),
 		OS: i.GetOs(), Architecture: i.GetArchitecture(), Variant: i.GetVariant(), Layers: []layerView{},
-		RootDisk: i.GetRootDisk(), RootDiskBytes: i.GetRootDiskBytes(), RepoDigests: list(i.GetRepoDigests()), DiffIDs: []string{},
-		IndexDigest: i.GetIndexDigest(), Variants: []variantView{}, Referrers: []referrerView{},
+		RootDisk: i.GetRootDisk(), RootDiskBytes: i.GetRootDiskBytes(), RootDiskOwnBytes: i.GetRootDiskOwnBytes(), RootDisks: []rootDiskView{},
+		RepoDigests: list(i.GetRepoDigests()), DiffIDs: []string{}, IndexDigest: i.GetIndexDigest(), Variants: []variantView{}, Referrers: []referrerView{},
+	}
+	for _, r := range i.GetRootDisks() {
+		d.RootDisks = append(d.RootDisks, rootDiskView{r.GetPath(), r.GetSizeBytes(), r.GetImages(), list(r.GetLayers()), r.GetRootHash(), r.GetSalt()})
 	}
 	for _, v := range i.GetVariants() {
 		d.Variants = append(d.Variants, variantView{v.GetDigest(), v.GetPlatform(), v.GetHere()})

@@ -143,6 +143,7 @@ func assemble(c Config, db *state.DB) (*system, error) {
 		return nil, err
 	}
 	s.images.SetInUse(s.machines.UsersOf)
+	s.kernels.SetInUse(s.machines.UsersOfKernel)
 	s.images.OnDelete(func(d digest.Digest) {
 		if err := s.disks.Remove(d); err != nil {
 			c.Log.Error("removing the root disk of a removed image", "image", d, "err", err)

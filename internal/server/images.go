@@ -10,6 +10,7 @@ import (
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
 	"github.com/atollvm/atoll/internal/image"
 	"github.com/atollvm/atoll/internal/ref"
+	"github.com/atollvm/atoll/internal/rootdisk"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 )
@@ -99,6 +100,9 @@ func (s *images) Get(ctx context.Context, req *connect.Request[atollv1.GetImageR
 		return nil, err
 	}
 	out := s.imageTo(i)
+	if err := s.addUsers(out, i.Digest); err != nil {
+		return nil, err
+	}
 	source, variants := s.Images.Variants(ctx, req.Msg.GetReference(), i)
 	if source != i.Digest {
 		out.IndexDigest = source.String()
@@ -140,15 +144,9 @@ func (s *images) History(ctx context.Context, req *connect.Request[atollv1.Image
 }
 
 func (s *images) Prune(ctx context.Context, req *connect.Request[atollv1.PruneImagesRequest]) (*connect.Response[atollv1.PruneImagesResponse], error) {
-	sizes := map[digest.Digest]int64{}
-	all, err := s.Images.List(ctx)
+	disks, err := s.diskUse(ctx) // beforehand: root disks go with their last image
 	if err != nil {
 		return nil, err
-	}
-	for _, i := range all { // beforehand: a root disk goes with its image
-		if disk, err := s.Disks.Get(i.Digest); err == nil {
-			sizes[i.Digest] = disk.Size
-		}
 	}
 	pruned, err := s.Images.Prune(ctx, image.PruneOptions{All: req.Msg.GetAll(), Filters: req.Msg.GetFilters(), DryRun: req.Msg.GetDryRun()})
 	if err != nil {
@@ -157,9 +155,9 @@ func (s *images) Prune(ctx context.Context, req *connect.Request[atollv1.PruneIm
 	res := &atollv1.PruneImagesResponse{Untagged: familiar(pruned.Untagged), ReclaimedBytes: pruned.Bytes, Later: pruned.Later}
 	for _, d := range pruned.Images {
 		res.Deleted = append(res.Deleted, d.String())
-		if !pruned.Later {
-			res.ReclaimedBytes += sizes[d]
-		}
+	}
+	if !pruned.Later {
+		res.ReclaimedBytes += disks.without(pruned.Images)
 	}
 	return connect.NewResponse(res), nil
 }
@@ -198,10 +196,72 @@ func (s *images) imageTo(i image.Image) *atollv1.Image {
 	for _, l := range i.Layers {
 		out.Layers = append(out.Layers, &atollv1.Layer{Digest: l.Digest.String(), MediaType: l.MediaType, SizeBytes: l.Size})
 	}
-	if disk, err := s.Disks.Get(i.Digest); err == nil {
-		out.RootDisk, out.RootDiskBytes = disk.Path, disk.Size
+	if root, err := s.Disks.Get(i.Digest); err == nil {
+		out.RootDisk, out.RootDiskBytes = root.Disks[0].Path, root.Size()
+		for _, d := range root.Disks {
+			disk := &atollv1.RootDisk{Path: d.Path, SizeBytes: d.Size, RootHash: d.Verity.RootHash, Salt: d.Verity.Salt}
+			for _, l := range d.Layers {
+				disk.Layers = append(disk.Layers, l.String())
+			}
+			out.RootDisks = append(out.RootDisks, disk)
+		}
 	}
 	return out
+}
+
+// addUsers tells how many images use each root disk: what removing the image would free.
+func (s *images) addUsers(out *atollv1.Image, img digest.Digest) error {
+	root, err := s.Disks.Get(img)
+	if err != nil {
+		return nil // no root disk, no users
+	}
+	users, err := s.Disks.Users()
+	if err != nil {
+		return err
+	}
+	for i, d := range root.Disks {
+		if i < len(out.RootDisks) {
+			out.RootDisks[i].Images = uint32(users[d.Key])
+		}
+		if users[d.Key] == 1 {
+			out.RootDiskOwnBytes += d.Size
+		}
+	}
+	return nil
+}
+
+// diskUse is what the root disks of all images take, and whose they are.
+type diskUse struct {
+	roots map[digest.Digest]rootdisk.Root
+	users map[string]int
+}
+
+func (s *images) diskUse(ctx context.Context) (diskUse, error) {
+	use := diskUse{roots: map[digest.Digest]rootdisk.Root{}}
+	all, err := s.Images.List(ctx)
+	if err != nil {
+		return use, err
+	}
+	for _, i := range all {
+		if root, err := s.Disks.Get(i.Digest); err == nil { // else it has none
+			use.roots[i.Digest] = root
+		}
+	}
+	use.users, err = s.Disks.Users()
+	return use, err
+}
+
+// without is the bytes of the disks that no image uses when these are gone.
+func (u diskUse) without(gone []digest.Digest) int64 {
+	var freed int64
+	for _, img := range gone {
+		for _, d := range u.roots[img].Disks {
+			if u.users[d.Key]--; u.users[d.Key] == 0 {
+				freed += d.Size
+			}
+		}
+	}
+	return freed
 }
 
 func familiar(references []string) []string {

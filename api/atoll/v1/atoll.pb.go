@@ -188,7 +188,7 @@ func (x Check_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Check_Level.Descriptor instead.
 func (Check_Level) EnumDescriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{89, 0}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96, 0}
 }
 
 // Hint is an error detail: the next step for a person.
@@ -261,6 +261,7 @@ type MachineSpec struct {
 	Platform      string                 `protobuf:"bytes,21,opt,name=platform,proto3" json:"platform,omitempty"` // os/arch[/variant]
 	StopSignal    string                 `protobuf:"bytes,22,opt,name=stop_signal,json=stopSignal,proto3" json:"stop_signal,omitempty"`
 	StopTimeout   *durationpb.Duration   `protobuf:"bytes,23,opt,name=stop_timeout,json=stopTimeout,proto3" json:"stop_timeout,omitempty"`
+	Verity        bool                   `protobuf:"varint,50,opt,name=verity,proto3" json:"verity,omitempty"` // the root disks must verify: checked whole at each start, and by dm-verity while the machine runs
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -456,6 +457,13 @@ func (x *MachineSpec) GetStopTimeout() *durationpb.Duration {
 	return nil
 }
 
+func (x *MachineSpec) GetVerity() bool {
+	if x != nil {
+		return x.Verity
+	}
+	return false
+}
+
 type PortMapping struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	HostAddress   string                 `protobuf:"bytes,1,opt,name=host_address,json=hostAddress,proto3" json:"host_address,omitempty"` // default 127.0.0.1
@@ -529,7 +537,7 @@ type Machine struct {
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // 32 hex digits; 12 are shown
 	Spec          *MachineSpec           `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
 	State         MachineState           `protobuf:"varint,3,opt,name=state,proto3,enum=atoll.v1.MachineState" json:"state,omitempty"`
-	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"` // of the last stop: exited, killed, poweroff, reboot, panic, vmm-died, host-reboot
+	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"` // of the last stop: exited, killed, poweroff, reboot, panic, vmm-died, host-reboot, verity
 	ExitCode      int32                  `protobuf:"varint,5,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
 	Error         string                 `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"` // of a failed start: step and cause
 	FailedStep    string                 `protobuf:"bytes,7,opt,name=failed_step,json=failedStep,proto3" json:"failed_step,omitempty"`
@@ -2565,24 +2573,26 @@ func (*AttachResponse_Stderr) isAttachResponse_Kind() {}
 func (*AttachResponse_Exit) isAttachResponse_Kind() {}
 
 type Image struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`         // of the manifest: the image's ID
-	References    []string               `protobuf:"bytes,2,rep,name=references,proto3" json:"references,omitempty"` // familiar form: debian:bookworm
-	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
-	SizeBytes     int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the compressed layers and the config
-	Os            string                 `protobuf:"bytes,5,opt,name=os,proto3" json:"os,omitempty"`
-	Architecture  string                 `protobuf:"bytes,6,opt,name=architecture,proto3" json:"architecture,omitempty"`
-	Variant       string                 `protobuf:"bytes,7,opt,name=variant,proto3" json:"variant,omitempty"`
-	ConfigJson    []byte                 `protobuf:"bytes,8,opt,name=config_json,json=configJson,proto3" json:"config_json,omitempty"` // the image config, unchanged
-	Layers        []*Layer               `protobuf:"bytes,9,rep,name=layers,proto3" json:"layers,omitempty"`
-	RootDisk      string                 `protobuf:"bytes,10,opt,name=root_disk,json=rootDisk,proto3" json:"root_disk,omitempty"` // path, when it is there
-	RootDiskBytes int64                  `protobuf:"varint,11,opt,name=root_disk_bytes,json=rootDiskBytes,proto3" json:"root_disk_bytes,omitempty"`
-	RepoDigests   []string               `protobuf:"bytes,12,rep,name=repo_digests,json=repoDigests,proto3" json:"repo_digests,omitempty"` // name@digest, as its registries have it: of the index where it came from one
-	IndexDigest   string                 `protobuf:"bytes,13,opt,name=index_digest,json=indexDigest,proto3" json:"index_digest,omitempty"` // of the index it came from; only from Get
-	Variants      []*ImageVariant        `protobuf:"bytes,14,rep,name=variants,proto3" json:"variants,omitempty"`                          // of that index; only from Get
-	Referrers     []*ImageReferrer       `protobuf:"bytes,15,rep,name=referrers,proto3" json:"referrers,omitempty"`                        // the artifacts here that refer to it; only from Get
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Digest           string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`         // of the manifest: the image's ID
+	References       []string               `protobuf:"bytes,2,rep,name=references,proto3" json:"references,omitempty"` // familiar form: debian:bookworm
+	CreatedAt        *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	SizeBytes        int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the compressed layers and the config
+	Os               string                 `protobuf:"bytes,5,opt,name=os,proto3" json:"os,omitempty"`
+	Architecture     string                 `protobuf:"bytes,6,opt,name=architecture,proto3" json:"architecture,omitempty"`
+	Variant          string                 `protobuf:"bytes,7,opt,name=variant,proto3" json:"variant,omitempty"`
+	ConfigJson       []byte                 `protobuf:"bytes,8,opt,name=config_json,json=configJson,proto3" json:"config_json,omitempty"` // the image config, unchanged
+	Layers           []*Layer               `protobuf:"bytes,9,rep,name=layers,proto3" json:"layers,omitempty"`
+	RootDisk         string                 `protobuf:"bytes,10,opt,name=root_disk,json=rootDisk,proto3" json:"root_disk,omitempty"`                              // path of the lowest root disk, when it is there
+	RootDiskBytes    int64                  `protobuf:"varint,11,opt,name=root_disk_bytes,json=rootDiskBytes,proto3" json:"root_disk_bytes,omitempty"`            // of all root disks
+	RepoDigests      []string               `protobuf:"bytes,12,rep,name=repo_digests,json=repoDigests,proto3" json:"repo_digests,omitempty"`                     // name@digest, as its registries have it: of the index where it came from one
+	IndexDigest      string                 `protobuf:"bytes,13,opt,name=index_digest,json=indexDigest,proto3" json:"index_digest,omitempty"`                     // of the index it came from; only from Get
+	Variants         []*ImageVariant        `protobuf:"bytes,14,rep,name=variants,proto3" json:"variants,omitempty"`                                              // of that index; only from Get
+	Referrers        []*ImageReferrer       `protobuf:"bytes,15,rep,name=referrers,proto3" json:"referrers,omitempty"`                                            // the artifacts here that refer to it; only from Get
+	RootDisks        []*RootDisk            `protobuf:"bytes,16,rep,name=root_disks,json=rootDisks,proto3" json:"root_disks,omitempty"`                           // the lowest first
+	RootDiskOwnBytes int64                  `protobuf:"varint,17,opt,name=root_disk_own_bytes,json=rootDiskOwnBytes,proto3" json:"root_disk_own_bytes,omitempty"` // of those that no other image uses; only from Get
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Image) Reset() {
@@ -2720,6 +2730,20 @@ func (x *Image) GetReferrers() []*ImageReferrer {
 	return nil
 }
 
+func (x *Image) GetRootDisks() []*RootDisk {
+	if x != nil {
+		return x.RootDisks
+	}
+	return nil
+}
+
+func (x *Image) GetRootDiskOwnBytes() int64 {
+	if x != nil {
+		return x.RootDiskOwnBytes
+	}
+	return 0
+}
+
 type ImageVariant struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
@@ -2840,6 +2864,92 @@ func (x *ImageReferrer) GetSizeBytes() int64 {
 	return 0
 }
 
+// RootDisk is one of the read-only disks of an image: neighbouring layers as one EROFS file system, and behind it, in the same file, its
+// dm-verity hash tree.
+type RootDisk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the file system; the tree begins there
+	Layers        []string               `protobuf:"bytes,3,rep,name=layers,proto3" json:"layers,omitempty"`                         // digests, the lowest first
+	RootHash      string                 `protobuf:"bytes,4,opt,name=root_hash,json=rootHash,proto3" json:"root_hash,omitempty"`     // hex
+	Salt          string                 `protobuf:"bytes,5,opt,name=salt,proto3" json:"salt,omitempty"`                             // hex
+	Images        uint32                 `protobuf:"varint,6,opt,name=images,proto3" json:"images,omitempty"`                        // how many use it; only from Get
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RootDisk) Reset() {
+	*x = RootDisk{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RootDisk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RootDisk) ProtoMessage() {}
+
+func (x *RootDisk) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RootDisk.ProtoReflect.Descriptor instead.
+func (*RootDisk) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *RootDisk) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *RootDisk) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *RootDisk) GetLayers() []string {
+	if x != nil {
+		return x.Layers
+	}
+	return nil
+}
+
+func (x *RootDisk) GetRootHash() string {
+	if x != nil {
+		return x.RootHash
+	}
+	return ""
+}
+
+func (x *RootDisk) GetSalt() string {
+	if x != nil {
+		return x.Salt
+	}
+	return ""
+}
+
+func (x *RootDisk) GetImages() uint32 {
+	if x != nil {
+		return x.Images
+	}
+	return 0
+}
+
 type Layer struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
@@ -2851,7 +2961,7 @@ type Layer struct {
 
 func (x *Layer) Reset() {
 	*x = Layer{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2863,7 +2973,7 @@ func (x *Layer) String() string {
 func (*Layer) ProtoMessage() {}
 
 func (x *Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2876,7 +2986,7 @@ func (x *Layer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Layer.ProtoReflect.Descriptor instead.
 func (*Layer) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{36}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Layer) GetDigest() string {
@@ -2911,7 +3021,7 @@ type PullImageRequest struct {
 
 func (x *PullImageRequest) Reset() {
 	*x = PullImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2923,7 +3033,7 @@ func (x *PullImageRequest) String() string {
 func (*PullImageRequest) ProtoMessage() {}
 
 func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2936,7 +3046,7 @@ func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageRequest.ProtoReflect.Descriptor instead.
 func (*PullImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{37}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PullImageRequest) GetReference() string {
@@ -2973,7 +3083,7 @@ type Transfer struct {
 
 func (x *Transfer) Reset() {
 	*x = Transfer{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2985,7 +3095,7 @@ func (x *Transfer) String() string {
 func (*Transfer) ProtoMessage() {}
 
 func (x *Transfer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2998,7 +3108,7 @@ func (x *Transfer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transfer.ProtoReflect.Descriptor instead.
 func (*Transfer) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{38}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Transfer) GetId() string {
@@ -3042,7 +3152,7 @@ type PullImageResponse struct {
 
 func (x *PullImageResponse) Reset() {
 	*x = PullImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3054,7 +3164,7 @@ func (x *PullImageResponse) String() string {
 func (*PullImageResponse) ProtoMessage() {}
 
 func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3067,7 +3177,7 @@ func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageResponse.ProtoReflect.Descriptor instead.
 func (*PullImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{39}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *PullImageResponse) GetKind() isPullImageResponse_Kind {
@@ -3120,7 +3230,7 @@ type ListImagesRequest struct {
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3132,7 +3242,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3145,7 +3255,7 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{40}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListImagesRequest) GetFilters() []string {
@@ -3164,7 +3274,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3176,7 +3286,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3189,7 +3299,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{41}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ListImagesResponse) GetImages() []*Image {
@@ -3208,7 +3318,7 @@ type GetImageRequest struct {
 
 func (x *GetImageRequest) Reset() {
 	*x = GetImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3220,7 +3330,7 @@ func (x *GetImageRequest) String() string {
 func (*GetImageRequest) ProtoMessage() {}
 
 func (x *GetImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3233,7 +3343,7 @@ func (x *GetImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetImageRequest.ProtoReflect.Descriptor instead.
 func (*GetImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{42}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GetImageRequest) GetReference() string {
@@ -3252,7 +3362,7 @@ type GetImageResponse struct {
 
 func (x *GetImageResponse) Reset() {
 	*x = GetImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3264,7 +3374,7 @@ func (x *GetImageResponse) String() string {
 func (*GetImageResponse) ProtoMessage() {}
 
 func (x *GetImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3277,7 +3387,7 @@ func (x *GetImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetImageResponse.ProtoReflect.Descriptor instead.
 func (*GetImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{43}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *GetImageResponse) GetImage() *Image {
@@ -3297,7 +3407,7 @@ type TagImageRequest struct {
 
 func (x *TagImageRequest) Reset() {
 	*x = TagImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3309,7 +3419,7 @@ func (x *TagImageRequest) String() string {
 func (*TagImageRequest) ProtoMessage() {}
 
 func (x *TagImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3322,7 +3432,7 @@ func (x *TagImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagImageRequest.ProtoReflect.Descriptor instead.
 func (*TagImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{44}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *TagImageRequest) GetSource() string {
@@ -3347,7 +3457,7 @@ type TagImageResponse struct {
 
 func (x *TagImageResponse) Reset() {
 	*x = TagImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3359,7 +3469,7 @@ func (x *TagImageResponse) String() string {
 func (*TagImageResponse) ProtoMessage() {}
 
 func (x *TagImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3372,7 +3482,7 @@ func (x *TagImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagImageResponse.ProtoReflect.Descriptor instead.
 func (*TagImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{45}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{46}
 }
 
 type RemoveImageRequest struct {
@@ -3385,7 +3495,7 @@ type RemoveImageRequest struct {
 
 func (x *RemoveImageRequest) Reset() {
 	*x = RemoveImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3397,7 +3507,7 @@ func (x *RemoveImageRequest) String() string {
 func (*RemoveImageRequest) ProtoMessage() {}
 
 func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3410,7 +3520,7 @@ func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageRequest.ProtoReflect.Descriptor instead.
 func (*RemoveImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{46}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *RemoveImageRequest) GetReference() string {
@@ -3437,7 +3547,7 @@ type RemoveImageResponse struct {
 
 func (x *RemoveImageResponse) Reset() {
 	*x = RemoveImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3449,7 +3559,7 @@ func (x *RemoveImageResponse) String() string {
 func (*RemoveImageResponse) ProtoMessage() {}
 
 func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3462,7 +3572,7 @@ func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageResponse.ProtoReflect.Descriptor instead.
 func (*RemoveImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{47}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *RemoveImageResponse) GetUntagged() []string {
@@ -3490,7 +3600,7 @@ type PushImageRequest struct {
 
 func (x *PushImageRequest) Reset() {
 	*x = PushImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3502,7 +3612,7 @@ func (x *PushImageRequest) String() string {
 func (*PushImageRequest) ProtoMessage() {}
 
 func (x *PushImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3515,7 +3625,7 @@ func (x *PushImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushImageRequest.ProtoReflect.Descriptor instead.
 func (*PushImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{48}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *PushImageRequest) GetReference() string {
@@ -3552,7 +3662,7 @@ type PushImageResponse struct {
 
 func (x *PushImageResponse) Reset() {
 	*x = PushImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3564,7 +3674,7 @@ func (x *PushImageResponse) String() string {
 func (*PushImageResponse) ProtoMessage() {}
 
 func (x *PushImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3577,7 +3687,7 @@ func (x *PushImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushImageResponse.ProtoReflect.Descriptor instead.
 func (*PushImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{49}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *PushImageResponse) GetKind() isPushImageResponse_Kind {
@@ -3631,7 +3741,7 @@ type PushedImage struct {
 
 func (x *PushedImage) Reset() {
 	*x = PushedImage{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3643,7 +3753,7 @@ func (x *PushedImage) String() string {
 func (*PushedImage) ProtoMessage() {}
 
 func (x *PushedImage) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3656,7 +3766,7 @@ func (x *PushedImage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushedImage.ProtoReflect.Descriptor instead.
 func (*PushedImage) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{50}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *PushedImage) GetDigest() string {
@@ -3684,7 +3794,7 @@ type SaveImagesRequest struct {
 
 func (x *SaveImagesRequest) Reset() {
 	*x = SaveImagesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3696,7 +3806,7 @@ func (x *SaveImagesRequest) String() string {
 func (*SaveImagesRequest) ProtoMessage() {}
 
 func (x *SaveImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3709,7 +3819,7 @@ func (x *SaveImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveImagesRequest.ProtoReflect.Descriptor instead.
 func (*SaveImagesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{51}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *SaveImagesRequest) GetReferences() []string {
@@ -3742,7 +3852,7 @@ type SaveImagesResponse struct {
 
 func (x *SaveImagesResponse) Reset() {
 	*x = SaveImagesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3754,7 +3864,7 @@ func (x *SaveImagesResponse) String() string {
 func (*SaveImagesResponse) ProtoMessage() {}
 
 func (x *SaveImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3767,7 +3877,7 @@ func (x *SaveImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveImagesResponse.ProtoReflect.Descriptor instead.
 func (*SaveImagesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{52}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *SaveImagesResponse) GetData() []byte {
@@ -3786,7 +3896,7 @@ type LoadImagesRequest struct {
 
 func (x *LoadImagesRequest) Reset() {
 	*x = LoadImagesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3798,7 +3908,7 @@ func (x *LoadImagesRequest) String() string {
 func (*LoadImagesRequest) ProtoMessage() {}
 
 func (x *LoadImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3811,7 +3921,7 @@ func (x *LoadImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadImagesRequest.ProtoReflect.Descriptor instead.
 func (*LoadImagesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{53}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *LoadImagesRequest) GetData() []byte {
@@ -3834,7 +3944,7 @@ type LoadImagesResponse struct {
 
 func (x *LoadImagesResponse) Reset() {
 	*x = LoadImagesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3846,7 +3956,7 @@ func (x *LoadImagesResponse) String() string {
 func (*LoadImagesResponse) ProtoMessage() {}
 
 func (x *LoadImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3859,7 +3969,7 @@ func (x *LoadImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadImagesResponse.ProtoReflect.Descriptor instead.
 func (*LoadImagesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{54}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *LoadImagesResponse) GetKind() isLoadImagesResponse_Kind {
@@ -3913,7 +4023,7 @@ type LoadedImage struct {
 
 func (x *LoadedImage) Reset() {
 	*x = LoadedImage{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3925,7 +4035,7 @@ func (x *LoadedImage) String() string {
 func (*LoadedImage) ProtoMessage() {}
 
 func (x *LoadedImage) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3938,7 +4048,7 @@ func (x *LoadedImage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadedImage.ProtoReflect.Descriptor instead.
 func (*LoadedImage) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *LoadedImage) GetDigest() string {
@@ -3968,7 +4078,7 @@ type ImportImageRequest struct {
 
 func (x *ImportImageRequest) Reset() {
 	*x = ImportImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3980,7 +4090,7 @@ func (x *ImportImageRequest) String() string {
 func (*ImportImageRequest) ProtoMessage() {}
 
 func (x *ImportImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3993,7 +4103,7 @@ func (x *ImportImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportImageRequest.ProtoReflect.Descriptor instead.
 func (*ImportImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ImportImageRequest) GetKind() isImportImageRequest_Kind {
@@ -4049,7 +4159,7 @@ type ImportStart struct {
 
 func (x *ImportStart) Reset() {
 	*x = ImportStart{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4061,7 +4171,7 @@ func (x *ImportStart) String() string {
 func (*ImportStart) ProtoMessage() {}
 
 func (x *ImportStart) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4074,7 +4184,7 @@ func (x *ImportStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportStart.ProtoReflect.Descriptor instead.
 func (*ImportStart) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ImportStart) GetReference() string {
@@ -4118,7 +4228,7 @@ type ImportImageResponse struct {
 
 func (x *ImportImageResponse) Reset() {
 	*x = ImportImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4130,7 +4240,7 @@ func (x *ImportImageResponse) String() string {
 func (*ImportImageResponse) ProtoMessage() {}
 
 func (x *ImportImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4143,7 +4253,7 @@ func (x *ImportImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportImageResponse.ProtoReflect.Descriptor instead.
 func (*ImportImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ImportImageResponse) GetKind() isImportImageResponse_Kind {
@@ -4196,7 +4306,7 @@ type ImageHistoryRequest struct {
 
 func (x *ImageHistoryRequest) Reset() {
 	*x = ImageHistoryRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4208,7 +4318,7 @@ func (x *ImageHistoryRequest) String() string {
 func (*ImageHistoryRequest) ProtoMessage() {}
 
 func (x *ImageHistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4221,7 +4331,7 @@ func (x *ImageHistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageHistoryRequest.ProtoReflect.Descriptor instead.
 func (*ImageHistoryRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ImageHistoryRequest) GetReference() string {
@@ -4240,7 +4350,7 @@ type ImageHistoryResponse struct {
 
 func (x *ImageHistoryResponse) Reset() {
 	*x = ImageHistoryResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4252,7 +4362,7 @@ func (x *ImageHistoryResponse) String() string {
 func (*ImageHistoryResponse) ProtoMessage() {}
 
 func (x *ImageHistoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4265,7 +4375,7 @@ func (x *ImageHistoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageHistoryResponse.ProtoReflect.Descriptor instead.
 func (*ImageHistoryResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ImageHistoryResponse) GetSteps() []*ImageStep {
@@ -4290,7 +4400,7 @@ type ImageStep struct {
 
 func (x *ImageStep) Reset() {
 	*x = ImageStep{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4302,7 +4412,7 @@ func (x *ImageStep) String() string {
 func (*ImageStep) ProtoMessage() {}
 
 func (x *ImageStep) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4315,7 +4425,7 @@ func (x *ImageStep) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageStep.ProtoReflect.Descriptor instead.
 func (*ImageStep) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *ImageStep) GetId() string {
@@ -4378,7 +4488,7 @@ type PruneImagesRequest struct {
 
 func (x *PruneImagesRequest) Reset() {
 	*x = PruneImagesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4390,7 +4500,7 @@ func (x *PruneImagesRequest) String() string {
 func (*PruneImagesRequest) ProtoMessage() {}
 
 func (x *PruneImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4403,7 +4513,7 @@ func (x *PruneImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneImagesRequest.ProtoReflect.Descriptor instead.
 func (*PruneImagesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *PruneImagesRequest) GetAll() bool {
@@ -4439,7 +4549,7 @@ type PruneImagesResponse struct {
 
 func (x *PruneImagesResponse) Reset() {
 	*x = PruneImagesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4451,7 +4561,7 @@ func (x *PruneImagesResponse) String() string {
 func (*PruneImagesResponse) ProtoMessage() {}
 
 func (x *PruneImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4464,7 +4574,7 @@ func (x *PruneImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneImagesResponse.ProtoReflect.Descriptor instead.
 func (*PruneImagesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *PruneImagesResponse) GetUntagged() []string {
@@ -4506,7 +4616,7 @@ type LoginRequest struct {
 
 func (x *LoginRequest) Reset() {
 	*x = LoginRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4518,7 +4628,7 @@ func (x *LoginRequest) String() string {
 func (*LoginRequest) ProtoMessage() {}
 
 func (x *LoginRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4531,7 +4641,7 @@ func (x *LoginRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoginRequest.ProtoReflect.Descriptor instead.
 func (*LoginRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *LoginRequest) GetRegistry() string {
@@ -4563,7 +4673,7 @@ type LoginResponse struct {
 
 func (x *LoginResponse) Reset() {
 	*x = LoginResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4575,7 +4685,7 @@ func (x *LoginResponse) String() string {
 func (*LoginResponse) ProtoMessage() {}
 
 func (x *LoginResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4588,7 +4698,7 @@ func (x *LoginResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoginResponse.ProtoReflect.Descriptor instead.
 func (*LoginResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
 }
 
 type BuildRequest struct {
@@ -4608,7 +4718,7 @@ type BuildRequest struct {
 
 func (x *BuildRequest) Reset() {
 	*x = BuildRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4620,7 +4730,7 @@ func (x *BuildRequest) String() string {
 func (*BuildRequest) ProtoMessage() {}
 
 func (x *BuildRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4633,7 +4743,7 @@ func (x *BuildRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildRequest.ProtoReflect.Descriptor instead.
 func (*BuildRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *BuildRequest) GetContextDir() string {
@@ -4712,7 +4822,7 @@ type BuildResponse struct {
 
 func (x *BuildResponse) Reset() {
 	*x = BuildResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4724,7 +4834,7 @@ func (x *BuildResponse) String() string {
 func (*BuildResponse) ProtoMessage() {}
 
 func (x *BuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4737,7 +4847,7 @@ func (x *BuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResponse.ProtoReflect.Descriptor instead.
 func (*BuildResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *BuildResponse) GetKind() isBuildResponse_Kind {
@@ -4793,7 +4903,7 @@ type BuildResult struct {
 
 func (x *BuildResult) Reset() {
 	*x = BuildResult{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4805,7 +4915,7 @@ func (x *BuildResult) String() string {
 func (*BuildResult) ProtoMessage() {}
 
 func (x *BuildResult) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4818,7 +4928,7 @@ func (x *BuildResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResult.ProtoReflect.Descriptor instead.
 func (*BuildResult) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *BuildResult) GetDigest() string {
@@ -4861,7 +4971,7 @@ type Base struct {
 
 func (x *Base) Reset() {
 	*x = Base{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4873,7 +4983,7 @@ func (x *Base) String() string {
 func (*Base) ProtoMessage() {}
 
 func (x *Base) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4886,7 +4996,7 @@ func (x *Base) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Base.ProtoReflect.Descriptor instead.
 func (*Base) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *Base) GetName() string {
@@ -4925,7 +5035,7 @@ type ListBasesRequest struct {
 
 func (x *ListBasesRequest) Reset() {
 	*x = ListBasesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4937,7 +5047,7 @@ func (x *ListBasesRequest) String() string {
 func (*ListBasesRequest) ProtoMessage() {}
 
 func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4950,7 +5060,7 @@ func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesRequest.ProtoReflect.Descriptor instead.
 func (*ListBasesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
 }
 
 type ListBasesResponse struct {
@@ -4962,7 +5072,7 @@ type ListBasesResponse struct {
 
 func (x *ListBasesResponse) Reset() {
 	*x = ListBasesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4974,7 +5084,7 @@ func (x *ListBasesResponse) String() string {
 func (*ListBasesResponse) ProtoMessage() {}
 
 func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4987,7 +5097,7 @@ func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesResponse.ProtoReflect.Descriptor instead.
 func (*ListBasesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ListBasesResponse) GetBases() []*Base {
@@ -5007,7 +5117,7 @@ type BuildBaseRequest struct {
 
 func (x *BuildBaseRequest) Reset() {
 	*x = BuildBaseRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5019,7 +5129,7 @@ func (x *BuildBaseRequest) String() string {
 func (*BuildBaseRequest) ProtoMessage() {}
 
 func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5032,7 +5142,7 @@ func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseRequest.ProtoReflect.Descriptor instead.
 func (*BuildBaseRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{72}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *BuildBaseRequest) GetName() string {
@@ -5063,7 +5173,7 @@ type BuildBaseResponse struct {
 
 func (x *BuildBaseResponse) Reset() {
 	*x = BuildBaseResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5075,7 +5185,7 @@ func (x *BuildBaseResponse) String() string {
 func (*BuildBaseResponse) ProtoMessage() {}
 
 func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5088,7 +5198,7 @@ func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseResponse.ProtoReflect.Descriptor instead.
 func (*BuildBaseResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{73}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *BuildBaseResponse) GetKind() isBuildBaseResponse_Kind {
@@ -5167,7 +5277,7 @@ type Kernel struct {
 
 func (x *Kernel) Reset() {
 	*x = Kernel{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5179,7 +5289,7 @@ func (x *Kernel) String() string {
 func (*Kernel) ProtoMessage() {}
 
 func (x *Kernel) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5192,7 +5302,7 @@ func (x *Kernel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Kernel.ProtoReflect.Descriptor instead.
 func (*Kernel) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{74}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *Kernel) GetName() string {
@@ -5279,6 +5389,372 @@ func (x *Kernel) GetConfigDigest() string {
 	return ""
 }
 
+type BuildKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`       // default: atoll-VERSION
+	Version       string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"` // of Linux
+	Source        string                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`   // debian (the default), a URL, or an absolute path of the daemon's host
+	Sha256        string                 `protobuf:"bytes,4,opt,name=sha256,proto3" json:"sha256,omitempty"`   // of what is behind the URL
+	Keyring       []byte                 `protobuf:"bytes,5,opt,name=keyring,proto3" json:"keyring,omitempty"` // OpenPGP public keys, one of which signed what is behind the URL
+	Mirror        string                 `protobuf:"bytes,6,opt,name=mirror,proto3" json:"mirror,omitempty"`   // Debian's
+	Config        []byte                 `protobuf:"bytes,7,opt,name=config,proto3" json:"config,omitempty"`   // a fragment, or a whole .config
+	Architecture  string                 `protobuf:"bytes,8,opt,name=architecture,proto3" json:"architecture,omitempty"`
+	Jobs          int32                  `protobuf:"varint,9,opt,name=jobs,proto3" json:"jobs,omitempty"` // 0: one for each CPU
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildKernelRequest) Reset() {
+	*x = BuildKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildKernelRequest) ProtoMessage() {}
+
+func (x *BuildKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildKernelRequest.ProtoReflect.Descriptor instead.
+func (*BuildKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{76}
+}
+
+func (x *BuildKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetKeyring() []byte {
+	if x != nil {
+		return x.Keyring
+	}
+	return nil
+}
+
+func (x *BuildKernelRequest) GetMirror() string {
+	if x != nil {
+		return x.Mirror
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetConfig() []byte {
+	if x != nil {
+		return x.Config
+	}
+	return nil
+}
+
+func (x *BuildKernelRequest) GetArchitecture() string {
+	if x != nil {
+		return x.Architecture
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetJobs() int32 {
+	if x != nil {
+		return x.Jobs
+	}
+	return 0
+}
+
+type BuildKernelResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*BuildKernelResponse_Transfer
+	//	*BuildKernelResponse_Line
+	//	*BuildKernelResponse_Kernel
+	Kind          isBuildKernelResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildKernelResponse) Reset() {
+	*x = BuildKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildKernelResponse) ProtoMessage() {}
+
+func (x *BuildKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildKernelResponse.ProtoReflect.Descriptor instead.
+func (*BuildKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{77}
+}
+
+func (x *BuildKernelResponse) GetKind() isBuildKernelResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *BuildKernelResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildKernelResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *BuildKernelResponse) GetLine() string {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildKernelResponse_Line); ok {
+			return x.Line
+		}
+	}
+	return ""
+}
+
+func (x *BuildKernelResponse) GetKernel() *Kernel {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildKernelResponse_Kernel); ok {
+			return x.Kernel
+		}
+	}
+	return nil
+}
+
+type isBuildKernelResponse_Kind interface {
+	isBuildKernelResponse_Kind()
+}
+
+type BuildKernelResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"`
+}
+
+type BuildKernelResponse_Line struct {
+	Line string `protobuf:"bytes,2,opt,name=line,proto3,oneof"` // for a person
+}
+
+type BuildKernelResponse_Kernel struct {
+	Kernel *Kernel `protobuf:"bytes,3,opt,name=kernel,proto3,oneof"` // the last message
+}
+
+func (*BuildKernelResponse_Transfer) isBuildKernelResponse_Kind() {}
+
+func (*BuildKernelResponse_Line) isBuildKernelResponse_Kind() {}
+
+func (*BuildKernelResponse_Kernel) isBuildKernelResponse_Kind() {}
+
+type RemoveKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveKernelRequest) Reset() {
+	*x = RemoveKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveKernelRequest) ProtoMessage() {}
+
+func (x *RemoveKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveKernelRequest.ProtoReflect.Descriptor instead.
+func (*RemoveKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{78}
+}
+
+func (x *RemoveKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type RemoveKernelResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveKernelResponse) Reset() {
+	*x = RemoveKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveKernelResponse) ProtoMessage() {}
+
+func (x *RemoveKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveKernelResponse.ProtoReflect.Descriptor instead.
+func (*RemoveKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{79}
+}
+
+type SetDefaultKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetDefaultKernelRequest) Reset() {
+	*x = SetDefaultKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetDefaultKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetDefaultKernelRequest) ProtoMessage() {}
+
+func (x *SetDefaultKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetDefaultKernelRequest.ProtoReflect.Descriptor instead.
+func (*SetDefaultKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{80}
+}
+
+func (x *SetDefaultKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type SetDefaultKernelResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetDefaultKernelResponse) Reset() {
+	*x = SetDefaultKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetDefaultKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetDefaultKernelResponse) ProtoMessage() {}
+
+func (x *SetDefaultKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetDefaultKernelResponse.ProtoReflect.Descriptor instead.
+func (*SetDefaultKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{81}
+}
+
 type ImportKernelRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // absolute
@@ -5289,7 +5765,7 @@ type ImportKernelRequest struct {
 
 func (x *ImportKernelRequest) Reset() {
 	*x = ImportKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5301,7 +5777,7 @@ func (x *ImportKernelRequest) String() string {
 func (*ImportKernelRequest) ProtoMessage() {}
 
 func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5314,7 +5790,7 @@ func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelRequest.ProtoReflect.Descriptor instead.
 func (*ImportKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{75}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ImportKernelRequest) GetPath() string {
@@ -5340,7 +5816,7 @@ type ImportKernelResponse struct {
 
 func (x *ImportKernelResponse) Reset() {
 	*x = ImportKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5352,7 +5828,7 @@ func (x *ImportKernelResponse) String() string {
 func (*ImportKernelResponse) ProtoMessage() {}
 
 func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5365,7 +5841,7 @@ func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelResponse.ProtoReflect.Descriptor instead.
 func (*ImportKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{76}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ImportKernelResponse) GetKernel() *Kernel {
@@ -5383,7 +5859,7 @@ type ListKernelsRequest struct {
 
 func (x *ListKernelsRequest) Reset() {
 	*x = ListKernelsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5395,7 +5871,7 @@ func (x *ListKernelsRequest) String() string {
 func (*ListKernelsRequest) ProtoMessage() {}
 
 func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5408,7 +5884,7 @@ func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsRequest.ProtoReflect.Descriptor instead.
 func (*ListKernelsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{77}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{84}
 }
 
 type ListKernelsResponse struct {
@@ -5420,7 +5896,7 @@ type ListKernelsResponse struct {
 
 func (x *ListKernelsResponse) Reset() {
 	*x = ListKernelsResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5432,7 +5908,7 @@ func (x *ListKernelsResponse) String() string {
 func (*ListKernelsResponse) ProtoMessage() {}
 
 func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5445,7 +5921,7 @@ func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsResponse.ProtoReflect.Descriptor instead.
 func (*ListKernelsResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{78}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListKernelsResponse) GetKernels() []*Kernel {
@@ -5464,7 +5940,7 @@ type GetKernelRequest struct {
 
 func (x *GetKernelRequest) Reset() {
 	*x = GetKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5476,7 +5952,7 @@ func (x *GetKernelRequest) String() string {
 func (*GetKernelRequest) ProtoMessage() {}
 
 func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5489,7 +5965,7 @@ func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelRequest.ProtoReflect.Descriptor instead.
 func (*GetKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{79}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *GetKernelRequest) GetName() string {
@@ -5508,7 +5984,7 @@ type GetKernelResponse struct {
 
 func (x *GetKernelResponse) Reset() {
 	*x = GetKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5520,7 +5996,7 @@ func (x *GetKernelResponse) String() string {
 func (*GetKernelResponse) ProtoMessage() {}
 
 func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5533,7 +6009,7 @@ func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelResponse.ProtoReflect.Descriptor instead.
 func (*GetKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{80}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *GetKernelResponse) GetKernel() *Kernel {
@@ -5554,7 +6030,7 @@ type PullKernelRequest struct {
 
 func (x *PullKernelRequest) Reset() {
 	*x = PullKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5566,7 +6042,7 @@ func (x *PullKernelRequest) String() string {
 func (*PullKernelRequest) ProtoMessage() {}
 
 func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5579,7 +6055,7 @@ func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelRequest.ProtoReflect.Descriptor instead.
 func (*PullKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{81}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *PullKernelRequest) GetName() string {
@@ -5616,7 +6092,7 @@ type PullKernelResponse struct {
 
 func (x *PullKernelResponse) Reset() {
 	*x = PullKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5628,7 +6104,7 @@ func (x *PullKernelResponse) String() string {
 func (*PullKernelResponse) ProtoMessage() {}
 
 func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5641,7 +6117,7 @@ func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelResponse.ProtoReflect.Descriptor instead.
 func (*PullKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{82}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *PullKernelResponse) GetKind() isPullKernelResponse_Kind {
@@ -5693,7 +6169,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5705,7 +6181,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5718,7 +6194,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{83}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{90}
 }
 
 type VersionResponse struct {
@@ -5735,7 +6211,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5747,7 +6223,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5760,7 +6236,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{84}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -5815,7 +6291,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5827,7 +6303,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5840,7 +6316,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{85}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *EventsRequest) GetSince() *timestamppb.Timestamp {
@@ -5872,7 +6348,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5884,7 +6360,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5897,7 +6373,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{86}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -5950,7 +6426,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5962,7 +6438,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5975,7 +6451,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{87}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{94}
 }
 
 type DoctorResponse struct {
@@ -5987,7 +6463,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5999,7 +6475,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6012,7 +6488,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{88}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *DoctorResponse) GetChecks() []*Check {
@@ -6034,7 +6510,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6046,7 +6522,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6059,7 +6535,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{89}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *Check) GetName() string {
@@ -6098,7 +6574,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6110,7 +6586,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6123,7 +6599,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{90}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{97}
 }
 
 type ShutdownResponse struct {
@@ -6134,7 +6610,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6146,7 +6622,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6159,7 +6635,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{91}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{98}
 }
 
 var File_api_atoll_v1_atoll_proto protoreflect.FileDescriptor
@@ -6168,7 +6644,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\n" +
 	"\x18api/atoll/v1/atoll.proto\x12\batoll.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1egoogle/protobuf/duration.proto\"\x1a\n" +
 	"\x04Hint\x12\x12\n" +
-	"\x04text\x18\x01 \x01(\tR\x04text\"\xf3\x05\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\"\x8b\x06\n" +
 	"\vMachineSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x18\n" +
@@ -6198,7 +6674,8 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\bplatform\x18\x15 \x01(\tR\bplatform\x12\x1f\n" +
 	"\vstop_signal\x18\x16 \x01(\tR\n" +
 	"stopSignal\x12<\n" +
-	"\fstop_timeout\x18\x17 \x01(\v2\x19.google.protobuf.DurationR\vstopTimeout\x1a9\n" +
+	"\fstop_timeout\x18\x17 \x01(\v2\x19.google.protobuf.DurationR\vstopTimeout\x12\x16\n" +
+	"\x06verity\x182 \x01(\bR\x06verity\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x88\x01\n" +
@@ -6343,7 +6820,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06stdout\x18\x02 \x01(\fH\x00R\x06stdout\x12\x18\n" +
 	"\x06stderr\x18\x03 \x01(\fH\x00R\x06stderr\x123\n" +
 	"\x04exit\x18\x04 \x01(\v2\x1d.atoll.v1.WaitMachineResponseH\x00R\x04exitB\x06\n" +
-	"\x04kind\"\xa7\x04\n" +
+	"\x04kind\"\x89\x05\n" +
 	"\x05Image\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1e\n" +
 	"\n" +
@@ -6365,7 +6842,10 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\frepo_digests\x18\f \x03(\tR\vrepoDigests\x12!\n" +
 	"\findex_digest\x18\r \x01(\tR\vindexDigest\x122\n" +
 	"\bvariants\x18\x0e \x03(\v2\x16.atoll.v1.ImageVariantR\bvariants\x125\n" +
-	"\treferrers\x18\x0f \x03(\v2\x17.atoll.v1.ImageReferrerR\treferrers\"V\n" +
+	"\treferrers\x18\x0f \x03(\v2\x17.atoll.v1.ImageReferrerR\treferrers\x121\n" +
+	"\n" +
+	"root_disks\x18\x10 \x03(\v2\x12.atoll.v1.RootDiskR\trootDisks\x12-\n" +
+	"\x13root_disk_own_bytes\x18\x11 \x01(\x03R\x10rootDiskOwnBytes\"V\n" +
 	"\fImageVariant\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1a\n" +
 	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x12\n" +
@@ -6374,7 +6854,15 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12#\n" +
 	"\rartifact_type\x18\x02 \x01(\tR\fartifactType\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"]\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"\x9e\x01\n" +
+	"\bRootDisk\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x16\n" +
+	"\x06layers\x18\x03 \x03(\tR\x06layers\x12\x1b\n" +
+	"\troot_hash\x18\x04 \x01(\tR\brootHash\x12\x12\n" +
+	"\x04salt\x18\x05 \x01(\tR\x04salt\x12\x16\n" +
+	"\x06images\x18\x06 \x01(\rR\x06images\"]\n" +
 	"\x05Layer\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1d\n" +
 	"\n" +
@@ -6548,7 +7036,28 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x04path\x18\n" +
 	" \x01(\tR\x04path\x12\x18\n" +
 	"\amodules\x18\v \x03(\tR\amodules\x12#\n" +
-	"\rconfig_digest\x18\f \x01(\tR\fconfigDigest\"=\n" +
+	"\rconfig_digest\x18\f \x01(\tR\fconfigDigest\"\xf4\x01\n" +
+	"\x12BuildKernelRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\tR\aversion\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\x12\x16\n" +
+	"\x06sha256\x18\x04 \x01(\tR\x06sha256\x12\x18\n" +
+	"\akeyring\x18\x05 \x01(\fR\akeyring\x12\x16\n" +
+	"\x06mirror\x18\x06 \x01(\tR\x06mirror\x12\x16\n" +
+	"\x06config\x18\a \x01(\fR\x06config\x12\"\n" +
+	"\farchitecture\x18\b \x01(\tR\farchitecture\x12\x12\n" +
+	"\x04jobs\x18\t \x01(\x05R\x04jobs\"\x91\x01\n" +
+	"\x13BuildKernelResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12\x14\n" +
+	"\x04line\x18\x02 \x01(\tH\x00R\x04line\x12*\n" +
+	"\x06kernel\x18\x03 \x01(\v2\x10.atoll.v1.KernelH\x00R\x06kernelB\x06\n" +
+	"\x04kind\")\n" +
+	"\x13RemoveKernelRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x16\n" +
+	"\x14RemoveKernelResponse\"-\n" +
+	"\x17SetDefaultKernelRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x1a\n" +
+	"\x18SetDefaultKernelResponse\"=\n" +
 	"\x13ImportKernelRequest\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"@\n" +
@@ -6652,12 +7161,16 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05Build\x12\x16.atoll.v1.BuildRequest\x1a\x17.atoll.v1.BuildResponse0\x012\x92\x01\n" +
 	"\vBaseService\x12?\n" +
 	"\x04List\x12\x1a.atoll.v1.ListBasesRequest\x1a\x1b.atoll.v1.ListBasesResponse\x12B\n" +
-	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\xa2\x02\n" +
+	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\x88\x04\n" +
 	"\rKernelService\x12C\n" +
 	"\x04List\x12\x1c.atoll.v1.ListKernelsRequest\x1a\x1d.atoll.v1.ListKernelsResponse\x12>\n" +
 	"\x03Get\x12\x1a.atoll.v1.GetKernelRequest\x1a\x1b.atoll.v1.GetKernelResponse\x12C\n" +
 	"\x04Pull\x12\x1b.atoll.v1.PullKernelRequest\x1a\x1c.atoll.v1.PullKernelResponse0\x01\x12G\n" +
-	"\x06Import\x12\x1d.atoll.v1.ImportKernelRequest\x1a\x1e.atoll.v1.ImportKernelResponse2\x85\x02\n" +
+	"\x06Import\x12\x1d.atoll.v1.ImportKernelRequest\x1a\x1e.atoll.v1.ImportKernelResponse\x12F\n" +
+	"\x05Build\x12\x1c.atoll.v1.BuildKernelRequest\x1a\x1d.atoll.v1.BuildKernelResponse0\x01\x12G\n" +
+	"\x06Remove\x12\x1d.atoll.v1.RemoveKernelRequest\x1a\x1e.atoll.v1.RemoveKernelResponse\x12S\n" +
+	"\n" +
+	"SetDefault\x12!.atoll.v1.SetDefaultKernelRequest\x1a\".atoll.v1.SetDefaultKernelResponse2\x85\x02\n" +
 	"\rSystemService\x12>\n" +
 	"\aVersion\x12\x18.atoll.v1.VersionRequest\x1a\x19.atoll.v1.VersionResponse\x124\n" +
 	"\x06Events\x12\x17.atoll.v1.EventsRequest\x1a\x0f.atoll.v1.Event0\x01\x12;\n" +
@@ -6677,134 +7190,141 @@ func file_api_atoll_v1_atoll_proto_rawDescGZIP() []byte {
 }
 
 var file_api_atoll_v1_atoll_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 96)
+var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 103)
 var file_api_atoll_v1_atoll_proto_goTypes = []any{
-	(MachineState)(0),             // 0: atoll.v1.MachineState
-	(Stream)(0),                   // 1: atoll.v1.Stream
-	(Check_Level)(0),              // 2: atoll.v1.Check.Level
-	(*Hint)(nil),                  // 3: atoll.v1.Hint
-	(*MachineSpec)(nil),           // 4: atoll.v1.MachineSpec
-	(*PortMapping)(nil),           // 5: atoll.v1.PortMapping
-	(*Machine)(nil),               // 6: atoll.v1.Machine
-	(*NetworkStatus)(nil),         // 7: atoll.v1.NetworkStatus
-	(*VMMStatus)(nil),             // 8: atoll.v1.VMMStatus
-	(*StepTime)(nil),              // 9: atoll.v1.StepTime
-	(*CreateMachineRequest)(nil),  // 10: atoll.v1.CreateMachineRequest
-	(*CreateMachineResponse)(nil), // 11: atoll.v1.CreateMachineResponse
-	(*StartMachineRequest)(nil),   // 12: atoll.v1.StartMachineRequest
-	(*StartMachineResponse)(nil),  // 13: atoll.v1.StartMachineResponse
-	(*StopMachineRequest)(nil),    // 14: atoll.v1.StopMachineRequest
-	(*StopMachineResponse)(nil),   // 15: atoll.v1.StopMachineResponse
-	(*KillMachineRequest)(nil),    // 16: atoll.v1.KillMachineRequest
-	(*KillMachineResponse)(nil),   // 17: atoll.v1.KillMachineResponse
-	(*RemoveMachineRequest)(nil),  // 18: atoll.v1.RemoveMachineRequest
-	(*RemoveMachineResponse)(nil), // 19: atoll.v1.RemoveMachineResponse
-	(*WaitMachineRequest)(nil),    // 20: atoll.v1.WaitMachineRequest
-	(*WaitMachineResponse)(nil),   // 21: atoll.v1.WaitMachineResponse
-	(*ListMachinesRequest)(nil),   // 22: atoll.v1.ListMachinesRequest
-	(*ListMachinesResponse)(nil),  // 23: atoll.v1.ListMachinesResponse
-	(*GetMachineRequest)(nil),     // 24: atoll.v1.GetMachineRequest
-	(*GetMachineResponse)(nil),    // 25: atoll.v1.GetMachineResponse
-	(*LogsRequest)(nil),           // 26: atoll.v1.LogsRequest
-	(*LogsResponse)(nil),          // 27: atoll.v1.LogsResponse
-	(*Size)(nil),                  // 28: atoll.v1.Size
-	(*ExecRequest)(nil),           // 29: atoll.v1.ExecRequest
-	(*ExecStart)(nil),             // 30: atoll.v1.ExecStart
-	(*ExecResponse)(nil),          // 31: atoll.v1.ExecResponse
-	(*ExecStarted)(nil),           // 32: atoll.v1.ExecStarted
-	(*AttachRequest)(nil),         // 33: atoll.v1.AttachRequest
-	(*AttachStart)(nil),           // 34: atoll.v1.AttachStart
-	(*AttachResponse)(nil),        // 35: atoll.v1.AttachResponse
-	(*Image)(nil),                 // 36: atoll.v1.Image
-	(*ImageVariant)(nil),          // 37: atoll.v1.ImageVariant
-	(*ImageReferrer)(nil),         // 38: atoll.v1.ImageReferrer
-	(*Layer)(nil),                 // 39: atoll.v1.Layer
-	(*PullImageRequest)(nil),      // 40: atoll.v1.PullImageRequest
-	(*Transfer)(nil),              // 41: atoll.v1.Transfer
-	(*PullImageResponse)(nil),     // 42: atoll.v1.PullImageResponse
-	(*ListImagesRequest)(nil),     // 43: atoll.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),    // 44: atoll.v1.ListImagesResponse
-	(*GetImageRequest)(nil),       // 45: atoll.v1.GetImageRequest
-	(*GetImageResponse)(nil),      // 46: atoll.v1.GetImageResponse
-	(*TagImageRequest)(nil),       // 47: atoll.v1.TagImageRequest
-	(*TagImageResponse)(nil),      // 48: atoll.v1.TagImageResponse
-	(*RemoveImageRequest)(nil),    // 49: atoll.v1.RemoveImageRequest
-	(*RemoveImageResponse)(nil),   // 50: atoll.v1.RemoveImageResponse
-	(*PushImageRequest)(nil),      // 51: atoll.v1.PushImageRequest
-	(*PushImageResponse)(nil),     // 52: atoll.v1.PushImageResponse
-	(*PushedImage)(nil),           // 53: atoll.v1.PushedImage
-	(*SaveImagesRequest)(nil),     // 54: atoll.v1.SaveImagesRequest
-	(*SaveImagesResponse)(nil),    // 55: atoll.v1.SaveImagesResponse
-	(*LoadImagesRequest)(nil),     // 56: atoll.v1.LoadImagesRequest
-	(*LoadImagesResponse)(nil),    // 57: atoll.v1.LoadImagesResponse
-	(*LoadedImage)(nil),           // 58: atoll.v1.LoadedImage
-	(*ImportImageRequest)(nil),    // 59: atoll.v1.ImportImageRequest
-	(*ImportStart)(nil),           // 60: atoll.v1.ImportStart
-	(*ImportImageResponse)(nil),   // 61: atoll.v1.ImportImageResponse
-	(*ImageHistoryRequest)(nil),   // 62: atoll.v1.ImageHistoryRequest
-	(*ImageHistoryResponse)(nil),  // 63: atoll.v1.ImageHistoryResponse
-	(*ImageStep)(nil),             // 64: atoll.v1.ImageStep
-	(*PruneImagesRequest)(nil),    // 65: atoll.v1.PruneImagesRequest
-	(*PruneImagesResponse)(nil),   // 66: atoll.v1.PruneImagesResponse
-	(*LoginRequest)(nil),          // 67: atoll.v1.LoginRequest
-	(*LoginResponse)(nil),         // 68: atoll.v1.LoginResponse
-	(*BuildRequest)(nil),          // 69: atoll.v1.BuildRequest
-	(*BuildResponse)(nil),         // 70: atoll.v1.BuildResponse
-	(*BuildResult)(nil),           // 71: atoll.v1.BuildResult
-	(*Base)(nil),                  // 72: atoll.v1.Base
-	(*ListBasesRequest)(nil),      // 73: atoll.v1.ListBasesRequest
-	(*ListBasesResponse)(nil),     // 74: atoll.v1.ListBasesResponse
-	(*BuildBaseRequest)(nil),      // 75: atoll.v1.BuildBaseRequest
-	(*BuildBaseResponse)(nil),     // 76: atoll.v1.BuildBaseResponse
-	(*Kernel)(nil),                // 77: atoll.v1.Kernel
-	(*ImportKernelRequest)(nil),   // 78: atoll.v1.ImportKernelRequest
-	(*ImportKernelResponse)(nil),  // 79: atoll.v1.ImportKernelResponse
-	(*ListKernelsRequest)(nil),    // 80: atoll.v1.ListKernelsRequest
-	(*ListKernelsResponse)(nil),   // 81: atoll.v1.ListKernelsResponse
-	(*GetKernelRequest)(nil),      // 82: atoll.v1.GetKernelRequest
-	(*GetKernelResponse)(nil),     // 83: atoll.v1.GetKernelResponse
-	(*PullKernelRequest)(nil),     // 84: atoll.v1.PullKernelRequest
-	(*PullKernelResponse)(nil),    // 85: atoll.v1.PullKernelResponse
-	(*VersionRequest)(nil),        // 86: atoll.v1.VersionRequest
-	(*VersionResponse)(nil),       // 87: atoll.v1.VersionResponse
-	(*EventsRequest)(nil),         // 88: atoll.v1.EventsRequest
-	(*Event)(nil),                 // 89: atoll.v1.Event
-	(*DoctorRequest)(nil),         // 90: atoll.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 91: atoll.v1.DoctorResponse
-	(*Check)(nil),                 // 92: atoll.v1.Check
-	(*ShutdownRequest)(nil),       // 93: atoll.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),      // 94: atoll.v1.ShutdownResponse
-	nil,                           // 95: atoll.v1.MachineSpec.LabelsEntry
-	nil,                           // 96: atoll.v1.BuildRequest.BuildArgsEntry
-	nil,                           // 97: atoll.v1.BuildRequest.LabelsEntry
-	nil,                           // 98: atoll.v1.Event.AttributesEntry
-	(*durationpb.Duration)(nil),   // 99: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 100: google.protobuf.Timestamp
+	(MachineState)(0),                // 0: atoll.v1.MachineState
+	(Stream)(0),                      // 1: atoll.v1.Stream
+	(Check_Level)(0),                 // 2: atoll.v1.Check.Level
+	(*Hint)(nil),                     // 3: atoll.v1.Hint
+	(*MachineSpec)(nil),              // 4: atoll.v1.MachineSpec
+	(*PortMapping)(nil),              // 5: atoll.v1.PortMapping
+	(*Machine)(nil),                  // 6: atoll.v1.Machine
+	(*NetworkStatus)(nil),            // 7: atoll.v1.NetworkStatus
+	(*VMMStatus)(nil),                // 8: atoll.v1.VMMStatus
+	(*StepTime)(nil),                 // 9: atoll.v1.StepTime
+	(*CreateMachineRequest)(nil),     // 10: atoll.v1.CreateMachineRequest
+	(*CreateMachineResponse)(nil),    // 11: atoll.v1.CreateMachineResponse
+	(*StartMachineRequest)(nil),      // 12: atoll.v1.StartMachineRequest
+	(*StartMachineResponse)(nil),     // 13: atoll.v1.StartMachineResponse
+	(*StopMachineRequest)(nil),       // 14: atoll.v1.StopMachineRequest
+	(*StopMachineResponse)(nil),      // 15: atoll.v1.StopMachineResponse
+	(*KillMachineRequest)(nil),       // 16: atoll.v1.KillMachineRequest
+	(*KillMachineResponse)(nil),      // 17: atoll.v1.KillMachineResponse
+	(*RemoveMachineRequest)(nil),     // 18: atoll.v1.RemoveMachineRequest
+	(*RemoveMachineResponse)(nil),    // 19: atoll.v1.RemoveMachineResponse
+	(*WaitMachineRequest)(nil),       // 20: atoll.v1.WaitMachineRequest
+	(*WaitMachineResponse)(nil),      // 21: atoll.v1.WaitMachineResponse
+	(*ListMachinesRequest)(nil),      // 22: atoll.v1.ListMachinesRequest
+	(*ListMachinesResponse)(nil),     // 23: atoll.v1.ListMachinesResponse
+	(*GetMachineRequest)(nil),        // 24: atoll.v1.GetMachineRequest
+	(*GetMachineResponse)(nil),       // 25: atoll.v1.GetMachineResponse
+	(*LogsRequest)(nil),              // 26: atoll.v1.LogsRequest
+	(*LogsResponse)(nil),             // 27: atoll.v1.LogsResponse
+	(*Size)(nil),                     // 28: atoll.v1.Size
+	(*ExecRequest)(nil),              // 29: atoll.v1.ExecRequest
+	(*ExecStart)(nil),                // 30: atoll.v1.ExecStart
+	(*ExecResponse)(nil),             // 31: atoll.v1.ExecResponse
+	(*ExecStarted)(nil),              // 32: atoll.v1.ExecStarted
+	(*AttachRequest)(nil),            // 33: atoll.v1.AttachRequest
+	(*AttachStart)(nil),              // 34: atoll.v1.AttachStart
+	(*AttachResponse)(nil),           // 35: atoll.v1.AttachResponse
+	(*Image)(nil),                    // 36: atoll.v1.Image
+	(*ImageVariant)(nil),             // 37: atoll.v1.ImageVariant
+	(*ImageReferrer)(nil),            // 38: atoll.v1.ImageReferrer
+	(*RootDisk)(nil),                 // 39: atoll.v1.RootDisk
+	(*Layer)(nil),                    // 40: atoll.v1.Layer
+	(*PullImageRequest)(nil),         // 41: atoll.v1.PullImageRequest
+	(*Transfer)(nil),                 // 42: atoll.v1.Transfer
+	(*PullImageResponse)(nil),        // 43: atoll.v1.PullImageResponse
+	(*ListImagesRequest)(nil),        // 44: atoll.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),       // 45: atoll.v1.ListImagesResponse
+	(*GetImageRequest)(nil),          // 46: atoll.v1.GetImageRequest
+	(*GetImageResponse)(nil),         // 47: atoll.v1.GetImageResponse
+	(*TagImageRequest)(nil),          // 48: atoll.v1.TagImageRequest
+	(*TagImageResponse)(nil),         // 49: atoll.v1.TagImageResponse
+	(*RemoveImageRequest)(nil),       // 50: atoll.v1.RemoveImageRequest
+	(*RemoveImageResponse)(nil),      // 51: atoll.v1.RemoveImageResponse
+	(*PushImageRequest)(nil),         // 52: atoll.v1.PushImageRequest
+	(*PushImageResponse)(nil),        // 53: atoll.v1.PushImageResponse
+	(*PushedImage)(nil),              // 54: atoll.v1.PushedImage
+	(*SaveImagesRequest)(nil),        // 55: atoll.v1.SaveImagesRequest
+	(*SaveImagesResponse)(nil),       // 56: atoll.v1.SaveImagesResponse
+	(*LoadImagesRequest)(nil),        // 57: atoll.v1.LoadImagesRequest
+	(*LoadImagesResponse)(nil),       // 58: atoll.v1.LoadImagesResponse
+	(*LoadedImage)(nil),              // 59: atoll.v1.LoadedImage
+	(*ImportImageRequest)(nil),       // 60: atoll.v1.ImportImageRequest
+	(*ImportStart)(nil),              // 61: atoll.v1.ImportStart
+	(*ImportImageResponse)(nil),      // 62: atoll.v1.ImportImageResponse
+	(*ImageHistoryRequest)(nil),      // 63: atoll.v1.ImageHistoryRequest
+	(*ImageHistoryResponse)(nil),     // 64: atoll.v1.ImageHistoryResponse
+	(*ImageStep)(nil),                // 65: atoll.v1.ImageStep
+	(*PruneImagesRequest)(nil),       // 66: atoll.v1.PruneImagesRequest
+	(*PruneImagesResponse)(nil),      // 67: atoll.v1.PruneImagesResponse
+	(*LoginRequest)(nil),             // 68: atoll.v1.LoginRequest
+	(*LoginResponse)(nil),            // 69: atoll.v1.LoginResponse
+	(*BuildRequest)(nil),             // 70: atoll.v1.BuildRequest
+	(*BuildResponse)(nil),            // 71: atoll.v1.BuildResponse
+	(*BuildResult)(nil),              // 72: atoll.v1.BuildResult
+	(*Base)(nil),                     // 73: atoll.v1.Base
+	(*ListBasesRequest)(nil),         // 74: atoll.v1.ListBasesRequest
+	(*ListBasesResponse)(nil),        // 75: atoll.v1.ListBasesResponse
+	(*BuildBaseRequest)(nil),         // 76: atoll.v1.BuildBaseRequest
+	(*BuildBaseResponse)(nil),        // 77: atoll.v1.BuildBaseResponse
+	(*Kernel)(nil),                   // 78: atoll.v1.Kernel
+	(*BuildKernelRequest)(nil),       // 79: atoll.v1.BuildKernelRequest
+	(*BuildKernelResponse)(nil),      // 80: atoll.v1.BuildKernelResponse
+	(*RemoveKernelRequest)(nil),      // 81: atoll.v1.RemoveKernelRequest
+	(*RemoveKernelResponse)(nil),     // 82: atoll.v1.RemoveKernelResponse
+	(*SetDefaultKernelRequest)(nil),  // 83: atoll.v1.SetDefaultKernelRequest
+	(*SetDefaultKernelResponse)(nil), // 84: atoll.v1.SetDefaultKernelResponse
+	(*ImportKernelRequest)(nil),      // 85: atoll.v1.ImportKernelRequest
+	(*ImportKernelResponse)(nil),     // 86: atoll.v1.ImportKernelResponse
+	(*ListKernelsRequest)(nil),       // 87: atoll.v1.ListKernelsRequest
+	(*ListKernelsResponse)(nil),      // 88: atoll.v1.ListKernelsResponse
+	(*GetKernelRequest)(nil),         // 89: atoll.v1.GetKernelRequest
+	(*GetKernelResponse)(nil),        // 90: atoll.v1.GetKernelResponse
+	(*PullKernelRequest)(nil),        // 91: atoll.v1.PullKernelRequest
+	(*PullKernelResponse)(nil),       // 92: atoll.v1.PullKernelResponse
+	(*VersionRequest)(nil),           // 93: atoll.v1.VersionRequest
+	(*VersionResponse)(nil),          // 94: atoll.v1.VersionResponse
+	(*EventsRequest)(nil),            // 95: atoll.v1.EventsRequest
+	(*Event)(nil),                    // 96: atoll.v1.Event
+	(*DoctorRequest)(nil),            // 97: atoll.v1.DoctorRequest
+	(*DoctorResponse)(nil),           // 98: atoll.v1.DoctorResponse
+	(*Check)(nil),                    // 99: atoll.v1.Check
+	(*ShutdownRequest)(nil),          // 100: atoll.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 101: atoll.v1.ShutdownResponse
+	nil,                              // 102: atoll.v1.MachineSpec.LabelsEntry
+	nil,                              // 103: atoll.v1.BuildRequest.BuildArgsEntry
+	nil,                              // 104: atoll.v1.BuildRequest.LabelsEntry
+	nil,                              // 105: atoll.v1.Event.AttributesEntry
+	(*durationpb.Duration)(nil),      // 106: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 107: google.protobuf.Timestamp
 }
 var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	5,   // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
-	95,  // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
-	99,  // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
+	102, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
+	106, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
 	4,   // 3: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
 	0,   // 4: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
-	100, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
-	100, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
-	100, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
+	107, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
+	107, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
+	107, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
 	7,   // 8: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
 	8,   // 9: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
 	9,   // 10: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
 	5,   // 11: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
-	99,  // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
+	106, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
 	4,   // 13: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
 	6,   // 14: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,   // 15: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
-	99,  // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
+	106, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
 	6,   // 17: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,   // 18: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
 	6,   // 19: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
-	100, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	107, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
 	1,   // 21: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
-	100, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	107, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
 	30,  // 23: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
 	28,  // 24: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
 	28,  // 25: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
@@ -6813,116 +7333,125 @@ var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	28,  // 28: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
 	28,  // 29: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
 	21,  // 30: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
-	100, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
-	39,  // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
+	107, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	40,  // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
 	37,  // 33: atoll.v1.Image.variants:type_name -> atoll.v1.ImageVariant
 	38,  // 34: atoll.v1.Image.referrers:type_name -> atoll.v1.ImageReferrer
-	41,  // 35: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
-	36,  // 36: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
-	36,  // 37: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
-	36,  // 38: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
-	41,  // 39: atoll.v1.PushImageResponse.transfer:type_name -> atoll.v1.Transfer
-	53,  // 40: atoll.v1.PushImageResponse.pushed:type_name -> atoll.v1.PushedImage
-	41,  // 41: atoll.v1.LoadImagesResponse.transfer:type_name -> atoll.v1.Transfer
-	58,  // 42: atoll.v1.LoadImagesResponse.loaded:type_name -> atoll.v1.LoadedImage
-	60,  // 43: atoll.v1.ImportImageRequest.start:type_name -> atoll.v1.ImportStart
-	41,  // 44: atoll.v1.ImportImageResponse.transfer:type_name -> atoll.v1.Transfer
-	36,  // 45: atoll.v1.ImportImageResponse.image:type_name -> atoll.v1.Image
-	64,  // 46: atoll.v1.ImageHistoryResponse.steps:type_name -> atoll.v1.ImageStep
-	100, // 47: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
-	96,  // 48: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
-	97,  // 49: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
-	71,  // 50: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
-	99,  // 51: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
-	99,  // 52: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
-	100, // 53: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
-	72,  // 54: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
-	41,  // 55: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
-	72,  // 56: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
-	100, // 57: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
-	77,  // 58: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	77,  // 59: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
-	77,  // 60: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	41,  // 61: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	77,  // 62: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	100, // 63: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	100, // 64: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
-	98,  // 65: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
-	92,  // 66: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
-	2,   // 67: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
-	10,  // 68: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
-	12,  // 69: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
-	14,  // 70: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
-	16,  // 71: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
-	18,  // 72: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
-	20,  // 73: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
-	22,  // 74: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
-	24,  // 75: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
-	26,  // 76: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
-	29,  // 77: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
-	33,  // 78: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
-	40,  // 79: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
-	43,  // 80: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
-	45,  // 81: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
-	47,  // 82: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
-	49,  // 83: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
-	51,  // 84: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
-	54,  // 85: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
-	56,  // 86: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
-	59,  // 87: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
-	62,  // 88: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
-	65,  // 89: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
-	67,  // 90: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
-	69,  // 91: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
-	73,  // 92: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
-	75,  // 93: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
-	80,  // 94: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
-	82,  // 95: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
-	84,  // 96: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
-	78,  // 97: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
-	86,  // 98: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
-	88,  // 99: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
-	90,  // 100: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
-	93,  // 101: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
-	11,  // 102: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
-	13,  // 103: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
-	15,  // 104: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
-	17,  // 105: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
-	19,  // 106: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
-	21,  // 107: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
-	23,  // 108: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
-	25,  // 109: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
-	27,  // 110: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
-	31,  // 111: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
-	35,  // 112: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
-	42,  // 113: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
-	44,  // 114: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
-	46,  // 115: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
-	48,  // 116: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
-	50,  // 117: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
-	52,  // 118: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
-	55,  // 119: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
-	57,  // 120: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
-	61,  // 121: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
-	63,  // 122: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
-	66,  // 123: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
-	68,  // 124: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
-	70,  // 125: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
-	74,  // 126: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
-	76,  // 127: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
-	81,  // 128: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
-	83,  // 129: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
-	85,  // 130: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
-	79,  // 131: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
-	87,  // 132: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
-	89,  // 133: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
-	91,  // 134: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
-	94,  // 135: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
-	102, // [102:136] is the sub-list for method output_type
-	68,  // [68:102] is the sub-list for method input_type
-	68,  // [68:68] is the sub-list for extension type_name
-	68,  // [68:68] is the sub-list for extension extendee
-	0,   // [0:68] is the sub-list for field type_name
+	39,  // 35: atoll.v1.Image.root_disks:type_name -> atoll.v1.RootDisk
+	42,  // 36: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
+	36,  // 37: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
+	36,  // 38: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
+	36,  // 39: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
+	42,  // 40: atoll.v1.PushImageResponse.transfer:type_name -> atoll.v1.Transfer
+	54,  // 41: atoll.v1.PushImageResponse.pushed:type_name -> atoll.v1.PushedImage
+	42,  // 42: atoll.v1.LoadImagesResponse.transfer:type_name -> atoll.v1.Transfer
+	59,  // 43: atoll.v1.LoadImagesResponse.loaded:type_name -> atoll.v1.LoadedImage
+	61,  // 44: atoll.v1.ImportImageRequest.start:type_name -> atoll.v1.ImportStart
+	42,  // 45: atoll.v1.ImportImageResponse.transfer:type_name -> atoll.v1.Transfer
+	36,  // 46: atoll.v1.ImportImageResponse.image:type_name -> atoll.v1.Image
+	65,  // 47: atoll.v1.ImageHistoryResponse.steps:type_name -> atoll.v1.ImageStep
+	107, // 48: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
+	103, // 49: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
+	104, // 50: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
+	72,  // 51: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
+	106, // 52: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
+	106, // 53: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
+	107, // 54: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
+	73,  // 55: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
+	42,  // 56: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
+	73,  // 57: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
+	107, // 58: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
+	42,  // 59: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	78,  // 60: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	78,  // 61: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	78,  // 62: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
+	78,  // 63: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	42,  // 64: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	78,  // 65: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	107, // 66: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	107, // 67: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
+	105, // 68: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
+	99,  // 69: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
+	2,   // 70: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
+	10,  // 71: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
+	12,  // 72: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
+	14,  // 73: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
+	16,  // 74: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
+	18,  // 75: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
+	20,  // 76: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
+	22,  // 77: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
+	24,  // 78: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
+	26,  // 79: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
+	29,  // 80: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
+	33,  // 81: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
+	41,  // 82: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
+	44,  // 83: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
+	46,  // 84: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
+	48,  // 85: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
+	50,  // 86: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
+	52,  // 87: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
+	55,  // 88: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
+	57,  // 89: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
+	60,  // 90: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
+	63,  // 91: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
+	66,  // 92: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
+	68,  // 93: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
+	70,  // 94: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
+	74,  // 95: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
+	76,  // 96: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
+	87,  // 97: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
+	89,  // 98: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
+	91,  // 99: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
+	85,  // 100: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
+	79,  // 101: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
+	81,  // 102: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
+	83,  // 103: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
+	93,  // 104: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
+	95,  // 105: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
+	97,  // 106: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
+	100, // 107: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
+	11,  // 108: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
+	13,  // 109: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
+	15,  // 110: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
+	17,  // 111: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
+	19,  // 112: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
+	21,  // 113: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
+	23,  // 114: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
+	25,  // 115: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
+	27,  // 116: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
+	31,  // 117: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
+	35,  // 118: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
+	43,  // 119: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
+	45,  // 120: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
+	47,  // 121: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
+	49,  // 122: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
+	51,  // 123: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
+	53,  // 124: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
+	56,  // 125: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
+	58,  // 126: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
+	62,  // 127: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
+	64,  // 128: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
+	67,  // 129: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
+	69,  // 130: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
+	71,  // 131: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
+	75,  // 132: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
+	77,  // 133: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
+	88,  // 134: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
+	90,  // 135: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
+	92,  // 136: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
+	86,  // 137: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
+	80,  // 138: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
+	82,  // 139: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
+	84,  // 140: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
+	94,  // 141: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
+	96,  // 142: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
+	98,  // 143: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
+	101, // 144: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
+	108, // [108:145] is the sub-list for method output_type
+	71,  // [71:108] is the sub-list for method input_type
+	71,  // [71:71] is the sub-list for extension type_name
+	71,  // [71:71] is the sub-list for extension extendee
+	0,   // [0:71] is the sub-list for field type_name
 }
 
 func init() { file_api_atoll_v1_atoll_proto_init() }
@@ -6957,36 +7486,41 @@ func file_api_atoll_v1_atoll_proto_init() {
 		(*AttachResponse_Stderr)(nil),
 		(*AttachResponse_Exit)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[39].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[40].OneofWrappers = []any{
 		(*PullImageResponse_Transfer)(nil),
 		(*PullImageResponse_Image)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[49].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[50].OneofWrappers = []any{
 		(*PushImageResponse_Transfer)(nil),
 		(*PushImageResponse_Pushed)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[54].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[55].OneofWrappers = []any{
 		(*LoadImagesResponse_Transfer)(nil),
 		(*LoadImagesResponse_Loaded)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[56].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[57].OneofWrappers = []any{
 		(*ImportImageRequest_Start)(nil),
 		(*ImportImageRequest_Data)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[58].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[59].OneofWrappers = []any{
 		(*ImportImageResponse_Transfer)(nil),
 		(*ImportImageResponse_Image)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[67].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[68].OneofWrappers = []any{
 		(*BuildResponse_Status)(nil),
 		(*BuildResponse_Result)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[73].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[74].OneofWrappers = []any{
 		(*BuildBaseResponse_Line)(nil),
 		(*BuildBaseResponse_Transfer)(nil),
 		(*BuildBaseResponse_Base)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[82].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[77].OneofWrappers = []any{
+		(*BuildKernelResponse_Transfer)(nil),
+		(*BuildKernelResponse_Line)(nil),
+		(*BuildKernelResponse_Kernel)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[89].OneofWrappers = []any{
 		(*PullKernelResponse_Transfer)(nil),
 		(*PullKernelResponse_Kernel)(nil),
 	}
@@ -6996,7 +7530,7 @@ func file_api_atoll_v1_atoll_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_atoll_v1_atoll_proto_rawDesc), len(file_api_atoll_v1_atoll_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   96,
+			NumMessages:   103,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

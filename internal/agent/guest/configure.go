@@ -3,7 +3,10 @@ package guest
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
+	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 	"unsafe"
@@ -34,6 +37,7 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 	}{
 		{"clock", func() error { return setClock(c.GetUnixNanos(), taken) }},
 		{"entropy", func() error { return reseed(c.GetEntropy()) }},
+		{"modules", func() error { return loadFeatures(c.GetModules()) }},
 		{"root", func() error { return a.mountRoot(c.GetRoot()) }},
 		{"file systems", mounts.System},
 		{"control groups", process.SetUpCgroups},
@@ -100,7 +104,26 @@ func reseed(entropy []byte) error {
 	return nil
 }
 
+// loadFeatures loads what the machine uses beside what every machine does. The initramfs, where the modules are, goes with the
+// switch of the root. What a kernel has built in has no directory there.
+func loadFeatures(names []string) error {
+	for _, name := range names {
+		if !filepath.IsLocal(name) {
+			return fmt.Errorf("feature %q: not a name", name)
+		}
+		if err := mounts.LoadModules(filepath.Join(moduleDir, name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (a *Agent) mountRoot(r *agentv1.Root) error {
+	if slices.ContainsFunc(r.GetDisks(), func(d *agentv1.RootDisk) bool { return d.GetVerity() != nil }) {
+		if err := mounts.WatchVerity(func(detail string) { a.goDownFor(agentv1.GoingDown_REASON_VERITY, detail) }); err != nil {
+			return err
+		}
+	}
 	root, err := mounts.Mount(r)
 	if err != nil {
 		return err

@@ -106,6 +106,13 @@ const (
 	KernelServicePullProcedure = "/atoll.v1.KernelService/Pull"
 	// KernelServiceImportProcedure is the fully-qualified name of the KernelService's Import RPC.
 	KernelServiceImportProcedure = "/atoll.v1.KernelService/Import"
+	// KernelServiceBuildProcedure is the fully-qualified name of the KernelService's Build RPC.
+	KernelServiceBuildProcedure = "/atoll.v1.KernelService/Build"
+	// KernelServiceRemoveProcedure is the fully-qualified name of the KernelService's Remove RPC.
+	KernelServiceRemoveProcedure = "/atoll.v1.KernelService/Remove"
+	// KernelServiceSetDefaultProcedure is the fully-qualified name of the KernelService's SetDefault
+	// RPC.
+	KernelServiceSetDefaultProcedure = "/atoll.v1.KernelService/SetDefault"
 	// SystemServiceVersionProcedure is the fully-qualified name of the SystemService's Version RPC.
 	SystemServiceVersionProcedure = "/atoll.v1.SystemService/Version"
 	// SystemServiceEventsProcedure is the fully-qualified name of the SystemService's Events RPC.
@@ -991,6 +998,10 @@ type KernelServiceClient interface {
 	Pull(context.Context, *connect.Request[v1.PullKernelRequest]) (*connect.ServerStreamForClient[v1.PullKernelResponse], error)
 	// Import takes a kernel from a file of the daemon's host.
 	Import(context.Context, *connect.Request[v1.ImportKernelRequest]) (*connect.Response[v1.ImportKernelResponse], error)
+	// Build builds a kernel from verified source, unless the same was built before, and makes it the default when it is for the host's architecture.
+	Build(context.Context, *connect.Request[v1.BuildKernelRequest]) (*connect.ServerStreamForClient[v1.BuildKernelResponse], error)
+	Remove(context.Context, *connect.Request[v1.RemoveKernelRequest]) (*connect.Response[v1.RemoveKernelResponse], error)
+	SetDefault(context.Context, *connect.Request[v1.SetDefaultKernelRequest]) (*connect.Response[v1.SetDefaultKernelResponse], error)
 }
 
 // NewKernelServiceClient constructs a client for the atoll.v1.KernelService service. By default, it
@@ -1028,15 +1039,36 @@ func NewKernelServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(kernelServiceMethods.ByName("Import")),
 			connect.WithClientOptions(opts...),
 		),
+		build: connect.NewClient[v1.BuildKernelRequest, v1.BuildKernelResponse](
+			httpClient,
+			baseURL+KernelServiceBuildProcedure,
+			connect.WithSchema(kernelServiceMethods.ByName("Build")),
+			connect.WithClientOptions(opts...),
+		),
+		remove: connect.NewClient[v1.RemoveKernelRequest, v1.RemoveKernelResponse](
+			httpClient,
+			baseURL+KernelServiceRemoveProcedure,
+			connect.WithSchema(kernelServiceMethods.ByName("Remove")),
+			connect.WithClientOptions(opts...),
+		),
+		setDefault: connect.NewClient[v1.SetDefaultKernelRequest, v1.SetDefaultKernelResponse](
+			httpClient,
+			baseURL+KernelServiceSetDefaultProcedure,
+			connect.WithSchema(kernelServiceMethods.ByName("SetDefault")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // kernelServiceClient implements KernelServiceClient.
 type kernelServiceClient struct {
-	list    *connect.Client[v1.ListKernelsRequest, v1.ListKernelsResponse]
-	get     *connect.Client[v1.GetKernelRequest, v1.GetKernelResponse]
-	pull    *connect.Client[v1.PullKernelRequest, v1.PullKernelResponse]
-	_import *connect.Client[v1.ImportKernelRequest, v1.ImportKernelResponse]
+	list       *connect.Client[v1.ListKernelsRequest, v1.ListKernelsResponse]
+	get        *connect.Client[v1.GetKernelRequest, v1.GetKernelResponse]
+	pull       *connect.Client[v1.PullKernelRequest, v1.PullKernelResponse]
+	_import    *connect.Client[v1.ImportKernelRequest, v1.ImportKernelResponse]
+	build      *connect.Client[v1.BuildKernelRequest, v1.BuildKernelResponse]
+	remove     *connect.Client[v1.RemoveKernelRequest, v1.RemoveKernelResponse]
+	setDefault *connect.Client[v1.SetDefaultKernelRequest, v1.SetDefaultKernelResponse]
 }
 
 // List calls atoll.v1.KernelService.List.
@@ -1059,6 +1091,21 @@ func (c *kernelServiceClient) Import(ctx context.Context, req *connect.Request[v
 	return c._import.CallUnary(ctx, req)
 }
 
+// Build calls atoll.v1.KernelService.Build.
+func (c *kernelServiceClient) Build(ctx context.Context, req *connect.Request[v1.BuildKernelRequest]) (*connect.ServerStreamForClient[v1.BuildKernelResponse], error) {
+	return c.build.CallServerStream(ctx, req)
+}
+
+// Remove calls atoll.v1.KernelService.Remove.
+func (c *kernelServiceClient) Remove(ctx context.Context, req *connect.Request[v1.RemoveKernelRequest]) (*connect.Response[v1.RemoveKernelResponse], error) {
+	return c.remove.CallUnary(ctx, req)
+}
+
+// SetDefault calls atoll.v1.KernelService.SetDefault.
+func (c *kernelServiceClient) SetDefault(ctx context.Context, req *connect.Request[v1.SetDefaultKernelRequest]) (*connect.Response[v1.SetDefaultKernelResponse], error) {
+	return c.setDefault.CallUnary(ctx, req)
+}
+
 // KernelServiceHandler is an implementation of the atoll.v1.KernelService service.
 type KernelServiceHandler interface {
 	List(context.Context, *connect.Request[v1.ListKernelsRequest]) (*connect.Response[v1.ListKernelsResponse], error)
@@ -1066,6 +1113,10 @@ type KernelServiceHandler interface {
 	Pull(context.Context, *connect.Request[v1.PullKernelRequest], *connect.ServerStream[v1.PullKernelResponse]) error
 	// Import takes a kernel from a file of the daemon's host.
 	Import(context.Context, *connect.Request[v1.ImportKernelRequest]) (*connect.Response[v1.ImportKernelResponse], error)
+	// Build builds a kernel from verified source, unless the same was built before, and makes it the default when it is for the host's architecture.
+	Build(context.Context, *connect.Request[v1.BuildKernelRequest], *connect.ServerStream[v1.BuildKernelResponse]) error
+	Remove(context.Context, *connect.Request[v1.RemoveKernelRequest]) (*connect.Response[v1.RemoveKernelResponse], error)
+	SetDefault(context.Context, *connect.Request[v1.SetDefaultKernelRequest]) (*connect.Response[v1.SetDefaultKernelResponse], error)
 }
 
 // NewKernelServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -1099,6 +1150,24 @@ func NewKernelServiceHandler(svc KernelServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(kernelServiceMethods.ByName("Import")),
 		connect.WithHandlerOptions(opts...),
 	)
+	kernelServiceBuildHandler := connect.NewServerStreamHandler(
+		KernelServiceBuildProcedure,
+		svc.Build,
+		connect.WithSchema(kernelServiceMethods.ByName("Build")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kernelServiceRemoveHandler := connect.NewUnaryHandler(
+		KernelServiceRemoveProcedure,
+		svc.Remove,
+		connect.WithSchema(kernelServiceMethods.ByName("Remove")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kernelServiceSetDefaultHandler := connect.NewUnaryHandler(
+		KernelServiceSetDefaultProcedure,
+		svc.SetDefault,
+		connect.WithSchema(kernelServiceMethods.ByName("SetDefault")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/atoll.v1.KernelService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case KernelServiceListProcedure:
@@ -1109,6 +1178,12 @@ func NewKernelServiceHandler(svc KernelServiceHandler, opts ...connect.HandlerOp
 			kernelServicePullHandler.ServeHTTP(w, r)
 		case KernelServiceImportProcedure:
 			kernelServiceImportHandler.ServeHTTP(w, r)
+		case KernelServiceBuildProcedure:
+			kernelServiceBuildHandler.ServeHTTP(w, r)
+		case KernelServiceRemoveProcedure:
+			kernelServiceRemoveHandler.ServeHTTP(w, r)
+		case KernelServiceSetDefaultProcedure:
+			kernelServiceSetDefaultHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1132,6 +1207,18 @@ func (UnimplementedKernelServiceHandler) Pull(context.Context, *connect.Request[
 
 func (UnimplementedKernelServiceHandler) Import(context.Context, *connect.Request[v1.ImportKernelRequest]) (*connect.Response[v1.ImportKernelResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.KernelService.Import is not implemented"))
+}
+
+func (UnimplementedKernelServiceHandler) Build(context.Context, *connect.Request[v1.BuildKernelRequest], *connect.ServerStream[v1.BuildKernelResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.KernelService.Build is not implemented"))
+}
+
+func (UnimplementedKernelServiceHandler) Remove(context.Context, *connect.Request[v1.RemoveKernelRequest]) (*connect.Response[v1.RemoveKernelResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.KernelService.Remove is not implemented"))
+}
+
+func (UnimplementedKernelServiceHandler) SetDefault(context.Context, *connect.Request[v1.SetDefaultKernelRequest]) (*connect.Response[v1.SetDefaultKernelResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.KernelService.SetDefault is not implemented"))
 }
 
 // SystemServiceClient is a client for the atoll.v1.SystemService service.
