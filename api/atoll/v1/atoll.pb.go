@@ -188,7 +188,7 @@ func (x Check_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Check_Level.Descriptor instead.
 func (Check_Level) EnumDescriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96, 0}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{99, 0}
 }
 
 // Hint is an error detail: the next step for a person.
@@ -6021,9 +6021,10 @@ func (x *GetKernelResponse) GetKernel() *Kernel {
 
 type PullKernelRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // default: debian
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // default: debian; with a slash: the reference of a kernel in a registry
 	Mirror        string                 `protobuf:"bytes,2,opt,name=mirror,proto3" json:"mirror,omitempty"`
 	Architecture  string                 `protobuf:"bytes,3,opt,name=architecture,proto3" json:"architecture,omitempty"`
+	As            string                 `protobuf:"bytes,4,opt,name=as,proto3" json:"as,omitempty"` // the name here of a kernel from a registry; default: the one it had where it was pushed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -6079,6 +6080,191 @@ func (x *PullKernelRequest) GetArchitecture() string {
 	return ""
 }
 
+func (x *PullKernelRequest) GetAs() string {
+	if x != nil {
+		return x.As
+	}
+	return ""
+}
+
+type PushKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // default: the default kernel
+	Reference     string                 `protobuf:"bytes,2,opt,name=reference,proto3" json:"reference,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushKernelRequest) Reset() {
+	*x = PushKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushKernelRequest) ProtoMessage() {}
+
+func (x *PushKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushKernelRequest.ProtoReflect.Descriptor instead.
+func (*PushKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{89}
+}
+
+func (x *PushKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PushKernelRequest) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+type PushKernelResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*PushKernelResponse_Transfer
+	//	*PushKernelResponse_Pushed
+	Kind          isPushKernelResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushKernelResponse) Reset() {
+	*x = PushKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushKernelResponse) ProtoMessage() {}
+
+func (x *PushKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushKernelResponse.ProtoReflect.Descriptor instead.
+func (*PushKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{90}
+}
+
+func (x *PushKernelResponse) GetKind() isPushKernelResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *PushKernelResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*PushKernelResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *PushKernelResponse) GetPushed() *PushedKernel {
+	if x != nil {
+		if x, ok := x.Kind.(*PushKernelResponse_Pushed); ok {
+			return x.Pushed
+		}
+	}
+	return nil
+}
+
+type isPushKernelResponse_Kind interface {
+	isPushKernelResponse_Kind()
+}
+
+type PushKernelResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"`
+}
+
+type PushKernelResponse_Pushed struct {
+	Pushed *PushedKernel `protobuf:"bytes,2,opt,name=pushed,proto3,oneof"` // the last message
+}
+
+func (*PushKernelResponse_Transfer) isPushKernelResponse_Kind() {}
+
+func (*PushKernelResponse_Pushed) isPushKernelResponse_Kind() {}
+
+type PushedKernel struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushedKernel) Reset() {
+	*x = PushedKernel{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushedKernel) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushedKernel) ProtoMessage() {}
+
+func (x *PushedKernel) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushedKernel.ProtoReflect.Descriptor instead.
+func (*PushedKernel) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{91}
+}
+
+func (x *PushedKernel) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
 type PullKernelResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Kind:
@@ -6092,7 +6278,7 @@ type PullKernelResponse struct {
 
 func (x *PullKernelResponse) Reset() {
 	*x = PullKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6104,7 +6290,7 @@ func (x *PullKernelResponse) String() string {
 func (*PullKernelResponse) ProtoMessage() {}
 
 func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6117,7 +6303,7 @@ func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelResponse.ProtoReflect.Descriptor instead.
 func (*PullKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{89}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *PullKernelResponse) GetKind() isPullKernelResponse_Kind {
@@ -6169,7 +6355,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6181,7 +6367,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6194,7 +6380,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{90}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{93}
 }
 
 type VersionResponse struct {
@@ -6211,7 +6397,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6223,7 +6409,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6236,7 +6422,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{91}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -6291,7 +6477,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6303,7 +6489,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6316,7 +6502,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{92}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *EventsRequest) GetSince() *timestamppb.Timestamp {
@@ -6348,7 +6534,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6360,7 +6546,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6373,7 +6559,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{93}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -6426,7 +6612,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6438,7 +6624,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6451,7 +6637,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{94}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{97}
 }
 
 type DoctorResponse struct {
@@ -6463,7 +6649,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6475,7 +6661,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6488,7 +6674,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{95}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *DoctorResponse) GetChecks() []*Check {
@@ -6510,7 +6696,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6522,7 +6708,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6535,7 +6721,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *Check) GetName() string {
@@ -6574,7 +6760,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6586,7 +6772,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6599,7 +6785,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{97}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{100}
 }
 
 type ShutdownResponse struct {
@@ -6610,7 +6796,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6622,7 +6808,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6635,7 +6821,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{98}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{101}
 }
 
 var File_api_atoll_v1_atoll_proto protoreflect.FileDescriptor
@@ -7069,11 +7255,21 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x10GetKernelRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"=\n" +
 	"\x11GetKernelResponse\x12(\n" +
-	"\x06kernel\x18\x01 \x01(\v2\x10.atoll.v1.KernelR\x06kernel\"c\n" +
+	"\x06kernel\x18\x01 \x01(\v2\x10.atoll.v1.KernelR\x06kernel\"s\n" +
 	"\x11PullKernelRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06mirror\x18\x02 \x01(\tR\x06mirror\x12\"\n" +
-	"\farchitecture\x18\x03 \x01(\tR\farchitecture\"z\n" +
+	"\farchitecture\x18\x03 \x01(\tR\farchitecture\x12\x0e\n" +
+	"\x02as\x18\x04 \x01(\tR\x02as\"E\n" +
+	"\x11PushKernelRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
+	"\treference\x18\x02 \x01(\tR\treference\"\x80\x01\n" +
+	"\x12PushKernelResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x120\n" +
+	"\x06pushed\x18\x02 \x01(\v2\x16.atoll.v1.PushedKernelH\x00R\x06pushedB\x06\n" +
+	"\x04kind\"&\n" +
+	"\fPushedKernel\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\"z\n" +
 	"\x12PullKernelResponse\x120\n" +
 	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12*\n" +
 	"\x06kernel\x18\x02 \x01(\v2\x10.atoll.v1.KernelH\x00R\x06kernelB\x06\n" +
@@ -7161,7 +7357,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05Build\x12\x16.atoll.v1.BuildRequest\x1a\x17.atoll.v1.BuildResponse0\x012\x92\x01\n" +
 	"\vBaseService\x12?\n" +
 	"\x04List\x12\x1a.atoll.v1.ListBasesRequest\x1a\x1b.atoll.v1.ListBasesResponse\x12B\n" +
-	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\x88\x04\n" +
+	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\xcd\x04\n" +
 	"\rKernelService\x12C\n" +
 	"\x04List\x12\x1c.atoll.v1.ListKernelsRequest\x1a\x1d.atoll.v1.ListKernelsResponse\x12>\n" +
 	"\x03Get\x12\x1a.atoll.v1.GetKernelRequest\x1a\x1b.atoll.v1.GetKernelResponse\x12C\n" +
@@ -7170,7 +7366,8 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05Build\x12\x1c.atoll.v1.BuildKernelRequest\x1a\x1d.atoll.v1.BuildKernelResponse0\x01\x12G\n" +
 	"\x06Remove\x12\x1d.atoll.v1.RemoveKernelRequest\x1a\x1e.atoll.v1.RemoveKernelResponse\x12S\n" +
 	"\n" +
-	"SetDefault\x12!.atoll.v1.SetDefaultKernelRequest\x1a\".atoll.v1.SetDefaultKernelResponse2\x85\x02\n" +
+	"SetDefault\x12!.atoll.v1.SetDefaultKernelRequest\x1a\".atoll.v1.SetDefaultKernelResponse\x12C\n" +
+	"\x04Push\x12\x1b.atoll.v1.PushKernelRequest\x1a\x1c.atoll.v1.PushKernelResponse0\x012\x85\x02\n" +
 	"\rSystemService\x12>\n" +
 	"\aVersion\x12\x18.atoll.v1.VersionRequest\x1a\x19.atoll.v1.VersionResponse\x124\n" +
 	"\x06Events\x12\x17.atoll.v1.EventsRequest\x1a\x0f.atoll.v1.Event0\x01\x12;\n" +
@@ -7190,7 +7387,7 @@ func file_api_atoll_v1_atoll_proto_rawDescGZIP() []byte {
 }
 
 var file_api_atoll_v1_atoll_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 103)
+var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 106)
 var file_api_atoll_v1_atoll_proto_goTypes = []any{
 	(MachineState)(0),                // 0: atoll.v1.MachineState
 	(Stream)(0),                      // 1: atoll.v1.Stream
@@ -7284,47 +7481,50 @@ var file_api_atoll_v1_atoll_proto_goTypes = []any{
 	(*GetKernelRequest)(nil),         // 89: atoll.v1.GetKernelRequest
 	(*GetKernelResponse)(nil),        // 90: atoll.v1.GetKernelResponse
 	(*PullKernelRequest)(nil),        // 91: atoll.v1.PullKernelRequest
-	(*PullKernelResponse)(nil),       // 92: atoll.v1.PullKernelResponse
-	(*VersionRequest)(nil),           // 93: atoll.v1.VersionRequest
-	(*VersionResponse)(nil),          // 94: atoll.v1.VersionResponse
-	(*EventsRequest)(nil),            // 95: atoll.v1.EventsRequest
-	(*Event)(nil),                    // 96: atoll.v1.Event
-	(*DoctorRequest)(nil),            // 97: atoll.v1.DoctorRequest
-	(*DoctorResponse)(nil),           // 98: atoll.v1.DoctorResponse
-	(*Check)(nil),                    // 99: atoll.v1.Check
-	(*ShutdownRequest)(nil),          // 100: atoll.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),         // 101: atoll.v1.ShutdownResponse
-	nil,                              // 102: atoll.v1.MachineSpec.LabelsEntry
-	nil,                              // 103: atoll.v1.BuildRequest.BuildArgsEntry
-	nil,                              // 104: atoll.v1.BuildRequest.LabelsEntry
-	nil,                              // 105: atoll.v1.Event.AttributesEntry
-	(*durationpb.Duration)(nil),      // 106: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 107: google.protobuf.Timestamp
+	(*PushKernelRequest)(nil),        // 92: atoll.v1.PushKernelRequest
+	(*PushKernelResponse)(nil),       // 93: atoll.v1.PushKernelResponse
+	(*PushedKernel)(nil),             // 94: atoll.v1.PushedKernel
+	(*PullKernelResponse)(nil),       // 95: atoll.v1.PullKernelResponse
+	(*VersionRequest)(nil),           // 96: atoll.v1.VersionRequest
+	(*VersionResponse)(nil),          // 97: atoll.v1.VersionResponse
+	(*EventsRequest)(nil),            // 98: atoll.v1.EventsRequest
+	(*Event)(nil),                    // 99: atoll.v1.Event
+	(*DoctorRequest)(nil),            // 100: atoll.v1.DoctorRequest
+	(*DoctorResponse)(nil),           // 101: atoll.v1.DoctorResponse
+	(*Check)(nil),                    // 102: atoll.v1.Check
+	(*ShutdownRequest)(nil),          // 103: atoll.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 104: atoll.v1.ShutdownResponse
+	nil,                              // 105: atoll.v1.MachineSpec.LabelsEntry
+	nil,                              // 106: atoll.v1.BuildRequest.BuildArgsEntry
+	nil,                              // 107: atoll.v1.BuildRequest.LabelsEntry
+	nil,                              // 108: atoll.v1.Event.AttributesEntry
+	(*durationpb.Duration)(nil),      // 109: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 110: google.protobuf.Timestamp
 }
 var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	5,   // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
-	102, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
-	106, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
+	105, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
+	109, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
 	4,   // 3: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
 	0,   // 4: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
-	107, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
-	107, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
-	107, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
+	110, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
+	110, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
+	110, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
 	7,   // 8: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
 	8,   // 9: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
 	9,   // 10: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
 	5,   // 11: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
-	106, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
+	109, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
 	4,   // 13: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
 	6,   // 14: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,   // 15: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
-	106, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
+	109, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
 	6,   // 17: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,   // 18: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
 	6,   // 19: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
-	107, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	110, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
 	1,   // 21: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
-	107, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	110, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
 	30,  // 23: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
 	28,  // 24: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
 	28,  // 25: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
@@ -7333,7 +7533,7 @@ var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	28,  // 28: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
 	28,  // 29: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
 	21,  // 30: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
-	107, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	110, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	40,  // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
 	37,  // 33: atoll.v1.Image.variants:type_name -> atoll.v1.ImageVariant
 	38,  // 34: atoll.v1.Image.referrers:type_name -> atoll.v1.ImageReferrer
@@ -7350,108 +7550,112 @@ var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	42,  // 45: atoll.v1.ImportImageResponse.transfer:type_name -> atoll.v1.Transfer
 	36,  // 46: atoll.v1.ImportImageResponse.image:type_name -> atoll.v1.Image
 	65,  // 47: atoll.v1.ImageHistoryResponse.steps:type_name -> atoll.v1.ImageStep
-	107, // 48: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
-	103, // 49: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
-	104, // 50: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
+	110, // 48: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
+	106, // 49: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
+	107, // 50: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
 	72,  // 51: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
-	106, // 52: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
-	106, // 53: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
-	107, // 54: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
+	109, // 52: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
+	109, // 53: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
+	110, // 54: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
 	73,  // 55: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
 	42,  // 56: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
 	73,  // 57: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
-	107, // 58: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
+	110, // 58: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
 	42,  // 59: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
 	78,  // 60: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
 	78,  // 61: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
 	78,  // 62: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
 	78,  // 63: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	42,  // 64: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	78,  // 65: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	107, // 66: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	107, // 67: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
-	105, // 68: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
-	99,  // 69: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
-	2,   // 70: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
-	10,  // 71: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
-	12,  // 72: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
-	14,  // 73: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
-	16,  // 74: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
-	18,  // 75: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
-	20,  // 76: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
-	22,  // 77: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
-	24,  // 78: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
-	26,  // 79: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
-	29,  // 80: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
-	33,  // 81: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
-	41,  // 82: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
-	44,  // 83: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
-	46,  // 84: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
-	48,  // 85: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
-	50,  // 86: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
-	52,  // 87: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
-	55,  // 88: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
-	57,  // 89: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
-	60,  // 90: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
-	63,  // 91: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
-	66,  // 92: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
-	68,  // 93: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
-	70,  // 94: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
-	74,  // 95: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
-	76,  // 96: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
-	87,  // 97: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
-	89,  // 98: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
-	91,  // 99: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
-	85,  // 100: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
-	79,  // 101: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
-	81,  // 102: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
-	83,  // 103: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
-	93,  // 104: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
-	95,  // 105: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
-	97,  // 106: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
-	100, // 107: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
-	11,  // 108: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
-	13,  // 109: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
-	15,  // 110: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
-	17,  // 111: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
-	19,  // 112: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
-	21,  // 113: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
-	23,  // 114: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
-	25,  // 115: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
-	27,  // 116: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
-	31,  // 117: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
-	35,  // 118: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
-	43,  // 119: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
-	45,  // 120: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
-	47,  // 121: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
-	49,  // 122: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
-	51,  // 123: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
-	53,  // 124: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
-	56,  // 125: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
-	58,  // 126: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
-	62,  // 127: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
-	64,  // 128: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
-	67,  // 129: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
-	69,  // 130: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
-	71,  // 131: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
-	75,  // 132: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
-	77,  // 133: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
-	88,  // 134: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
-	90,  // 135: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
-	92,  // 136: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
-	86,  // 137: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
-	80,  // 138: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
-	82,  // 139: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
-	84,  // 140: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
-	94,  // 141: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
-	96,  // 142: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
-	98,  // 143: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
-	101, // 144: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
-	108, // [108:145] is the sub-list for method output_type
-	71,  // [71:108] is the sub-list for method input_type
-	71,  // [71:71] is the sub-list for extension type_name
-	71,  // [71:71] is the sub-list for extension extendee
-	0,   // [0:71] is the sub-list for field type_name
+	42,  // 64: atoll.v1.PushKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	94,  // 65: atoll.v1.PushKernelResponse.pushed:type_name -> atoll.v1.PushedKernel
+	42,  // 66: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	78,  // 67: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	110, // 68: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	110, // 69: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
+	108, // 70: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
+	102, // 71: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
+	2,   // 72: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
+	10,  // 73: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
+	12,  // 74: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
+	14,  // 75: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
+	16,  // 76: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
+	18,  // 77: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
+	20,  // 78: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
+	22,  // 79: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
+	24,  // 80: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
+	26,  // 81: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
+	29,  // 82: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
+	33,  // 83: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
+	41,  // 84: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
+	44,  // 85: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
+	46,  // 86: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
+	48,  // 87: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
+	50,  // 88: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
+	52,  // 89: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
+	55,  // 90: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
+	57,  // 91: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
+	60,  // 92: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
+	63,  // 93: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
+	66,  // 94: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
+	68,  // 95: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
+	70,  // 96: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
+	74,  // 97: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
+	76,  // 98: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
+	87,  // 99: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
+	89,  // 100: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
+	91,  // 101: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
+	85,  // 102: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
+	79,  // 103: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
+	81,  // 104: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
+	83,  // 105: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
+	92,  // 106: atoll.v1.KernelService.Push:input_type -> atoll.v1.PushKernelRequest
+	96,  // 107: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
+	98,  // 108: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
+	100, // 109: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
+	103, // 110: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
+	11,  // 111: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
+	13,  // 112: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
+	15,  // 113: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
+	17,  // 114: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
+	19,  // 115: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
+	21,  // 116: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
+	23,  // 117: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
+	25,  // 118: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
+	27,  // 119: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
+	31,  // 120: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
+	35,  // 121: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
+	43,  // 122: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
+	45,  // 123: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
+	47,  // 124: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
+	49,  // 125: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
+	51,  // 126: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
+	53,  // 127: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
+	56,  // 128: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
+	58,  // 129: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
+	62,  // 130: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
+	64,  // 131: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
+	67,  // 132: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
+	69,  // 133: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
+	71,  // 134: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
+	75,  // 135: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
+	77,  // 136: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
+	88,  // 137: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
+	90,  // 138: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
+	95,  // 139: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
+	86,  // 140: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
+	80,  // 141: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
+	82,  // 142: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
+	84,  // 143: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
+	93,  // 144: atoll.v1.KernelService.Push:output_type -> atoll.v1.PushKernelResponse
+	97,  // 145: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
+	99,  // 146: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
+	101, // 147: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
+	104, // 148: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
+	111, // [111:149] is the sub-list for method output_type
+	73,  // [73:111] is the sub-list for method input_type
+	73,  // [73:73] is the sub-list for extension type_name
+	73,  // [73:73] is the sub-list for extension extendee
+	0,   // [0:73] is the sub-list for field type_name
 }
 
 func init() { file_api_atoll_v1_atoll_proto_init() }
@@ -7520,7 +7724,11 @@ func file_api_atoll_v1_atoll_proto_init() {
 		(*BuildKernelResponse_Line)(nil),
 		(*BuildKernelResponse_Kernel)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[89].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[90].OneofWrappers = []any{
+		(*PushKernelResponse_Transfer)(nil),
+		(*PushKernelResponse_Pushed)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[92].OneofWrappers = []any{
 		(*PullKernelResponse_Transfer)(nil),
 		(*PullKernelResponse_Kernel)(nil),
 	}
@@ -7530,7 +7738,7 @@ func file_api_atoll_v1_atoll_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_atoll_v1_atoll_proto_rawDesc), len(file_api_atoll_v1_atoll_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   103,
+			NumMessages:   106,
 			NumExtensions: 0,
 			NumServices:   6,
 		},
