@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"encoding/json"
 	"io"
 	"log"
 	"log/slog"
@@ -128,6 +129,49 @@ func TestArtifact(t *testing.T) {
 	}
 	if _, err := here.Push(t.Context(), hereImages, "nosuch", reference, quiet); !errdefs.IsNotFound(err) {
 		t.Errorf("a kernel that is not there: %v", err)
+	}
+}
+
+// TestArtifactLies takes no kernel that is not the one its description names.
+func TestArtifactLies(t *testing.T) {
+	srv := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	defer srv.Close()
+	host := strings.TrimPrefix(srv.URL, "http://")
+	here, far, store := open(t), open(t), openImages(t)
+	k := withModules(t, here)
+	for name, change := range map[string]func(*Kernel){
+		"digest": func(k *Kernel) { k.Digest = digest.FromString("another") },
+		"arch":   func(k *Kernel) { k.Arch = "arm64" },
+		"config": func(k *Kernel) { k.ConfigDigest = digest.FromString("another") },
+		"module": func(k *Kernel) { k.Modules = append(k.Modules, "more") },
+	} {
+		release := store.Hold()
+		a := images.Artifact{Type: ArtifactType, ConfigType: artifactMeta}
+		for _, file := range k.files() {
+			blob, err := addFile(t.Context(), store, filepath.Join(here.opts.Dir, k.Name), file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			a.Blobs = append(a.Blobs, blob)
+		}
+		lie := k
+		change(&lie)
+		a.Config, _ = json.Marshal(lie)
+		desc, err := store.PutArtifact(t.Context(), a)
+		if err == nil {
+			err = store.PushArtifact(t.Context(), host+"/lies/"+name+":1", desc, nil)
+		}
+		release()
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = far.PullFrom(t.Context(), store, host+"/lies/"+name+":1", "", func(Transfer) {})
+		if !errdefs.IsDataLoss(err) && !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if left, _ := os.ReadDir(far.opts.Dir); len(left) != 0 {
+			t.Errorf("%s: %v is left", name, left)
+		}
 	}
 }
 
