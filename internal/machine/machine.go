@@ -79,6 +79,7 @@ type Spec struct {
 	Platform      string
 	StopSignal    string
 	StopTimeout   time.Duration
+	Init          string // InitAuto, InitAgent or InitImage
 }
 
 // Machine is the record of one machine: spec and status, as stored.

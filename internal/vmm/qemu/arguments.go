@@ -74,7 +74,7 @@ func check(spec vmm.Spec, h host) error {
 }
 
 func slots(spec vmm.Spec, h host) int {
-	if h.arch == "amd64" && !spec.Kernel.NeedsACPI {
+	if h.arch == "amd64" && !acpi(spec) {
 		return mmioDevices
 	}
 	return acpiDevices
@@ -163,11 +163,14 @@ func arguments(spec vmm.Spec, h host) []string {
 // escape keeps a comma in a value from ending it.
 func escape(value string) string { return strings.ReplaceAll(value, ",", ",,") }
 
+// acpi says whether the guest gets ACPI, by which it also switches itself off: without it a microvm stays on, halted.
+func acpi(spec vmm.Spec) bool { return spec.Kernel.NeedsACPI || spec.PowersOff }
+
 func machine(spec vmm.Spec, h host) string {
 	switch {
 	case h.arch == "arm64":
 		return "virt,gic-version=max"
-	case spec.Kernel.NeedsACPI:
+	case acpi(spec):
 		return "microvm,acpi=on"
 	}
 	return "microvm,acpi=off"
