@@ -73,7 +73,7 @@ func checkInit(s Spec, img Image) error {
 func initEnvironment(env []string, tty bool) []string {
 	env = slices.DeleteFunc(env, func(e string) bool { return strings.HasPrefix(e, "container=") })
 	if !tty && !slices.ContainsFunc(env, func(e string) bool { return strings.HasPrefix(e, "TERM=") }) {
-		env = append(env, "TERM=dumb")
+		env = append(env, "TERM=dumb", "SYSTEMD_COLORS=0")
 	}
 	return env
 }

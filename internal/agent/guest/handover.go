@@ -133,7 +133,7 @@ func Beside(version string) error {
 	a.init = &imageInit{stopSignal: c.GetProcess().GetStopSignal()}
 	a.configured = true
 	a.events.add(&agentv1.Event{Kind: &agentv1.Event_Started{Started: &agentv1.EntrypointStarted{Pid: 1}}})
-	go init.Copy(init.Stdout, func(b []byte) { a.output.add(agentv1.Stream_STREAM_STDOUT, b) })
+	go a.copyConsole(init.Stdout)
 
 	vsock := make(chan error, 1)
 	go func() { vsock <- transport.ServeVsock(a.accept) }()
@@ -142,6 +142,28 @@ func Beside(version string) error {
 		return errors.Join(err, <-vsock)
 	}
 	return transport.Serve(&port{File: os.NewFile(fdPort, portName)}, a.accept)
+}
+
+// copyConsole takes what is written to the console, for ever. A getty hangs the terminal up, with everybody who has it open: then the
+// master says EIO until it is opened again.
+func (a *Agent) copyConsole(master *os.File) {
+	slave := fdSlave
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := master.Read(buf)
+		if n > 0 {
+			a.output.add(agentv1.Stream_STREAM_STDOUT, buf[:n])
+		}
+		if err == nil {
+			continue
+		}
+		unix.Close(slave)
+		slave, err = process.OpenSlave(master)
+		if err != nil {
+			a.log("reading the console: " + err.Error())
+			return
+		}
+	}
 }
 
 // imageInit is the image's init as PID 1, seen from the agent beside it.

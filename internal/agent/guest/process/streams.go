@@ -1,6 +1,7 @@
 package process
 
 import (
+	"errors"
 	"os"
 	"time"
 
@@ -67,16 +68,33 @@ func OpenTerminal(rows, cols uint16) (master, slave int, err error) {
 		unix.Close(master)
 		return -1, -1, err
 	}
-	// By the ioctl, not the path: the image may have mounted what it likes on /dev/pts.
-	fd, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(master), unix.TIOCGPTPEER, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC)
-	if errno != 0 {
+	if slave, err = openSlave(uintptr(master)); err != nil {
 		unix.Close(master)
-		return -1, -1, errno
+		return -1, -1, err
 	}
 	if rows > 0 && cols > 0 {
 		unix.IoctlSetWinsize(master, unix.TIOCSWINSZ, &unix.Winsize{Row: rows, Col: cols})
 	}
-	return master, int(fd), nil
+	return master, slave, nil
+}
+
+// OpenSlave opens the other end of a terminal once more.
+func OpenSlave(master *os.File) (slave int, err error) {
+	conn, err := master.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	cerr := conn.Control(func(fd uintptr) { slave, err = openSlave(fd) })
+	return slave, errors.Join(cerr, err)
+}
+
+// openSlave goes by the ioctl, not the path: the image may have mounted what it likes on /dev/pts.
+func openSlave(master uintptr) (int, error) {
+	fd, _, errno := unix.Syscall(unix.SYS_IOCTL, master, unix.TIOCGPTPEER, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC)
+	if errno != 0 {
+		return -1, errno
+	}
+	return int(fd), nil
 }
 
 // Resize sets the size of the terminal.
