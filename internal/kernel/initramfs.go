@@ -21,14 +21,11 @@ type Agent struct {
 // GuestModuleDir is where the initramfs has the modules, as NN-name.ko: the order of the names is the order to load them in.
 const GuestModuleDir = "/lib/modules/atoll"
 
-// GuestInitModuleDir has, in the same way, those that are only for an image's own init.
-const GuestInitModuleDir = "/lib/modules/atoll-init"
-
 // Initramfs returns the path of the initramfs for a kernel of this store: the agent as /init and the kernel's modules.
 // It is made at the first call and found from then on without reading either. It goes with its kernel.
 func (s *Store) Initramfs(ctx context.Context, k Kernel, agent Agent) (string, error) {
 	dir := filepath.Join(s.opts.Dir, k.Name)
-	key := sha256.Sum256([]byte(strings.Join(append([]string{agent.ID, k.Digest.String(), fmt.Sprint(k.LateModules)}, k.Modules...), "\x00")))
+	key := sha256.Sum256([]byte(strings.Join(append([]string{agent.ID, k.Digest.String()}, k.Modules...), "\x00")))
 	path := filepath.Join(dir, "initramfs-"+hex.EncodeToString(key[:16])+".cpio")
 	if _, err := os.Stat(path); err == nil {
 		return path, nil
@@ -48,7 +45,7 @@ func (s *Store) makeInitramfs(ctx context.Context, path, dir string, k Kernel, a
 	defer f.Close()
 	buf := bufio.NewWriterSize(f, 1<<20)
 	w := &cpioWriter{w: buf}
-	for _, d := range []string{"dev", "proc", "sys", "lib", "lib/modules", strings.TrimPrefix(GuestModuleDir, "/"), strings.TrimPrefix(GuestInitModuleDir, "/")} {
+	for _, d := range []string{"dev", "proc", "sys", "lib", "lib/modules", strings.TrimPrefix(GuestModuleDir, "/")} {
 		w.entry(d, modeDir|0o755, 0, nil)
 	}
 	w.entry("dev/console", modeChar|0o600, 5<<8|1, nil) // the kernel opens it for init before anything is mounted
@@ -62,11 +59,7 @@ func (s *Store) makeInitramfs(ctx context.Context, path, dir string, k Kernel, a
 		if err != nil {
 			return err
 		}
-		dir := GuestModuleDir
-		if i >= len(k.Modules)-k.LateModules {
-			dir = GuestInitModuleDir
-		}
-		w.entry(strings.TrimPrefix(dir, "/")+"/"+filepath.Base(from), modeFile|0o644, 0, data)
+		w.entry(strings.TrimPrefix(GuestModuleDir, "/")+"/"+filepath.Base(from), modeFile|0o644, 0, data)
 	}
 	w.entry("TRAILER!!!", 0, 0, nil)
 	if w.err == nil {

@@ -35,7 +35,6 @@ type Kernel struct {
 	NeedsACPI    bool          // it cannot find virtio-mmio devices from its command line
 	ConfigDigest digest.Digest // of its .config; empty: unknown
 	Modules      []string      // what the agent has to load, in this order
-	LateModules  int           // how many of them, the last ones, it loads only for an image's own init
 	Created      time.Time
 	Size         int64
 	Default      bool `json:"-"`

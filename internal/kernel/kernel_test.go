@@ -337,15 +337,15 @@ func TestConfigDecides(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if order, _, err := loadOrder(built, nil); err != nil || len(order) > 0 {
+	if order, err := loadOrder(built, nil); err != nil || len(order) > 0 {
 		t.Errorf("everything built in: %v %v", order, err)
 	}
 	delete(built, "EROFS_FS")
-	if _, _, err := loadOrder(built, nil); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "CONFIG_EROFS_FS") {
+	if _, err := loadOrder(built, nil); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "CONFIG_EROFS_FS") {
 		t.Errorf("without erofs: %v", err)
 	}
 	built["EROFS_FS"] = "m"
-	if _, _, err := loadOrder(built, map[string]string{}); !errdefs.IsNotFound(err) {
+	if _, err := loadOrder(built, map[string]string{}); !errdefs.IsNotFound(err) {
 		t.Errorf("with a module that is not there: %v", err)
 	}
 }

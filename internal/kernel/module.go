@@ -17,19 +17,16 @@ import (
 var wanted = []struct {
 	module, symbol string
 	optional       bool
-	late           bool // only for an image's own init, after all others
 }{
-	{"virtio_mmio", "VIRTIO_MMIO", false, false},
-	{"virtio_console", "VIRTIO_CONSOLE", false, false}, // the channel to the host first
-	{"virtio_blk", "VIRTIO_BLK", false, false},
-	{"virtio_net", "VIRTIO_NET", false, false},
-	{"erofs", "EROFS_FS", false, false},
-	{"overlay", "OVERLAY_FS", false, false},
-	{"ext4", "EXT4_FS", false, false},
-	{"virtio_rng", "HW_RANDOM_VIRTIO", true, false},
-	{"vmw_vsock_virtio_transport", "VIRTIO_VSOCKETS", true, false},
-	{"autofs4", "AUTOFS_FS", true, true},       // systemd's automount units
-	{"binfmt_misc", "BINFMT_MISC", true, true}, // the one that systemd itself has, which exists since there is autofs
+	{"virtio_mmio", "VIRTIO_MMIO", false},
+	{"virtio_console", "VIRTIO_CONSOLE", false}, // the channel to the host first
+	{"virtio_blk", "VIRTIO_BLK", false},
+	{"virtio_net", "VIRTIO_NET", false},
+	{"erofs", "EROFS_FS", false},
+	{"overlay", "OVERLAY_FS", false},
+	{"ext4", "EXT4_FS", false},
+	{"virtio_rng", "HW_RANDOM_VIRTIO", true},
+	{"vmw_vsock_virtio_transport", "VIRTIO_VSOCKETS", true},
 }
 
 // config is a kernel's .config: y, m or another value by symbol without CONFIG_.
@@ -48,10 +45,10 @@ func parseConfig(r io.Reader) (config, error) {
 	return c, s.Err()
 }
 
-// loadOrder returns the modules a guest needs of a kernel, each after those it depends on, and how many of them, the last ones, are late.
-// files are the paths of all its modules by name.
-func loadOrder(c config, files map[string]string) (order []string, late int, err error) {
-	early := 0
+// loadOrder returns the modules a guest needs of a kernel, each after those it depends on. files are the paths of all its
+// modules by name.
+func loadOrder(c config, files map[string]string) ([]string, error) {
+	var order []string
 	state := map[string]bool{} // false: being added, true: added
 	var add func(name string) error
 	add = func(name string) error {
@@ -89,16 +86,13 @@ func loadOrder(c config, files map[string]string) (order []string, late int, err
 		case c[w.symbol] == "y" || c[w.symbol] == "" && w.optional:
 		case c[w.symbol] == "m":
 			if err := add(w.module); err != nil {
-				return nil, 0, err
+				return nil, err
 			}
 		default:
-			return nil, 0, fmt.Errorf("the kernel has no CONFIG_%s, which guests need: %w", w.symbol, errdefs.ErrFailedPrecondition)
-		}
-		if !w.late {
-			early = len(order)
+			return nil, fmt.Errorf("the kernel has no CONFIG_%s, which guests need: %w", w.symbol, errdefs.ErrFailedPrecondition)
 		}
 	}
-	return order, len(order) - early, nil
+	return order, nil
 }
 
 // unsigned cuts the signature that a module may have at its end (scripts/sign-file.c: the signature, 12 bytes whose last four are

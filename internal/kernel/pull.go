@@ -168,7 +168,7 @@ func (s *Store) addDeb(ctx context.Context, deb string, k Kernel) (Kernel, error
 		return Kernel{}, err
 	}
 	k.NeedsACPI = c["VIRTIO_MMIO_CMDLINE_DEVICES"] != "y"
-	if k.Modules, k.LateModules, err = loadOrder(c, modules); err != nil {
+	if k.Modules, err = loadOrder(c, modules); err != nil {
 		return Kernel{}, err
 	}
 	if err := os.Mkdir(filepath.Join(dir, moduleDir), 0o755); err != nil {
