@@ -28,8 +28,6 @@ import (
 const (
 	protocol  = 1
 	moduleDir = "/lib/modules/atoll"
-	// initModuleDir has those that only an image's own init has use for.
-	initModuleDir = "/lib/modules/atoll-init"
 )
 
 // Agent is the state of the guest.

@@ -31,9 +31,6 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 	last := step{"entrypoint", func() error { return a.startEntrypoint(c.GetProcess()) }}
 	var next *successor
 	if c.GetInit() {
-		if err := mounts.LoadModules(initModuleDir); err != nil {
-			a.log(err.Error()) // init will do without
-		}
 		last = step{"init", func() (err error) { next, err = a.prepareInit(c); return err }}
 	}
 	for _, step := range []step{
