@@ -20,6 +20,9 @@ const (
 // DefaultInitStopTimeout is for machines whose PID 1 is an init: it has services to stop.
 const DefaultInitStopTimeout = 90 * time.Second
 
+// initModules names those modules of a kernel that an init has use for. One that lacks them boots without.
+const initModules = "init"
+
 // defaultInit is what InitImage runs in an image that runs something else by itself.
 const defaultInit = "/sbin/init"
 

@@ -279,6 +279,7 @@ func (s *starting) config() (*agentv1.Config, error) {
 	}
 	if s.m.imageInit() {
 		c.Init, c.Process.Env = true, initEnvironment(c.Process.Env, sp.TTY)
+		c.Modules = append(c.Modules, initModules)
 	}
 	if len(s.nic) > 0 {
 		c.DnsServers = []string{s.net.Gateway.String()}

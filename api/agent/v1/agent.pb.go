@@ -512,6 +512,7 @@ type Config struct {
 	Root       *Root                  `protobuf:"bytes,8,opt,name=root,proto3" json:"root,omitempty"`
 	Process    *Process               `protobuf:"bytes,9,opt,name=process,proto3" json:"process,omitempty"`  // the entrypoint
 	Entropy    []byte                 `protobuf:"bytes,10,opt,name=entropy,proto3" json:"entropy,omitempty"` // mixed into the guest's random pool
+	Modules    []string               `protobuf:"bytes,11,rep,name=modules,proto3" json:"modules,omitempty"` // features whose modules the initramfs has in a directory of that name: loaded before all else
 	// PID 1 becomes process, the image's own init, and the agent goes on beside it. After Progress.done the host drops the session and
 	// opens another one, which the agent answers from its new process.
 	Init          bool `protobuf:"varint,20,opt,name=init,proto3" json:"init,omitempty"`
@@ -615,6 +616,13 @@ func (x *Config) GetProcess() *Process {
 func (x *Config) GetEntropy() []byte {
 	if x != nil {
 		return x.Entropy
+	}
+	return nil
+}
+
+func (x *Config) GetModules() []string {
+	if x != nil {
+		return x.Modules
 	}
 	return nil
 }
@@ -2218,7 +2226,7 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05state\x18\x04 \x01(\v2\x15.atoll.agent.v1.EventR\x05state\x12\x17\n" +
 	"\aboot_id\x18\x05 \x01(\tR\x06bootId\x12,\n" +
 	"\x12start_uptime_nanos\x18\x06 \x01(\x03R\x10startUptimeNanos\x12!\n" +
-	"\fuptime_nanos\x18\a \x01(\x03R\vuptimeNanos\"\x99\x03\n" +
+	"\fuptime_nanos\x18\a \x01(\x03R\vuptimeNanos\"\xb3\x03\n" +
 	"\x06Config\x12\x1d\n" +
 	"\n" +
 	"machine_id\x18\x01 \x01(\tR\tmachineId\x12\x1a\n" +
@@ -2236,7 +2244,8 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x04root\x18\b \x01(\v2\x14.atoll.agent.v1.RootR\x04root\x121\n" +
 	"\aprocess\x18\t \x01(\v2\x17.atoll.agent.v1.ProcessR\aprocess\x12\x18\n" +
 	"\aentropy\x18\n" +
-	" \x01(\fR\aentropy\x12\x12\n" +
+	" \x01(\fR\aentropy\x12\x18\n" +
+	"\amodules\x18\v \x03(\tR\amodules\x12\x12\n" +
 	"\x04init\x18\x14 \x01(\bR\x04init\";\n" +
 	"\tHostEntry\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x14\n" +

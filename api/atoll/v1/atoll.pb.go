@@ -3748,7 +3748,7 @@ type BuildBaseRequest struct {
 	Keyring       []byte                 `protobuf:"bytes,3,opt,name=keyring,proto3" json:"keyring,omitempty"`   // the archive's keys instead of the distribution's: OpenPGP, or PEM for Alpine
 	Packages      []string               `protobuf:"bytes,4,rep,name=packages,proto3" json:"packages,omitempty"` // added to the base's own
 	Snapshot      string                 `protobuf:"bytes,5,opt,name=snapshot,proto3" json:"snapshot,omitempty"` // the archive as it was: 20260115 or 20260115T120000Z
-	Tag           string                 `protobuf:"bytes,6,opt,name=tag,proto3" json:"tag,omitempty"`           // the image's name; default: the base's, unless packages are added
+	Tag           string                 `protobuf:"bytes,6,opt,name=tag,proto3" json:"tag,omitempty"`           // the image's name; default: the base's
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }

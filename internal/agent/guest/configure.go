@@ -3,7 +3,9 @@ package guest
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
+	"path/filepath"
 	"syscall"
 	"time"
 	"unsafe"
@@ -36,6 +38,7 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 	for _, step := range []step{
 		{"clock", func() error { return setClock(c.GetUnixNanos(), taken) }},
 		{"entropy", func() error { return reseed(c.GetEntropy()) }},
+		{"modules", func() error { return loadFeatures(c.GetModules()) }},
 		{"root", func() error { return a.mountRoot(c.GetRoot()) }},
 		{"file systems", mounts.System},
 		{"control groups", process.SetUpCgroups},
@@ -109,6 +112,20 @@ func reseed(entropy []byte) error {
 	const rndReseedCRNG = 0x5207
 	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), rndReseedCRNG, 0); errno != 0 {
 		return errno
+	}
+	return nil
+}
+
+// loadFeatures loads what the machine uses beside what every machine does. The initramfs, where the modules are, goes with the
+// switch of the root. What a kernel has built in has no directory there.
+func loadFeatures(names []string) error {
+	for _, name := range names {
+		if !filepath.IsLocal(name) {
+			return fmt.Errorf("feature %q: not a name", name)
+		}
+		if err := mounts.LoadModules(filepath.Join(moduleDir, name)); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -36,6 +36,9 @@ func LoadModules(dir string) error {
 	}
 	var failed error
 	for _, e := range entries {
+		if e.IsDir() { // modules on demand
+			continue
+		}
 		if err := loadModule(filepath.Join(dir, e.Name())); err != nil {
 			failed = errors.Join(failed, fmt.Errorf("loading module %s: %w", e.Name(), err))
 		}
