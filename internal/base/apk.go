@@ -7,7 +7,7 @@ import (
 	"compress/gzip"
 	"crypto"
 	"crypto/rsa"
-	"crypto/sha1" //nolint:gosec // what the format has
+	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
@@ -100,7 +100,7 @@ func verifyIndex(file []byte, keys []*rsa.PublicKey) ([]byte, error) {
 		for _, key := range keys {
 			switch {
 			case strings.HasPrefix(h.Name, ".SIGN.RSA."):
-				sum := sha1.Sum(signed) //nolint:gosec
+				sum := sha1.Sum(signed)
 				err = rsa.VerifyPKCS1v15(key, crypto.SHA1, sum[:], signature)
 			case strings.HasPrefix(h.Name, ".SIGN.RSA256."):
 				sum := sha256.Sum256(signed)
@@ -301,10 +301,10 @@ func readPackage(p apkPackage, file io.Reader, fn func(h *tar.Header, content io
 		_, err = io.Copy(io.Discard, zr)
 		return err
 	}
-	if err := stream(sha1.New(), func(*tar.Reader) error { return nil }); err != nil { //nolint:gosec // the signature, which the index makes needless
+	if err := stream(sha1.New(), func(*tar.Reader) error { return nil }); err != nil {
 		return nil, corrupt(p, err)
 	}
-	control, want := sha1.New(), "" //nolint:gosec
+	control, want := sha1.New(), ""
 	err = stream(control, func(tr *tar.Reader) error {
 		return eachEntry(tr, func(h *tar.Header) error {
 			switch name, isScript := strings.CutPrefix(h.Name, "."); {
