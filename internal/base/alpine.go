@@ -304,6 +304,9 @@ func (t *alpineTree) write(layer io.Writer) error {
 		if !filepath.IsLocal(name) || written[name] {
 			continue
 		}
+		if err := t.parents(tw, written, name); err != nil {
+			return err
+		}
 		written[name] = true
 		if err := writeLink(tw, name, "/bin/busybox", t.epoch); err != nil {
 			return err
@@ -312,10 +315,12 @@ func (t *alpineTree) write(layer io.Writer) error {
 	if t.base.init {
 		for _, runlevel := range slices.Sorted(maps.Keys(alpineServices)) {
 			for _, s := range alpineServices[runlevel] {
-				if services[s] {
-					if err := writeLink(tw, "etc/runlevels/"+runlevel+"/"+s, "/etc/init.d/"+s, t.epoch); err != nil {
-						return err
-					}
+				name := "etc/runlevels/" + runlevel + "/" + s
+				if !services[s] || written[name] {
+					continue
+				}
+				if err := errors.Join(t.parents(tw, written, name), writeLink(tw, name, "/etc/init.d/"+s, t.epoch)); err != nil {
+					return err
 				}
 			}
 		}
@@ -336,11 +341,24 @@ func (t *alpineTree) write(layer io.Writer) error {
 	}
 	maps.Copy(more, replaced)
 	for _, name := range sorted(more) {
-		if err := writeFile(tw, name, 0o644, t.epoch, []byte(more[name])); err != nil {
+		if err := errors.Join(t.parents(tw, written, name), writeFile(tw, name, 0o644, t.epoch, []byte(more[name]))); err != nil {
 			return err
 		}
 	}
 	return tw.Close()
+}
+
+// parents writes the directories above name that no package has.
+func (t *alpineTree) parents(tw *tar.Writer, written map[string]bool, name string) error {
+	dir := path.Dir(name)
+	if dir == "." || written[dir] {
+		return nil
+	}
+	if err := t.parents(tw, written, dir); err != nil {
+		return err
+	}
+	written[dir] = true
+	return tw.WriteHeader(&tar.Header{Name: dir + "/", Typeflag: tar.TypeDir, Mode: 0o755, ModTime: t.epoch})
 }
 
 // refuseScripts refuses what would be installed by halves.
