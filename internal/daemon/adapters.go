@@ -19,6 +19,7 @@ import (
 	"github.com/atollvm/atoll/internal/vmm"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // imagesOf is the image store as the machine room sees it.
@@ -48,6 +49,18 @@ func (i *imagesOf) Hold() func() { return i.s.images.Hold() }
 func isBase(name string) bool {
 	_, err := base.Find(name)
 	return err == nil
+}
+
+// pullBase brings a base that is an image of its distribution's registry.
+func (s *system) pullBase(ctx context.Context, reference string, progress func(line string)) (ocispec.Descriptor, error) {
+	said := map[string]bool{}
+	img, err := s.images.Pull(ctx, reference, image.PullOptions{Progress: func(t image.Transfer) {
+		if line := t.ID + ": " + t.Status; !said[line] { // each step of each blob once
+			said[line] = true
+			progress(line)
+		}
+	}})
+	return img.ManifestDesc, err
 }
 
 // disksOf is the root disks and scratch disks as the machine room sees them.

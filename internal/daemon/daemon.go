@@ -118,7 +118,7 @@ func assemble(c Config, db *state.DB) (*system, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.bases = base.New(base.Config{Content: s.images.Content(), TempDir: at("tmp"), Cache: at("cache"), Log: c.Log})
+	s.bases = base.New(base.Config{Content: s.images.Content(), TempDir: at("tmp"), Cache: at("cache"), Log: c.Log, Pull: s.pullBase})
 	s.builder = build.New(build.Options{
 		Dir: at("build"), Child: []string{c.Exe, BuildChild}, ContentDir: at("images"), Registry: s.images.Handler(),
 		KnownBase: func(r reference.Named) bool { return isBase(reference.FamiliarString(r)) }, DockerConfigDir: c.DockerConfigDir, Log: c.Log,

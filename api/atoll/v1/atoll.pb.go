@@ -261,7 +261,8 @@ type MachineSpec struct {
 	Platform      string                 `protobuf:"bytes,21,opt,name=platform,proto3" json:"platform,omitempty"` // os/arch[/variant]
 	StopSignal    string                 `protobuf:"bytes,22,opt,name=stop_signal,json=stopSignal,proto3" json:"stop_signal,omitempty"`
 	StopTimeout   *durationpb.Duration   `protobuf:"bytes,23,opt,name=stop_timeout,json=stopTimeout,proto3" json:"stop_timeout,omitempty"`
-	Verity        bool                   `protobuf:"varint,50,opt,name=verity,proto3" json:"verity,omitempty"` // the root disks must verify: checked whole at each start, and by dm-verity while the machine runs
+	Verity        bool                   `protobuf:"varint,24,opt,name=verity,proto3" json:"verity,omitempty"` // the root disks must verify: checked whole at each start, and by dm-verity while the machine runs
+	Init          string                 `protobuf:"bytes,25,opt,name=init,proto3" json:"init,omitempty"`      // auto (default), agent or image: who is PID 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -462,6 +463,13 @@ func (x *MachineSpec) GetVerity() bool {
 		return x.Verity
 	}
 	return false
+}
+
+func (x *MachineSpec) GetInit() string {
+	if x != nil {
+		return x.Init
+	}
+	return ""
 }
 
 type PortMapping struct {
@@ -4965,6 +4973,8 @@ type Base struct {
 	Digest        string                 `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"` // empty: not built yet
 	BuiltAt       *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=built_at,json=builtAt,proto3" json:"built_at,omitempty"`
 	Description   string                 `protobuf:"bytes,4,opt,name=description,proto3" json:"description,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the built image's compressed layers and config; 0: not built yet
+	Aliases       []string               `protobuf:"bytes,6,rep,name=aliases,proto3" json:"aliases,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5025,6 +5035,20 @@ func (x *Base) GetDescription() string {
 		return x.Description
 	}
 	return ""
+}
+
+func (x *Base) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *Base) GetAliases() []string {
+	if x != nil {
+		return x.Aliases
+	}
+	return nil
 }
 
 type ListBasesRequest struct {
@@ -5110,7 +5134,11 @@ func (x *ListBasesResponse) GetBases() []*Base {
 type BuildBaseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Mirror        string                 `protobuf:"bytes,2,opt,name=mirror,proto3" json:"mirror,omitempty"`
+	Mirror        string                 `protobuf:"bytes,2,opt,name=mirror,proto3" json:"mirror,omitempty"`     // URL; default: the distribution's own
+	Keyring       []byte                 `protobuf:"bytes,3,opt,name=keyring,proto3" json:"keyring,omitempty"`   // the archive's keys instead of the distribution's: OpenPGP, or PEM for Alpine
+	Packages      []string               `protobuf:"bytes,4,rep,name=packages,proto3" json:"packages,omitempty"` // added to the base's own
+	Snapshot      string                 `protobuf:"bytes,5,opt,name=snapshot,proto3" json:"snapshot,omitempty"` // the archive as it was: 20260115 or 20260115T120000Z
+	Tag           string                 `protobuf:"bytes,6,opt,name=tag,proto3" json:"tag,omitempty"`           // the image's name; default: the base's
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5155,6 +5183,34 @@ func (x *BuildBaseRequest) GetName() string {
 func (x *BuildBaseRequest) GetMirror() string {
 	if x != nil {
 		return x.Mirror
+	}
+	return ""
+}
+
+func (x *BuildBaseRequest) GetKeyring() []byte {
+	if x != nil {
+		return x.Keyring
+	}
+	return nil
+}
+
+func (x *BuildBaseRequest) GetPackages() []string {
+	if x != nil {
+		return x.Packages
+	}
+	return nil
+}
+
+func (x *BuildBaseRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *BuildBaseRequest) GetTag() string {
+	if x != nil {
+		return x.Tag
 	}
 	return ""
 }
@@ -6644,7 +6700,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\n" +
 	"\x18api/atoll/v1/atoll.proto\x12\batoll.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1egoogle/protobuf/duration.proto\"\x1a\n" +
 	"\x04Hint\x12\x12\n" +
-	"\x04text\x18\x01 \x01(\tR\x04text\"\x8b\x06\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\"\x9f\x06\n" +
 	"\vMachineSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x18\n" +
@@ -6675,7 +6731,8 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\vstop_signal\x18\x16 \x01(\tR\n" +
 	"stopSignal\x12<\n" +
 	"\fstop_timeout\x18\x17 \x01(\v2\x19.google.protobuf.DurationR\vstopTimeout\x12\x16\n" +
-	"\x06verity\x182 \x01(\bR\x06verity\x1a9\n" +
+	"\x06verity\x18\x18 \x01(\bR\x06verity\x12\x12\n" +
+	"\x04init\x18\x19 \x01(\tR\x04init\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x88\x01\n" +
@@ -7004,18 +7061,25 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"references\x18\x02 \x03(\tR\n" +
 	"references\x12/\n" +
 	"\x05solve\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x05solve\x126\n" +
-	"\troot_disk\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\brootDisk\"\x8b\x01\n" +
+	"\troot_disk\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\brootDisk\"\xc4\x01\n" +
 	"\x04Base\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x125\n" +
 	"\bbuilt_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\abuiltAt\x12 \n" +
-	"\vdescription\x18\x04 \x01(\tR\vdescription\"\x12\n" +
+	"\vdescription\x18\x04 \x01(\tR\vdescription\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x05 \x01(\x03R\tsizeBytes\x12\x18\n" +
+	"\aaliases\x18\x06 \x03(\tR\aaliases\"\x12\n" +
 	"\x10ListBasesRequest\"9\n" +
 	"\x11ListBasesResponse\x12$\n" +
-	"\x05bases\x18\x01 \x03(\v2\x0e.atoll.v1.BaseR\x05bases\">\n" +
+	"\x05bases\x18\x01 \x03(\v2\x0e.atoll.v1.BaseR\x05bases\"\xa2\x01\n" +
 	"\x10BuildBaseRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
-	"\x06mirror\x18\x02 \x01(\tR\x06mirror\"\x89\x01\n" +
+	"\x06mirror\x18\x02 \x01(\tR\x06mirror\x12\x18\n" +
+	"\akeyring\x18\x03 \x01(\fR\akeyring\x12\x1a\n" +
+	"\bpackages\x18\x04 \x03(\tR\bpackages\x12\x1a\n" +
+	"\bsnapshot\x18\x05 \x01(\tR\bsnapshot\x12\x10\n" +
+	"\x03tag\x18\x06 \x01(\tR\x03tag\"\x89\x01\n" +
 	"\x11BuildBaseResponse\x12\x14\n" +
 	"\x04line\x18\x01 \x01(\tH\x00R\x04line\x120\n" +
 	"\btransfer\x18\x02 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12$\n" +
