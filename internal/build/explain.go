@@ -71,7 +71,7 @@ func tail(output []byte) []byte {
 var unresolved = regexp.MustCompile(`failed to resolve source metadata for ([^\s]+): (.*)`)
 
 // explain turns BuildKit's error into ours: class, the failing step's last lines, the guilty line of the Dockerfile, the next step.
-func (b *Builder) explain(ctx context.Context, p *process, s *steps, err error) error {
+func (b *Builder) explain(ctx context.Context, p *process, s *steps, r Request, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -84,12 +84,16 @@ func (b *Builder) explain(ctx context.Context, p *process, s *steps, err error) 
 		}
 	}
 
-	text := strings.TrimPrefix(err.Error(), "failed to solve: ")
+	text := redactAll(strings.TrimPrefix(err.Error(), "failed to solve: "))
+	var output string
 	var details strings.Builder
 	var vertex *solvererrdefs.VertexError
 	if errors.As(err, &vertex) {
 		if v := s.byDigest[digest.Digest(vertex.Vertex.Digest)]; v != nil && len(v.output) > 0 {
-			fmt.Fprintf(&details, "\n------\n > %s:\n%s\n------", v.name, bytes.TrimRight(v.output, "\n"))
+			output = string(bytes.TrimRight(v.output, "\n"))
+			if r.Quiet { // else it has been seen
+				fmt.Fprintf(&details, "\n------\n > %s:\n%s\n------", v.name, output)
+			}
 		}
 	}
 	sources := solvererrdefs.Sources(err)
@@ -99,24 +103,63 @@ func (b *Builder) explain(ctx context.Context, p *process, s *steps, err error) 
 			fmt.Fprintf(&details, "\n%s", bytes.TrimRight(lines.Bytes(), "\n"))
 		}
 	}
-	whole := text + details.String()
 
-	if full := b.diskFull(text, details.String()); full != "" {
-		return hint.With(errdefs.ErrResourceExhausted.WithMessage(full+": "+whole), "free some space on that disk, then build again")
+	if full := b.diskFull(text, output); full != "" {
+		return hint.With(errdefs.ErrResourceExhausted.WithMessage(full+": "+text+details.String()), "free some space on that disk (atoll builder prune), then build again")
 	}
 	if m := unresolved.FindStringSubmatch(text); m != nil {
 		return b.unknownBase(m[1], m[2], details.String())
 	}
-	switch {
-	case strings.Contains(text, "target stage"):
-		return hint.With(errdefs.ErrNotFound.WithMessage(whole), "name a stage that the Dockerfile has: FROM … AS name")
-	case strings.Contains(text, "did not complete successfully"):
-		return errdefs.ErrFailedPrecondition.WithMessage(whole)
-	case len(sources) > 0, strings.Contains(text, "ockerfile"):
-		return errdefs.ErrInvalidArgument.WithMessage(whole)
+	for _, k := range known {
+		if m := k.pattern.FindStringSubmatch(text); m != nil {
+			err := k.class.WithMessage(text + details.String())
+			if k.hint == "" {
+				return err
+			}
+			next := k.hint
+			if len(m) > 1 {
+				next = fmt.Sprintf(k.hint, m[1])
+			}
+			return hint.With(err, "%s", next)
+		}
+	}
+	if len(sources) > 0 || strings.Contains(text, "ockerfile") {
+		return errdefs.ErrInvalidArgument.WithMessage(text + details.String())
 	}
 	return fmt.Errorf("%s%s: %w", text, details.String(), errdefs.Resolve(err))
 }
+
+// messager is a class of errdefs.
+type messager interface{ WithMessage(string) error }
+
+// known are BuildKit's texts that have a class and a next step; the hint may use the pattern's first group.
+var known = []struct {
+	pattern *regexp.Regexp
+	class   messager
+	hint    string
+}{
+	{regexp.MustCompile(`target stage`), errdefs.ErrNotFound, "name a stage that the Dockerfile has: FROM … AS name"},
+	{regexp.MustCompile(`exec format error|no support for running processes with`), errdefs.ErrFailedPrecondition,
+		"a RUN step for another platform needs that platform: leave --platform out, build on such a host, or use RUN only in stages FROM --platform=$BUILDPLATFORM"},
+	{regexp.MustCompile(`did not complete successfully`), errdefs.ErrFailedPrecondition, ""},
+	{regexp.MustCompile(`secret ([^\s:]+): not found`), errdefs.ErrNotFound, "give it: --secret id=%s,src=FILE or --secret id=%[1]s,env=NAME"},
+	{regexp.MustCompile(`SSH agent "?([^"\s:]+)"?: not found|unset ssh forward key ([^\s:]+)`), errdefs.ErrNotFound, "start an agent (eval $(ssh-agent); ssh-add) and give --ssh %s, or a key: --ssh %[1]s=FILE"},
+	{regexp.MustCompile(`no SSH key "?([^"\s:]*)"? forwarded from the client`), errdefs.ErrNotFound, "start an agent (eval $(ssh-agent); ssh-add) and give --ssh %s, or a key: --ssh %[1]s=FILE"},
+	{regexp.MustCompile(`repository does not contain ref|couldn't find remote ref|not our ref|unadvertised object`), errdefs.ErrNotFound,
+		"the part after # is REF or REF:SUBDIR; git ls-remote lists a repository's refs"},
+	{regexp.MustCompile(`executable file not found in \$PATH.*git|"git": executable file not found`), errdefs.ErrFailedPrecondition, "apt install git"},
+	{regexp.MustCompile(`exec: "(xz|unxz)": executable file not found`), errdefs.ErrFailedPrecondition, "apt install xz-utils"},
+	{regexp.MustCompile(`failed to read dockerfile: (open .*)`), errdefs.ErrInvalidArgument, "name the Dockerfile in the context with -f"},
+}
+
+// inURL finds passwords in URLs.
+var inURL = regexp.MustCompile(`(://[^/\s:@]*):[^/\s@]+@`)
+
+func redactAll(text string) string { return inURL.ReplaceAllString(text, "$1:xxxxx@") }
+
+// unreachable are the words of registries that gave no answer.
+var unreachable = []string{"connection refused", "no such host", "i/o timeout", "network is unreachable", "no route to host", "connection reset", "EOF",
+	"failed to do request", "server misbehaving", "certificate", "TLS handshake", "deadline exceeded"}
 
 // unknownBase is the error for an image that is neither in the store nor to be had from its registry.
 func (b *Builder) unknownBase(image, why, details string) error {
@@ -125,7 +168,13 @@ func (b *Builder) unknownBase(image, why, details string) error {
 		return errdefs.ErrInvalidArgument.WithMessage(why + details)
 	}
 	name := reference.FamiliarString(named)
-	message := fmt.Sprintf("image %s is not in the image store, and its registry says: %s%s", name, why, details)
+	says := "its registry says"
+	for _, word := range unreachable {
+		if strings.Contains(why, word) {
+			says = "its registry cannot be reached"
+		}
+	}
+	message := fmt.Sprintf("image %s is not in the image store, and %s: %s%s", name, says, why, details)
 	// A registry tells strangers 401 or 403 of what it does not have.
 	class := errdefs.ErrUnavailable.WithMessage(message)
 	for _, answer := range []string{"not found", "403", "401", "denied", "authorization failed"} {

@@ -78,6 +78,9 @@ func Run(ctx context.Context, c Config) (err error) {
 	}
 	defer func() { err = errors.Join(err, s.close()) }()
 	s.machines.Recover(ctx)
+	if err := s.builder.Recover(ctx); err != nil {
+		c.Log.Error("recovering from a killed daemon", "err", err)
+	}
 	if err := s.removeOrphans(ctx); err != nil {
 		c.Log.Error("removing root disks without an image", "err", err)
 	}
@@ -117,7 +120,9 @@ func assemble(c Config, db *state.DB) (*system, error) {
 	s.bases = base.New(base.Config{Content: s.images.Content(), TempDir: at("tmp"), Cache: at("cache"), Log: c.Log})
 	s.builder = build.New(build.Options{
 		Dir: at("build"), Child: []string{c.Exe, BuildChild}, ContentDir: at("images"), Registry: s.images.Handler(),
-		KnownBase: func(r reference.Named) bool { return isBase(reference.FamiliarString(r)) }, DockerConfigDir: c.DockerConfigDir, Log: c.Log,
+		KnownBase: func(r reference.Named) bool { return isBase(reference.FamiliarString(r)) }, DockerConfigDir: c.DockerConfigDir,
+		Proxy: build.Proxy(c.Settings.Proxy), CA: c.Settings.TLS.CA,
+		CacheSize: int64(c.Settings.Build.CacheSize), Timeout: time.Duration(c.Settings.Build.Timeout), Log: c.Log,
 	})
 	s.userNet = user.New(user.Options{Dir: at("net"), Helper: []string{c.Exe, NetworkHelper}, ResolvConf: "/etc/resolv.conf", Log: c.Log})
 	if s.networks, err = network.Open(db, s.userNet); err != nil {

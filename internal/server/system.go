@@ -13,6 +13,7 @@ import (
 
 	"connectrpc.com/connect"
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
+	"github.com/atollvm/atoll/internal/build"
 	"github.com/atollvm/atoll/internal/event"
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -31,6 +32,25 @@ func (s *system) Doctor(ctx context.Context, _ *connect.Request[atollv1.DoctorRe
 	res := &atollv1.DoctorResponse{}
 	for _, c := range s.Options.Doctor(ctx) {
 		res.Checks = append(res.Checks, &atollv1.Check{Name: c.Name, Level: atollv1.Check_Level(c.Level), Message: c.Message, Hint: c.Hint})
+	}
+	return connect.NewResponse(res), nil
+}
+
+func (s *system) Prune(ctx context.Context, r *connect.Request[atollv1.PruneSystemRequest]) (*connect.Response[atollv1.PruneSystemResponse], error) {
+	res := &atollv1.PruneSystemResponse{}
+	deleted, err := s.Images.GC(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range deleted {
+		res.Deleted = append(res.Deleted, d.String())
+	}
+	records, err := s.Builds.Prune(ctx, build.PruneOptions{All: r.Msg.GetAllBuildCache()})
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range records {
+		res.BuildCacheBytes += r.Size
 	}
 	return connect.NewResponse(res), nil
 }
