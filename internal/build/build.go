@@ -36,12 +36,16 @@ type Options struct {
 	Registry        http.Handler               // the image store as an OCI distribution API; the registry's name is in ns=
 	KnownBase       func(reference.Named) bool // whether `atoll base build` can make it; nil: none
 	DockerConfigDir string                     // credentials for registries; empty: Docker's own default
+	Registries      map[string]Registry        // how they are reached, by host[:port]
 	Proxy           Proxy                      // for RUN steps, and for what the builder fetches itself
 	CA              []string                   // PEM files of more certificate authorities, for the same
 	CacheSize       int64                      // bytes that the cache may grow to; 0: 10 GB or a fifth of the disk, whichever is less
 	Timeout         time.Duration              // of a build that sets none itself; 0: none
 	Log             *slog.Logger
 }
+
+// Registry is how a registry is reached.
+type Registry = child.Registry
 
 // Proxy is how the outside is reached; empty fields are unset.
 type Proxy struct{ HTTP, HTTPS, No string }

@@ -5,6 +5,7 @@ package build
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -86,6 +87,13 @@ func start(ctx context.Context, o Options) (*process, error) {
 
 	args := append(append([]string(nil), o.Child[1:]...), "--dir", o.Dir, "--content", o.ContentDir, "--runc", runc,
 		"--cache-size", strconv.FormatInt(o.CacheSize, 10))
+	if len(o.Registries) > 0 {
+		text, err := json.Marshal(o.Registries)
+		if err != nil {
+			return nil, err
+		}
+		args = append(args, "--registries", string(text))
+	}
 	for _, ca := range o.CA {
 		args = append(args, "--ca", ca)
 	}

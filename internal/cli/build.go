@@ -187,6 +187,9 @@ func (c *buildCall) receive(ctx context.Context, stream *buildStream, show *prog
 		if errors.Is(err, io.EOF) {
 			return result, report, nil
 		}
+		if errors.Is(err, io.ErrUnexpectedEOF) {
+			err = hint.With(errDisconnected, "it was ended, or died: build again")
+		}
 		if err != nil {
 			return nil, nil, err
 		}

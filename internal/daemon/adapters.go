@@ -10,6 +10,8 @@ import (
 
 	"github.com/atollvm/atoll/internal/agent/embedded"
 	"github.com/atollvm/atoll/internal/base"
+	"github.com/atollvm/atoll/internal/build"
+	"github.com/atollvm/atoll/internal/config"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/image"
 	"github.com/atollvm/atoll/internal/kernel"
@@ -101,4 +103,12 @@ func layersOf(ctx context.Context, store *image.Store, i image.Image) []rootdisk
 		layers = append(layers, rootdisk.Layer{Digest: l.Digest, MediaType: l.MediaType, Open: func() (io.ReadCloser, error) { return store.Blob(ctx, l) }})
 	}
 	return layers
+}
+
+func buildRegistries(settings map[string]config.Registry) map[string]build.Registry {
+	all := map[string]build.Registry{}
+	for host, r := range settings {
+		all[host] = build.Registry{Mirrors: r.Mirrors, Insecure: r.Insecure, CA: r.CA}
+	}
+	return all
 }

@@ -269,7 +269,9 @@ func (c *buildCall) receive() {
 }
 
 // output writes a file at the client.
-func (c *buildCall) output(index int) io.WriteCloser { return &outputWriter{call: c, index: uint32(index)} }
+func (c *buildCall) output(index int) io.WriteCloser {
+	return &outputWriter{call: c, index: uint32(index)}
+}
 
 type outputWriter struct {
 	call  *buildCall

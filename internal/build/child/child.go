@@ -7,6 +7,7 @@ package child
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -63,6 +64,7 @@ func run(ctx context.Context, args []string) (err error) {
 	var dir, contentDir, runc string
 	var cacheSize int64
 	var cas []string
+	var registries map[string]Registry
 	flags := flag.NewFlagSet("build-child", flag.ContinueOnError)
 	flags.StringVar(&dir, "dir", "", "state directory")
 	flags.StringVar(&contentDir, "content", "", "root of the image store's content")
@@ -71,6 +73,9 @@ func run(ctx context.Context, args []string) (err error) {
 	flags.Func("ca", "PEM file of a certificate authority to trust beside the system's", func(path string) error {
 		cas = append(cas, path)
 		return nil
+	})
+	flags.Func("registries", "how registries are reached, as JSON by host", func(text string) error {
+		return json.Unmarshal([]byte(text), &registries)
 	})
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -116,7 +121,7 @@ func run(ctx context.Context, args []string) (err error) {
 	defer session.Close()
 
 	c, err := newController(ctx, options{
-		dir: dir, contentDir: contentDir, runc: runc, cacheSize: cacheSize, authorities: authorities, store: newStore(session),
+		dir: dir, contentDir: contentDir, runc: runc, cacheSize: cacheSize, authorities: authorities, store: newStore(session, registries),
 	})
 	if err != nil {
 		return fmt.Errorf("opening the build cache in %s: %w", dir, err)
