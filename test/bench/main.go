@@ -42,14 +42,15 @@ func main() {
 	out := flag.String("out", "", "the file to write; empty: stdout only")
 	home := flag.String("home", "", "an ATOLL_HOME with a kernel and the images busybox and debian:bookworm")
 	rounds := flag.Int("n", 9, "rounds of each measurement that boots a machine")
+	only := flag.String("only", "", "one measurement: boots, kernels, builds, rootDisks or execs; empty: all")
 	flag.Parse()
-	if err := run(*atoll, *home, *out, *rounds); err != nil {
+	if err := run(*atoll, *home, *out, *only, *rounds); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(atoll, home, out string, rounds int) error {
+func run(atoll, home, out, only string, rounds int) error {
 	path, err := filepath.Abs(atoll)
 	if err != nil {
 		return err
@@ -61,8 +62,14 @@ func run(atoll, home, out string, rounds int) error {
 	if b.client, err = client.New("unix://" + filepath.Join(home, "atoll.sock")); err != nil {
 		return err
 	}
-	for _, measure := range []func(int) error{b.boots, b.builds, b.rootDisks, b.execs} {
-		if err := measure(rounds); err != nil {
+	for _, m := range []struct {
+		name    string
+		measure func(int) error
+	}{{"boots", b.boots}, {"kernels", b.kernels}, {"builds", b.builds}, {"rootDisks", b.rootDisks}, {"execs", b.execs}} {
+		if only != "" && only != m.name {
+			continue
+		}
+		if err := m.measure(rounds); err != nil {
 			return err
 		}
 	}
@@ -167,8 +174,41 @@ func (b *bench) boots(rounds int) error {
 
 func ratio(a, b time.Duration) float64 { return float64(a) / float64(b) }
 
-func (b *bench) firstOutput() (time.Duration, error) {
-	cmd := b.command("run", "--rm", "busybox", "echo", "x")
+// kernels: the same run on our own kernel and on Debian's, turn by turn.
+func (b *bench) kernels(rounds int) error {
+	own := os.Getenv("ATOLL_TEST_OWN_KERNEL")
+	if own == "" {
+		return errors.New("ATOLL_TEST_OWN_KERNEL is not set: test/fixture prints it")
+	}
+	debian, err := b.cli("kernel", "inspect", "--format", "{{.Name}}")
+	if err != nil {
+		return err
+	}
+	if _, err := b.cli("kernel", "import", own, "bench-own"); err != nil {
+		return err
+	}
+	defer b.cli("kernel", "rm", "bench-own")
+	var slow, fast []time.Duration
+	for range rounds {
+		d, err := b.firstOutput("--kernel", debian)
+		if err != nil {
+			return err
+		}
+		o, err := b.firstOutput("--kernel", "bench-own")
+		if err != nil {
+			return err
+		}
+		slow, fast = append(slow, d), append(fast, o)
+	}
+	b.row("## Kernels\n\n`atoll run --rm busybox echo x`, image cached, until the first byte of the output, on the kernel of `atoll kernel build` and on that of")
+	b.row("`atoll kernel pull`. %d rounds, turn by turn.\n\n| | median | fastest |\n|---|---|---|", rounds)
+	b.row("| Debian's cloud kernel | %s | %s |\n| our own | %s | %s |", ms(quantile(slow, .5)), ms(slices.Min(slow)), ms(quantile(fast, .5)), ms(slices.Min(fast)))
+	b.row("| **own ÷ Debian's** | **%.2f** | %.2f |\n", ratio(quantile(fast, .5), quantile(slow, .5)), ratio(slices.Min(fast), slices.Min(slow)))
+	return nil
+}
+
+func (b *bench) firstOutput(options ...string) (time.Duration, error) {
+	cmd := b.command(append(append([]string{"run", "--rm"}, options...), "busybox", "echo", "x")...)
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
 		return 0, err
