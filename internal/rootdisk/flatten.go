@@ -299,7 +299,7 @@ func each(ctx context.Context, l Layer, count func(int), fn func(h *tar.Header, 
 		}
 		name, err := cleanName(h.Name)
 		if err == nil {
-			err = fn(h, name, tr)
+			err = fn(h, name, &untilDone{ctx, tr})
 		}
 		if errors.Is(err, errEnough) {
 			return nil
@@ -550,6 +550,19 @@ func (c *counter) Read(b []byte) (int, error) {
 	n, err := c.r.Read(b)
 	c.count(n)
 	return n, err
+}
+
+// untilDone ends with its context: the holes of a sparse file are read from nowhere, and may be long.
+type untilDone struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (u *untilDone) Read(b []byte) (int, error) {
+	if u.ctx.Err() != nil {
+		return 0, context.Cause(u.ctx)
+	}
+	return u.r.Read(b)
 }
 
 // readAhead lets decompression run beside the reader of its output.

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -27,13 +28,15 @@ func FuzzFlatten(f *testing.F) {
 	f.Add(tarball(f, link("a", "b"), link("b", "c"), file("c", "")), tarball(f, file("b", ""), link("c", "a")))
 	f.Fuzz(func(t *testing.T, lower, upper []byte) {
 		dir := t.TempDir()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second) // a sparse file may be long
+		defer cancel()
 		write := func(name string, below func() (stack, error), layers ...Layer) *reader {
 			out, err := os.Create(filepath.Join(dir, name))
 			if err != nil {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { out.Close() })
-			m, err := build(context.Background(), out, [16]byte{}, layers, below, func(int) {})
+			m, err := build(ctx, out, [16]byte{}, layers, below, func(int) {})
 			if err != nil {
 				return nil
 			}

@@ -67,6 +67,17 @@ func TestHugeClaims(t *testing.T) {
 	}
 }
 
+// A long sparse file is read from nowhere, but not for ever.
+func TestCancelSparse(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	began := time.Now()
+	_, err := openStore(t).Ensure(ctx, testImage, []Layer{layer(sparse(t, maxData))}, nil)
+	if !errors.Is(err, context.DeadlineExceeded) || time.Since(began) > 5*time.Second {
+		t.Errorf("got %v after %s", err, time.Since(began))
+	}
+}
+
 // endless is a tar without an end: each header is another name, which the maker says.
 type endless struct {
 	t    testing.TB
