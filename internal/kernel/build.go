@@ -277,6 +277,9 @@ func (s *Store) buildNew(ctx context.Context, o BuildOptions, src source, r reci
 	if k.NeedsACPI, k.ACPI, err = devices(text); err != nil {
 		return Kernel{}, err
 	}
+	if k.Features, err = builtIn(text); err != nil {
+		return Kernel{}, err
+	}
 	if strings.HasPrefix(k.Name, "-") || k.Name == "" {
 		k.Name = "atoll-" + version + k.Name
 		if o.Arch != runtime.GOARCH {

@@ -8,7 +8,9 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
+	"path"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -38,9 +40,11 @@ type Kernel struct {
 	ConfigDigest digest.Digest // of its .config; empty: unknown
 	BuildKey     string        // names what it was built from; empty: not built here
 	Modules      []string      // what the agent has to load, in this order
-	Created      time.Time
-	Size         int64
-	Default      bool `json:"-"`
+	// Features that it has, and what the agent has to load for each that a machine uses. Nil: not known.
+	Features map[string][]string
+	Created  time.Time
+	Size     int64
+	Default  bool `json:"-"`
 }
 
 // Options is what a store works with. All must be set.
@@ -158,6 +162,18 @@ func (s *Store) SetDefault(ctx context.Context, name string) error {
 	return s.settings.Put(defaultKey, k.Name)
 }
 
+// Require tells whether the kernel has a feature. One whose configuration is unknown is taken to have it: the guest will tell.
+func (k Kernel) Require(feature string) error {
+	if _, ok := k.Features[feature]; ok || k.ConfigDigest == "" {
+		return nil
+	}
+	err := fmt.Errorf("kernel %q has no %s: %w", k.Name, feature, errdefs.ErrFailedPrecondition)
+	if k.Features == nil {
+		return hint.With(err, "it was fetched by an older Atoll; fetch it again: atoll kernel pull")
+	}
+	return hint.With(err, "choose another kernel with --kernel; list them: atoll kernel ls")
+}
+
 // Remove removes a kernel. errdefs.ErrFailedPrecondition: machines use it, or it is the default and there are others.
 func (s *Store) Remove(ctx context.Context, name string) error {
 	release, err := s.lock(ctx)
@@ -235,6 +251,9 @@ func (s *Store) importFile(ctx context.Context, path, name string) (Kernel, erro
 	k.NeedsACPI, k.ACPI = img.devices()
 	if text := img.embeddedConfig(); len(text) > 0 {
 		k.ConfigDigest = digest.FromBytes(text)
+		if k.Features, err = builtIn(text); err != nil {
+			return Kernel{}, err
+		}
 		if err := writeSynced(filepath.Join(dir, configFile), text); err != nil {
 			return Kernel{}, err
 		}
@@ -327,7 +346,23 @@ func writeSynced(path string, data []byte) error {
 	return f.Close()
 }
 
-// modulePath is where the store keeps the i-th module of a kernel; the initramfs uses the same base name.
-func modulePath(dir string, i int, name string) string {
-	return filepath.Join(dir, moduleDir, fmt.Sprintf("%02d-%s.ko", i, strings.ReplaceAll(name, "/", "_")))
+// moduleFile is where the store keeps a module, and where the initramfs has it.
+type moduleFile struct {
+	name string // of the module
+	path string // below the kernel's own directory of modules and below GuestModuleDir: NN-name.ko, or feature/NN-name.ko
+}
+
+// moduleFiles lists all modules of a kernel in a fixed order.
+func (k Kernel) moduleFiles() []moduleFile {
+	var files []moduleFile
+	add := func(dir string, names []string) {
+		for i, name := range names {
+			files = append(files, moduleFile{name, path.Join(dir, fmt.Sprintf("%02d-%s.ko", i, strings.ReplaceAll(name, "/", "_")))})
+		}
+	}
+	add("", k.Modules)
+	for _, feature := range slices.Sorted(maps.Keys(k.Features)) {
+		add(feature, k.Features[feature])
+	}
+	return files
 }
