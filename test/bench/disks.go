@@ -54,16 +54,8 @@ func (b *bench) build(tag, dockerfile, app string) (whole, disk time.Duration, e
 		}
 	}
 	began := time.Now()
-	stream, err := b.client.Build.Build(context.Background(), connect.NewRequest(&atollv1.BuildRequest{ContextDir: dir, Tags: []string{tag}}))
-	if err != nil {
-		return 0, 0, err
-	}
-	for stream.Receive() {
-		if r := stream.Msg().GetResult(); r != nil {
-			disk = r.GetRootDisk().AsDuration()
-		}
-	}
-	return time.Since(began), disk, stream.Err()
+	res, err := b.buildOnce(&atollv1.BuildStart{ContextDir: dir, Tags: []string{tag}})
+	return time.Since(began), res.GetRootDisk().AsDuration(), err
 }
 
 // rootDisks: image layers to root disks.
