@@ -191,7 +191,7 @@ func (b *bench) fileSystems(rounds int) error {
 			}
 		}
 	}
-	b.row("## File systems of the root disk\n\n`scripts/bench -only filesystems -out= -n 3`: one image of %d layers; %d rounds of the readings, turn by turn; fastest.\n", len(layers), rounds)
+	b.row("## File systems of the root disk\n\n`scripts/bench -only filesystems`: one image of %d layers; %d rounds of the readings, turn by turn; fastest.\n", len(layers), rounds)
 	b.row("| | EROFS | ext4 |\n|---|---|---|")
 	var sizes []float64
 	for _, p := range paths {
