@@ -155,9 +155,13 @@ func (c *buildCall) run(ctx context.Context) error {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx) // ends the stream, and with it who writes to it
-	defer cancel()
 	stream := &buildStream{BidiStreamForClient: daemon.Build.Build(ctx)}
-	defer stream.CloseResponse()
+	// net/http sees the end of a context only once the request has been sent whole.
+	context.AfterFunc(ctx, func() { _ = stream.CloseRequest() })
+	defer func() {
+		cancel()
+		_ = stream.CloseResponse() // nobody is interested any more
+	}()
 	if err := stream.send(&atollv1.BuildRequest{Kind: &atollv1.BuildRequest_Start{Start: c.start}}); err != nil {
 		return errors.Join(err, show.Close())
 	}
