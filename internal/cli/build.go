@@ -43,10 +43,10 @@ func newBuildCmd(e *environment) *cobra.Command {
 		Long: `Build an image from a Dockerfile and print its digest. FROM takes an image that
 is here, else one from its registry.
 
-The build context is a directory; a git repository (https://…/x.git, ssh://…,
-git@host:x.git or git://…, each with #REF or #REF:SUBDIR); the http(s) URL of a
-Dockerfile or an archive; or -, standard input, with an archive (tar, plain or
-compressed) or a Dockerfile alone.
+The build context is a directory; a git repository (by https with a path that
+ends in .git, git://, ssh:// or git@host:path; #REF or #REF:SUBDIR may follow);
+the http(s) URL of a Dockerfile or an archive; or -, standard input, with an
+archive (tar, plain or compressed) or a Dockerfile alone.
 
 With -o the image is also kept here when it has a name by -t, or is of type disk.`,
 		Example: `  atoll build -t hello examples/hello

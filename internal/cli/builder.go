@@ -152,16 +152,17 @@ mounts. With --all the builder's own records go too. Images stay as they are.`,
 	return cmd
 }
 
-func until(filters []string) (*durationpb.Duration, error) {
+// until reads the filters; the last counts.
+func until(filters []string) (unused *durationpb.Duration, err error) {
 	for _, f := range filters {
 		value, ok := strings.CutPrefix(f, "until=")
 		d, err := time.ParseDuration(value)
 		if !ok || err != nil || d < 0 {
 			return nil, usagef("--filter %q: want until=DURATION, as until=48h", f)
 		}
-		return durationpb.New(d), nil
+		unused = durationpb.New(d)
 	}
-	return nil, nil
+	return unused, nil
 }
 
 // confirm asks before something is removed. Without a terminal there is nobody to ask: --force says yes.
