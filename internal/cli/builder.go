@@ -1,10 +1,7 @@
 package cli
 
 import (
-	"bufio"
-	"context"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -130,8 +127,8 @@ mounts. With --all the builder's own records go too. Images stay as they are.`,
 				return err
 			}
 			req.UnusedFor, req.KeepBytes = unused, int64(keep)
-			if ok, err := e.confirm(force, "This removes the build cache."); !ok {
-				return err
+			if !force && !e.confirm("This will remove the build cache.") {
+				return nil
 			}
 			c, err := e.connect(cmd.Context())
 			if err != nil {
@@ -163,58 +160,4 @@ func until(filters []string) (unused *durationpb.Duration, err error) {
 		unused = durationpb.New(d)
 	}
 	return unused, nil
-}
-
-// confirm asks before something is removed. Without a terminal there is nobody to ask: --force says yes.
-func (e *environment) confirm(force bool, what string) (bool, error) {
-	if force {
-		return true, nil
-	}
-	if _, terminal := ui.Terminal(e.Stdin); !terminal {
-		return false, usagef("%s Standard input is no terminal to ask: give --force", what)
-	}
-	fmt.Fprintf(e.Stderr, "%s Continue? [y/N] ", what)
-	answer, _ := bufio.NewReader(e.Stdin).ReadString('\n')
-	return slices.Contains([]string{"y", "yes"}, strings.ToLower(strings.TrimSpace(answer))), nil
-}
-
-func newSystemCmd(e *environment) *cobra.Command {
-	return newGroup("system", "The whole of it", `  atoll system prune`, newSystemPruneCmd(e))
-}
-
-func newSystemPruneCmd(e *environment) *cobra.Command {
-	var all, force bool
-	cmd := &cobra.Command{
-		Use:   "prune [OPTIONS]",
-		Short: "Remove what nothing uses",
-		Long: `Remove images without a name that no machine uses, and what of the build cache
-no running build uses; see "atoll builder prune" for --all.`,
-		Example: `  atoll system prune -f`,
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if ok, err := e.confirm(force, "This removes images without a name and the build cache."); !ok {
-				return err
-			}
-			return e.systemPrune(cmd.Context(), all)
-		},
-	}
-	cmd.Flags().BoolVarP(&all, "all", "a", false, "the builder's own records, too")
-	cmd.Flags().BoolVarP(&force, "force", "f", false, "do not ask")
-	return cmd
-}
-
-func (e *environment) systemPrune(ctx context.Context, all bool) error {
-	c, err := e.connect(ctx)
-	if err != nil {
-		return err
-	}
-	res, err := c.System.Prune(ctx, connect.NewRequest(&atollv1.PruneSystemRequest{AllBuildCache: all}))
-	if err != nil {
-		return err
-	}
-	for _, d := range res.Msg.GetDeleted() {
-		fmt.Fprintln(e.Stdout, d)
-	}
-	fmt.Fprintf(e.Stdout, "Reclaimed: %s of the build cache\n", ui.Size(res.Msg.GetBuildCacheBytes()))
-	return nil
 }

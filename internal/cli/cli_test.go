@@ -103,7 +103,7 @@ func TestExitCodes(t *testing.T) {
 		{name: "exec, no command", args: "exec up", code: 2, err: "Error: requires at least 2 arg(s), only received 1"},
 		{name: "attach, not running", args: "attach down", code: 1, err: `Error: attaching to machine "down": it is created: failed precondition`},
 		{name: "unknown command", args: "strat", code: 2, err: `Error: unknown command "strat" for "atoll"; did you mean start?`},
-		{name: "unknown subcommand", args: "image pul", code: 2, err: `Error: unknown command "pul" for "atoll image"; did you mean pull?`},
+		{name: "unknown subcommand", args: "image pul", code: 2, err: `Error: unknown command "pul" for "atoll image"; did you mean pull or push?`},
 		{name: "too many arguments", args: "ps x", code: 2, err: `Error: unknown command "x" for "atoll ps"`},
 		{name: "https", args: "--host https://x ps", code: 1, err: `Error: daemon address "https://x": https is not supported yet: not implemented`},
 		{name: "chosen host that is not there", args: "--host unix:///nowhere/s ps", code: 1, err: "Error: connecting to the daemon at unix:///nowhere/s: dial unix /nowhere/s: connect: no such file or directory: unavailable"},
@@ -123,6 +123,11 @@ func TestExitCodes(t *testing.T) {
 		{name: "tag, not implemented by this daemon", args: "tag a b", code: 1, err: "Error: atoll.v1.ImageService.Tag is not implemented"},
 		{name: "base build", args: "base build --mirror http://m debian:bookworm", out: "sha256:ba5e\n", err: "I: installing http://m"},
 		{name: "kernel pull", args: "kernel pull", out: "debian-6.1\n"},
+		{name: "kernel build", args: "kernel build --version 6.1 --arch arm64 -j 3 -t mine --config /etc/hostname-that-is-not-there", code: 1, err: "Error: reading the file of --config: open /etc/hostname-that-is-not-there: no such file or directory"},
+		{name: "kernel build, all defaults", args: "kernel build", out: "atoll-6.1.2\n", err: `debian  ""  0`},
+		{name: "kernel build from a directory", args: "kernel build -j 3 --arch arm64 --version 6.1 -t mine --source /usr/../src/linux", out: "mine\n", err: `/src/linux 6.1 "" arm64 3`},
+		{name: "kernel rm, one fails", args: "kernel rm a ghost b", code: 1, out: "a\nb\n", err: `Error: kernel "ghost": not found`},
+		{name: "kernel set-default", args: "kernel set-default a", out: "a\n"},
 		{name: "version flag", args: "--version", out: "atoll v0\n"},
 	}
 	for _, tt := range tests {

@@ -563,6 +563,23 @@ func (k fakeKernels) Get(ctx context.Context, _ *connect.Request[atollv1.GetKern
 	return connect.NewResponse(&atollv1.GetKernelResponse{Kernel: all.Msg.GetKernels()[0]}), nil
 }
 
+func (fakeKernels) Build(_ context.Context, r *connect.Request[atollv1.BuildKernelRequest], s *connect.ServerStream[atollv1.BuildKernelResponse]) error {
+	s.Send(&atollv1.BuildKernelResponse{Kind: &atollv1.BuildKernelResponse_Line{Line: fmt.Sprintf("%s %s %q %s %d", r.Msg.GetSource(), r.Msg.GetVersion(), r.Msg.GetConfig(), r.Msg.GetArchitecture(), r.Msg.GetJobs())}})
+	s.Send(&atollv1.BuildKernelResponse{Kind: &atollv1.BuildKernelResponse_Transfer{Transfer: &atollv1.Transfer{Id: "linux", Status: "Building a.o (1 files)"}}})
+	return s.Send(&atollv1.BuildKernelResponse{Kind: &atollv1.BuildKernelResponse_Kernel{Kernel: &atollv1.Kernel{Name: cmp.Or(r.Msg.GetName(), "atoll-6.1.2")}}})
+}
+
+func (fakeKernels) Remove(_ context.Context, r *connect.Request[atollv1.RemoveKernelRequest]) (*connect.Response[atollv1.RemoveKernelResponse], error) {
+	if r.Msg.GetName() == "ghost" {
+		return nil, fmt.Errorf("kernel %q: %w", r.Msg.GetName(), errdefs.ErrNotFound)
+	}
+	return connect.NewResponse(&atollv1.RemoveKernelResponse{}), nil
+}
+
+func (fakeKernels) SetDefault(context.Context, *connect.Request[atollv1.SetDefaultKernelRequest]) (*connect.Response[atollv1.SetDefaultKernelResponse], error) {
+	return connect.NewResponse(&atollv1.SetDefaultKernelResponse{}), nil
+}
+
 func (fakeKernels) Pull(_ context.Context, _ *connect.Request[atollv1.PullKernelRequest], s *connect.ServerStream[atollv1.PullKernelResponse]) error {
 	return s.Send(&atollv1.PullKernelResponse{Kind: &atollv1.PullKernelResponse_Kernel{Kernel: &atollv1.Kernel{Name: "debian-6.1"}}})
 }
@@ -577,7 +594,7 @@ func (f fakeSystem) Version(context.Context, *connect.Request[atollv1.VersionReq
 }
 
 func (f fakeSystem) Prune(context.Context, *connect.Request[atollv1.PruneSystemRequest]) (*connect.Response[atollv1.PruneSystemResponse], error) {
-	return connect.NewResponse(&atollv1.PruneSystemResponse{Deleted: []string{"sha256:ab"}, BuildCacheBytes: 5 << 20}), nil
+	return connect.NewResponse(&atollv1.PruneSystemResponse{Images: &atollv1.PruneImagesResponse{}, BuildCacheBytes: 5 << 20}), nil
 }
 
 func (f fakeSystem) Doctor(context.Context, *connect.Request[atollv1.DoctorRequest]) (*connect.Response[atollv1.DoctorResponse], error) {

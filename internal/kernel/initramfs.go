@@ -7,8 +7,10 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -18,14 +20,19 @@ type Agent struct {
 	Binary []byte
 }
 
-// GuestModuleDir is where the initramfs has the modules, as NN-name.ko: the order of the names is the order to load them in.
+// GuestModuleDir is where the initramfs has the modules, as NN-name.ko: the order of the names is the order to load them in. Those
+// of a feature are in a directory of its name there.
 const GuestModuleDir = "/lib/modules/atoll"
 
 // Initramfs returns the path of the initramfs for a kernel of this store: the agent as /init and the kernel's modules.
 // It is made at the first call and found from then on without reading either. It goes with its kernel.
 func (s *Store) Initramfs(ctx context.Context, k Kernel, agent Agent) (string, error) {
 	dir := filepath.Join(s.opts.Dir, k.Name)
-	key := sha256.Sum256([]byte(strings.Join(append([]string{agent.ID, k.Digest.String()}, k.Modules...), "\x00")))
+	parts := []string{agent.ID, k.Digest.String()}
+	for _, m := range k.moduleFiles() {
+		parts = append(parts, m.path)
+	}
+	key := sha256.Sum256([]byte(strings.Join(parts, "\x00")))
 	path := filepath.Join(dir, "initramfs-"+hex.EncodeToString(key[:16])+".cpio")
 	if _, err := os.Stat(path); err == nil {
 		return path, nil
@@ -50,16 +57,18 @@ func (s *Store) makeInitramfs(ctx context.Context, path, dir string, k Kernel, a
 	}
 	w.entry("dev/console", modeChar|0o600, 5<<8|1, nil) // the kernel opens it for init before anything is mounted
 	w.entry("init", modeFile|0o755, 0, agent.Binary)
-	for i, name := range k.Modules {
+	for _, feature := range slices.Sorted(maps.Keys(k.Features)) {
+		w.entry(strings.TrimPrefix(GuestModuleDir, "/")+"/"+feature, modeDir|0o755, 0, nil)
+	}
+	for _, m := range k.moduleFiles() {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		from := modulePath(dir, i, name)
-		data, err := os.ReadFile(from)
+		data, err := os.ReadFile(filepath.Join(dir, moduleDir, m.path))
 		if err != nil {
 			return err
 		}
-		w.entry(strings.TrimPrefix(GuestModuleDir, "/")+"/"+filepath.Base(from), modeFile|0o644, 0, data)
+		w.entry(strings.TrimPrefix(GuestModuleDir, "/")+"/"+m.path, modeFile|0o644, 0, data)
 	}
 	w.entry("TRAILER!!!", 0, 0, nil)
 	if w.err == nil {

@@ -1,5 +1,5 @@
-// Package kernel keeps kernels as artifacts: fetched from Debian's verified archive or imported from a file, each with its version,
-// digest, modules and its part of the command line; and it puts the initramfs together, the agent and the modules a guest needs.
+// Package kernel keeps kernels as artifacts: built from verified source, fetched from Debian's verified archive or imported from a file, each with
+// its version, digest, modules and its part of the command line; and it puts the initramfs together, the agent and the modules a guest needs.
 // It knows nothing of machines: whoever removes a kernel asks them first. A Store may be used from several goroutines.
 package kernel
 
@@ -8,9 +8,12 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
+	"path"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -33,11 +36,15 @@ type Kernel struct {
 	Source       string        // where it came from, with the package's version and SHA256
 	Args         string        // its own part of the command line
 	NeedsACPI    bool          // it cannot find virtio-mmio devices from its command line
+	ACPI         bool          // it can find them by ACPI
 	ConfigDigest digest.Digest // of its .config; empty: unknown
+	BuildKey     string        // names what it was built from; empty: not built here
 	Modules      []string      // what the agent has to load, in this order
-	Created      time.Time
-	Size         int64
-	Default      bool `json:"-"`
+	// Features that it has, and what the agent has to load for each that a machine uses. Nil: not known.
+	Features map[string][]string
+	Created  time.Time
+	Size     int64
+	Default  bool `json:"-"`
 }
 
 // Options is what a store works with. All must be set.
@@ -55,6 +62,8 @@ type Store struct {
 	kernels  *state.Collection[Kernel]
 	settings *state.Collection[string]
 	adding   chan struct{} // holds a token while one call adds, removes or chooses a kernel
+	building chan struct{} // and while one builds; taken before adding
+	inUse    func(name string) []string
 }
 
 const (
@@ -75,7 +84,7 @@ func Open(opts Options) (*Store, error) {
 	if err := os.MkdirAll(opts.Dir, 0o755); err != nil {
 		return nil, fmt.Errorf("opening the kernel store: %w", err)
 	}
-	s := &Store{opts: opts, adding: make(chan struct{}, 1)}
+	s := &Store{opts: opts, adding: make(chan struct{}, 1), building: make(chan struct{}, 1), inUse: func(string) []string { return nil }}
 	var err error
 	if s.kernels, err = state.Of[Kernel](opts.DB, "kernels"); err != nil {
 		return nil, err
@@ -94,6 +103,9 @@ func Open(opts Options) (*Store, error) {
 	}
 	return s, nil
 }
+
+// SetInUse tells the store how to ask who uses a kernel (by name, such as machines). It is called before the store is used.
+func (s *Store) SetInUse(f func(name string) []string) { s.inUse = f }
 
 // List returns all kernels by name.
 func (s *Store) List() ([]Kernel, error) {
@@ -120,7 +132,7 @@ func (s *Store) Get(name string) (Kernel, error) {
 		return Kernel{}, err
 	}
 	if name == "" && chosen == "" {
-		return Kernel{}, hint.With(fmt.Errorf("no kernel yet: %w", errdefs.ErrNotFound), "get one: atoll kernel pull")
+		return Kernel{}, hint.With(fmt.Errorf("no kernel yet: %w", errdefs.ErrNotFound), "get one: atoll kernel pull, or for one that boots faster atoll kernel build")
 	}
 	k, err := s.kernels.Get(cmp.Or(name, chosen))
 	if errdefs.IsNotFound(err) {
@@ -143,10 +155,26 @@ func (s *Store) SetDefault(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
+	if k.Arch != runtime.GOARCH {
+		return hint.With(fmt.Errorf("kernel %q is for %s, this host's machines are %s: %w", k.Name, k.Arch, runtime.GOARCH, errdefs.ErrFailedPrecondition),
+			"choose another: atoll kernel ls")
+	}
 	return s.settings.Put(defaultKey, k.Name)
 }
 
-// Remove removes a kernel. errdefs.ErrFailedPrecondition: it is the default and there are others.
+// Require tells whether the kernel has a feature. One whose configuration is unknown is taken to have it: the guest will tell.
+func (k Kernel) Require(feature string) error {
+	if _, ok := k.Features[feature]; ok || k.ConfigDigest == "" {
+		return nil
+	}
+	err := fmt.Errorf("kernel %q has no %s: %w", k.Name, feature, errdefs.ErrFailedPrecondition)
+	if k.Features == nil {
+		return hint.With(err, "it was fetched by an older Atoll; fetch it again: atoll kernel pull")
+	}
+	return hint.With(err, "choose another kernel with --kernel; list them: atoll kernel ls")
+}
+
+// Remove removes a kernel. errdefs.ErrFailedPrecondition: machines use it, or it is the default and there are others.
 func (s *Store) Remove(ctx context.Context, name string) error {
 	release, err := s.lock(ctx)
 	if err != nil {
@@ -159,6 +187,10 @@ func (s *Store) Remove(ctx context.Context, name string) error {
 	k, err := s.Get(name)
 	if err != nil {
 		return err
+	}
+	if users := s.inUse(name); len(users) > 0 {
+		return hint.With(fmt.Errorf("kernel %q: machines use it: %s: %w", name, strings.Join(users, ", "), errdefs.ErrFailedPrecondition),
+			"remove them first: atoll rm -f %s", strings.Join(users, " "))
 	}
 	if k.Default {
 		all, err := s.List()
@@ -196,7 +228,7 @@ func (s *Store) Import(ctx context.Context, path, name string) (Kernel, error) {
 
 func (s *Store) importFile(ctx context.Context, path, name string) (Kernel, error) {
 	if !nameRE.MatchString(name) {
-		return Kernel{}, fmt.Errorf("name %q: only letters, digits, '.', '_' and '-', 63 at most: %w", name, errdefs.ErrInvalidArgument)
+		return Kernel{}, badName(name)
 	}
 	release, err := s.lock(ctx)
 	if err != nil {
@@ -215,7 +247,22 @@ func (s *Store) importFile(ctx context.Context, path, name string) (Kernel, erro
 		return Kernel{}, err
 	}
 	defer os.RemoveAll(dir)
-	return s.add(dir, img, Kernel{Name: name, Source: "file " + path, NeedsACPI: !img.takesDevicesFromCommandLine()})
+	k := Kernel{Name: name, Source: "file " + path}
+	k.NeedsACPI, k.ACPI = img.devices()
+	if text := img.embeddedConfig(); len(text) > 0 {
+		k.ConfigDigest = digest.FromBytes(text)
+		if k.Features, err = builtIn(text); err != nil {
+			return Kernel{}, err
+		}
+		if err := writeSynced(filepath.Join(dir, configFile), text); err != nil {
+			return Kernel{}, err
+		}
+	}
+	return s.add(dir, img, k)
+}
+
+func badName(name string) error {
+	return fmt.Errorf("name %q: only letters, digits, '.', '_' and '-', 63 at most: %w", name, errdefs.ErrInvalidArgument)
 }
 
 // add completes k, puts the image beside what is in dir already and makes dir the kernel's own; the caller holds the lock.
@@ -227,7 +274,7 @@ func (s *Store) add(dir string, img image, k Kernel) (Kernel, error) {
 		return Kernel{}, err
 	}
 	k.Version, k.Arch, k.Digest, k.Size = img.version, img.arch, digest.FromBytes(img.data), int64(len(img.data))
-	k.Args, k.Created = args, time.Now().UTC()
+	k.Args, k.Created = cmp.Or(k.Args, args), time.Now().UTC()
 	final := filepath.Join(s.opts.Dir, k.Name)
 	// What is there is an older build of the same name, or left by a crash. Off the list first: what is on it is whole.
 	if err := s.kernels.Delete(k.Name); err != nil {
@@ -299,7 +346,23 @@ func writeSynced(path string, data []byte) error {
 	return f.Close()
 }
 
-// modulePath is where the store keeps the i-th module of a kernel; the initramfs uses the same base name.
-func modulePath(dir string, i int, name string) string {
-	return filepath.Join(dir, moduleDir, fmt.Sprintf("%02d-%s.ko", i, strings.ReplaceAll(name, "/", "_")))
+// moduleFile is where the store keeps a module, and where the initramfs has it.
+type moduleFile struct {
+	name string // of the module
+	path string // below the kernel's own directory of modules and below GuestModuleDir: NN-name.ko, or feature/NN-name.ko
+}
+
+// moduleFiles lists all modules of a kernel in a fixed order.
+func (k Kernel) moduleFiles() []moduleFile {
+	var files []moduleFile
+	add := func(dir string, names []string) {
+		for i, name := range names {
+			files = append(files, moduleFile{name, path.Join(dir, fmt.Sprintf("%02d-%s.ko", i, strings.ReplaceAll(name, "/", "_")))})
+		}
+	}
+	add("", k.Modules)
+	for _, feature := range slices.Sorted(maps.Keys(k.Features)) {
+		add(feature, k.Features[feature])
+	}
+	return files
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -306,6 +307,9 @@ func TestPulledKernelBootsAndLoadsItsModules(t *testing.T) {
 			t.Errorf("module %s is not loaded", m)
 		}
 	}
+	if strings.Contains(text, "\ndm_verity ") || !strings.Contains(text, "verity/") || !slices.Contains(k.Features[Verity], "dm_verity") {
+		t.Errorf("modules on demand: loaded, or not there: %q", k.Features)
+	}
 	for _, fs := range []string{"erofs", "overlay", "ext4"} {
 		if !strings.Contains(text, "\t"+fs) {
 			t.Errorf("file system %s is missing", fs)
@@ -337,15 +341,38 @@ func TestConfigDecides(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if order, err := loadOrder(built, nil); err != nil || len(order) > 0 {
+	if order, err := loadOrder(built, nil, wanted); err != nil || len(order) > 0 {
 		t.Errorf("everything built in: %v %v", order, err)
 	}
 	delete(built, "EROFS_FS")
-	if _, err := loadOrder(built, nil); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "CONFIG_EROFS_FS") {
+	if _, err := loadOrder(built, nil, wanted); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "CONFIG_EROFS_FS") {
 		t.Errorf("without erofs: %v", err)
 	}
 	built["EROFS_FS"] = "m"
-	if _, err := loadOrder(built, map[string]string{}); !errdefs.IsNotFound(err) {
+	if _, err := loadOrder(built, map[string]string{}, wanted); !errdefs.IsNotFound(err) {
 		t.Errorf("with a module that is not there: %v", err)
+	}
+}
+
+func TestFeatures(t *testing.T) {
+	c := config{"BLK_DEV_DM": "y", "DM_VERITY": "y", "FUSE_FS": "m", "VIRTIO_FS": "m", "NET_9P": "m"}
+	if _, err := features(c, nil, nil); !errdefs.IsNotFound(err) {
+		t.Errorf("with a module that is not there: %v", err)
+	}
+	delete(c, "VIRTIO_FS")
+	got, err := features(c, nil, nil)
+	if diff := cmp.Diff(map[string][]string{Verity: nil, Init: nil}, got); diff != "" || err != nil {
+		t.Error(err, diff)
+	}
+	k := Kernel{Name: "k", Features: got, ConfigDigest: "sha256:x"}
+	if err := k.Require(Verity); err != nil {
+		t.Error(err)
+	}
+	if err := k.Require(NineP); !errdefs.IsFailedPrecondition(err) || hint.Of(err) == "" {
+		t.Errorf("a feature it lacks: %v", err)
+	}
+	k.ConfigDigest, k.Features = "", nil
+	if err := k.Require(NineP); err != nil {
+		t.Errorf("a kernel of unknown configuration: %v", err)
 	}
 }

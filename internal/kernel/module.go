@@ -8,16 +8,20 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
 )
 
-// wanted is what a guest needs of its kernel, in the order in which it is needed; what is a module is loaded by the agent.
-var wanted = []struct {
+// need is something of the kernel that is built in or a module.
+type need struct {
 	module, symbol string
 	optional       bool
-}{
+}
+
+// wanted is what every guest needs of its kernel, in the order in which it is needed; what is a module is loaded by the agent.
+var wanted = []need{
 	{"virtio_mmio", "VIRTIO_MMIO", false},
 	{"virtio_console", "VIRTIO_CONSOLE", false}, // the channel to the host first
 	{"virtio_blk", "VIRTIO_BLK", false},
@@ -27,6 +31,25 @@ var wanted = []struct {
 	{"ext4", "EXT4_FS", false},
 	{"virtio_rng", "HW_RANDOM_VIRTIO", true},
 	{"vmw_vsock_virtio_transport", "VIRTIO_VSOCKETS", true},
+}
+
+// Features of a kernel that only some machines use. Their modules lie in the initramfs in a directory of the feature's name, and
+// the agent loads those that its configuration names.
+const (
+	Verity   = "verity"   // dm-verity
+	NineP    = "9p"       // 9p over virtio
+	VirtioFS = "virtiofs" // virtio-fs
+	Init     = "init"     // what an image's own init has use for
+)
+
+// onDemand is what the features need, as wanted. A kernel may lack any of them.
+var onDemand = map[string][]need{
+	// The faster hash comes first: dm-verity takes the best that is there when it is set up.
+	Verity:   {{"sha256_ssse3", "CRYPTO_SHA256_SSSE3", true}, {"dm_mod", "BLK_DEV_DM", false}, {"dm_verity", "DM_VERITY", false}},
+	NineP:    {{"9pnet", "NET_9P", false}, {"9pnet_virtio", "NET_9P_VIRTIO", false}, {"9p", "9P_FS", false}},
+	VirtioFS: {{"fuse", "FUSE_FS", false}, {"virtiofs", "VIRTIO_FS", false}},
+	// systemd's automount units; and the only one that it has always, of which it makes none where the file system is not known.
+	Init: {{"autofs4", "AUTOFS_FS", true}, {"binfmt_misc", "BINFMT_MISC", true}},
 }
 
 // config is a kernel's .config: y, m or another value by symbol without CONFIG_.
@@ -45,9 +68,35 @@ func parseConfig(r io.Reader) (config, error) {
 	return c, s.Err()
 }
 
-// loadOrder returns the modules a guest needs of a kernel, each after those it depends on. files are the paths of all its
-// modules by name.
-func loadOrder(c config, files map[string]string) ([]string, error) {
+// builtIn returns the features that a kernel without modules has.
+func builtIn(text []byte) (map[string][]string, error) {
+	c, err := parseConfig(bytes.NewReader(text))
+	if err != nil {
+		return nil, fmt.Errorf("reading the kernel's configuration: %w", err)
+	}
+	return features(c, nil, nil)
+}
+
+// features returns the features that a kernel has, each with the modules to load for it, beside those in always. What is a module
+// that is not among the files is not there.
+func features(c config, files map[string]string, always []string) (map[string][]string, error) {
+	found := map[string][]string{}
+	for name, needs := range onDemand {
+		order, err := loadOrder(c, files, needs)
+		if errdefs.IsFailedPrecondition(err) || files == nil && errdefs.IsNotFound(err) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("feature %s: %w", name, err)
+		}
+		found[name] = slices.DeleteFunc(order, func(m string) bool { return slices.Contains(always, m) })
+	}
+	return found, nil
+}
+
+// loadOrder returns the modules of a kernel for these needs, each after those it depends on. files are the paths of all its
+// modules by name. errdefs.ErrFailedPrecondition: the kernel has something needed neither built in nor as a module.
+func loadOrder(c config, files map[string]string, needs []need) ([]string, error) {
 	var order []string
 	state := map[string]bool{} // false: being added, true: added
 	var add func(name string) error
@@ -81,15 +130,16 @@ func loadOrder(c config, files map[string]string) ([]string, error) {
 		order = append(order, name)
 		return nil
 	}
-	for _, w := range wanted {
-		switch {
-		case c[w.symbol] == "y" || c[w.symbol] == "" && w.optional:
-		case c[w.symbol] == "m":
-			if err := add(w.module); err != nil {
+	for _, n := range needs {
+		if value := c[n.symbol]; value != "y" && value != "m" && !(value == "" && n.optional) {
+			return nil, fmt.Errorf("the kernel has no CONFIG_%s, which guests need: %w", n.symbol, errdefs.ErrFailedPrecondition)
+		}
+	}
+	for _, n := range needs {
+		if c[n.symbol] == "m" {
+			if err := add(n.module); err != nil {
 				return nil, err
 			}
-		default:
-			return nil, fmt.Errorf("the kernel has no CONFIG_%s, which guests need: %w", w.symbol, errdefs.ErrFailedPrecondition)
 		}
 	}
 	return order, nil

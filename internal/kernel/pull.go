@@ -87,7 +87,7 @@ func (s *Store) pullDebian(ctx context.Context, o PullOptions) (Kernel, error) {
 	name := "debian-" + strings.TrimPrefix(pkg.Name, "linux-image-")
 	source := fmt.Sprintf("%s %s sha256:%s", pkg.URL(), pkg.Version, pkg.SHA256)
 	// A security update may keep the kernel's name: the same name with another source is replaced.
-	if k, err := s.Get(name); err == nil && strings.HasSuffix(k.Source, pkg.SHA256) && isFile(k.Path) {
+	if k, err := s.Get(name); err == nil && strings.HasSuffix(k.Source, pkg.SHA256) && isFile(k.Path) && k.Features != nil {
 		o.Progress(Transfer{ID: name, Status: "Already there", Done: pkg.Size, Total: pkg.Size})
 		return k, nil
 	}
@@ -167,22 +167,26 @@ func (s *Store) addDeb(ctx context.Context, deb string, k Kernel) (Kernel, error
 	if k.ConfigDigest, err = fileDigest(configuration); err != nil {
 		return Kernel{}, err
 	}
-	k.NeedsACPI = c["VIRTIO_MMIO_CMDLINE_DEVICES"] != "y"
-	if k.Modules, err = loadOrder(c, modules); err != nil {
+	k.NeedsACPI, k.ACPI = c["VIRTIO_MMIO_CMDLINE_DEVICES"] != "y", c["ACPI"] == "y" && c["PCI"] == "y"
+	if k.Modules, err = loadOrder(c, modules, wanted); err != nil {
 		return Kernel{}, err
 	}
-	if err := os.Mkdir(filepath.Join(dir, moduleDir), 0o755); err != nil {
+	if k.Features, err = features(c, modules, k.Modules); err != nil {
 		return Kernel{}, err
 	}
-	for i, name := range k.Modules {
-		module, err := os.ReadFile(modules[name])
+	for _, m := range k.moduleFiles() {
+		module, err := os.ReadFile(modules[m.name])
 		if err != nil {
 			return Kernel{}, err
 		}
 		if c["MODULE_SIG_FORCE"] != "y" {
 			module = unsigned(module)
 		}
-		if err := writeSynced(modulePath(dir, i, name), module); err != nil {
+		to := filepath.Join(dir, moduleDir, m.path)
+		if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
+			return Kernel{}, err
+		}
+		if err := writeSynced(to, module); err != nil {
 			return Kernel{}, err
 		}
 	}

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -128,15 +127,11 @@ func (s *builds) keep(ctx context.Context, result *atollv1.BuildResult, res buil
 	return nil
 }
 
-// sendDisk sends the image's root disk.
+// sendDisk sends the image as one disk.
 func (s *builds) sendDisk(ctx context.Context, out io.WriteCloser, res build.Result) error {
-	disk, err := s.Disks.Make(ctx, res.Manifest.Digest, nil)
+	f, err := s.Disks.Flat(ctx, res.Manifest.Digest)
 	if err != nil {
 		return err
-	}
-	f, err := os.Open(disk.Path)
-	if err != nil {
-		return fmt.Errorf("reading the root disk: %w", err)
 	}
 	defer f.Close()
 	if _, err := io.Copy(out, f); err != nil {

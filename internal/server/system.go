@@ -37,15 +37,12 @@ func (s *system) Doctor(ctx context.Context, _ *connect.Request[atollv1.DoctorRe
 }
 
 func (s *system) Prune(ctx context.Context, r *connect.Request[atollv1.PruneSystemRequest]) (*connect.Response[atollv1.PruneSystemResponse], error) {
-	res := &atollv1.PruneSystemResponse{}
-	deleted, err := s.Images.GC(ctx)
+	pruned, err := (&images{s.Options}).Prune(ctx, connect.NewRequest(&atollv1.PruneImagesRequest{All: r.Msg.GetAll()}))
 	if err != nil {
 		return nil, err
 	}
-	for _, d := range deleted {
-		res.Deleted = append(res.Deleted, d.String())
-	}
-	records, err := s.Builds.Prune(ctx, build.PruneOptions{All: r.Msg.GetAllBuildCache()})
+	res := &atollv1.PruneSystemResponse{Images: pruned.Msg}
+	records, err := s.Builds.Prune(ctx, build.PruneOptions{All: r.Msg.GetAll()})
 	if err != nil {
 		return nil, err
 	}

@@ -3,7 +3,10 @@ package guest
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
+	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 	"unsafe"
@@ -28,12 +31,15 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 		transport.WriteMsg(host, failed("configuration", errors.New("this machine has been configured before")))
 		return
 	}
-	for _, step := range []struct {
-		name string
-		do   func() error
-	}{
+	last := step{"entrypoint", func() error { return a.startEntrypoint(c.GetProcess()) }}
+	var next *successor
+	if c.GetInit() {
+		last = step{"init", func() (err error) { next, err = a.prepareInit(c); return err }}
+	}
+	for _, step := range []step{
 		{"clock", func() error { return setClock(c.GetUnixNanos(), taken) }},
 		{"entropy", func() error { return reseed(c.GetEntropy()) }},
+		{"modules", func() error { return loadFeatures(c.GetModules()) }},
 		{"root", func() error { return a.mountRoot(c.GetRoot()) }},
 		{"file systems", mounts.System},
 		{"control groups", process.SetUpCgroups},
@@ -45,7 +51,7 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 			}
 			return mounts.MakeReadOnly()
 		}},
-		{"entrypoint", func() error { return a.startEntrypoint(c.GetProcess()) }},
+		last,
 	} {
 		// The host may go meanwhile; the machine is made all the same, and the next host finds it configured.
 		transport.WriteMsg(host, &agentv1.Progress{Step: step.name, UptimeNanos: int64(uptime())})
@@ -54,7 +60,18 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 			return
 		}
 	}
-	transport.WriteMsg(host, &agentv1.Progress{Done: true, UptimeNanos: int64(uptime())})
+	done := func() { transport.WriteMsg(host, &agentv1.Progress{Done: true, UptimeNanos: int64(uptime())}) }
+	if next == nil {
+		done()
+		return
+	}
+	panic(next.become(a.port, done)) // as PID 1 has no other end; the kernel's panic names it
+}
+
+// step is one named part of the configuration.
+type step struct {
+	name string
+	do   func() error
 }
 
 func failed(step string, err error) *agentv1.Progress {
@@ -100,7 +117,26 @@ func reseed(entropy []byte) error {
 	return nil
 }
 
+// loadFeatures loads what the machine uses beside what every machine does. The initramfs, where the modules are, goes with the
+// switch of the root. What a kernel has built in has no directory there.
+func loadFeatures(names []string) error {
+	for _, name := range names {
+		if !filepath.IsLocal(name) {
+			return fmt.Errorf("feature %q: not a name", name)
+		}
+		if err := mounts.LoadModules(filepath.Join(moduleDir, name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (a *Agent) mountRoot(r *agentv1.Root) error {
+	if slices.ContainsFunc(r.GetDisks(), func(d *agentv1.RootDisk) bool { return d.GetVerity() != nil }) {
+		if err := mounts.WatchVerity(func(detail string) { a.goDownFor(agentv1.GoingDown_REASON_VERITY, detail) }); err != nil {
+			return err
+		}
+	}
 	root, err := mounts.Mount(r)
 	if err != nil {
 		return err

@@ -40,5 +40,7 @@ func main() {
 	fmt.Printf("MODULES\n%s\nFILESYSTEMS\n%s\n", modules, filesystems)
 	devices, _ := filepath.Glob("/sys/bus/virtio/drivers/*/virtio*")
 	fmt.Println("DEVICES", devices)
+	onDemand, _ := filepath.Glob("/lib/modules/atoll/*/*.ko")
+	fmt.Println("ON DEMAND", onDemand)
 	fmt.Println("DONE")
 }
