@@ -138,7 +138,7 @@ mounts. With --all the builder's own records go too. Images stay as they are.`,
 			if err != nil {
 				return err
 			}
-			fmt.Fprintf(e.Stdout, "Reclaimed: %s\n", ui.Size(res.Msg.GetReclaimedBytes()))
+			fmt.Fprintln(e.Stdout, "Total reclaimed space:", ui.Size(res.Msg.GetReclaimedBytes()))
 			return nil
 		},
 	}
