@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -598,13 +599,17 @@ func (f fakeBuild) Build(_ context.Context, s *connect.BidiStream[atollv1.BuildR
 func (f fakeBuild) askAgent(s *connect.BidiStream[atollv1.BuildRequest, atollv1.BuildResponse], id string) error {
 	s.Send(&atollv1.BuildResponse{Kind: &atollv1.BuildResponse_Agent{Agent: &atollv1.AgentData{Connection: 1, Id: id}}})
 	s.Send(&atollv1.BuildResponse{Kind: &atollv1.BuildResponse_Agent{Agent: &atollv1.AgentData{Connection: 1, Data: f.question}}})
-	r, err := s.Receive()
-	if err != nil {
-		return err
+	var answer []byte // a length of four bytes, then as many
+	for len(answer) < 4 || len(answer) < 4+int(binary.BigEndian.Uint32(answer)) {
+		r, err := s.Receive()
+		if err != nil {
+			return err
+		}
+		answer = append(answer, r.GetAgent().GetData()...)
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.answer = r.GetAgent().GetData()
+	f.answer = answer
 	return nil
 }
 
