@@ -10,6 +10,10 @@ import (
 var version = "dev" // set by the linker
 
 func main() {
+	if os.Args[0] == guest.BesideName {
+		println("atoll-agent: " + guest.Beside(version).Error())
+		os.Exit(1)
+	}
 	if os.Getpid() != 1 {
 		println("atoll-agent: this is the init of Atoll's guests and runs nowhere else")
 		os.Exit(2)

@@ -402,10 +402,12 @@ type baseView struct {
 	Digest      string     `json:"digest"` // empty: not built yet
 	BuiltAt     *time.Time `json:"builtAt"`
 	Description string     `json:"description"`
+	SizeBytes   int64      `json:"sizeBytes"` // of the built image's compressed layers; 0: not built yet
+	Aliases     []string   `json:"aliases"`
 }
 
 func newBaseView(b *atollv1.Base) baseView {
-	return baseView{b.GetName(), b.GetDigest(), clockOrNil(b.GetBuiltAt()), b.GetDescription()}
+	return baseView{b.GetName(), b.GetDigest(), clockOrNil(b.GetBuiltAt()), b.GetDescription(), b.GetSizeBytes(), list(b.GetAliases())}
 }
 
 type kernelView struct {

@@ -39,6 +39,7 @@ const (
 	Verity   = "verity"   // dm-verity
 	NineP    = "9p"       // 9p over virtio
 	VirtioFS = "virtiofs" // virtio-fs
+	Init     = "init"     // what an image's own init has use for
 )
 
 // onDemand is what the features need, as wanted. A kernel may lack any of them.
@@ -47,6 +48,8 @@ var onDemand = map[string][]need{
 	Verity:   {{"sha256_ssse3", "CRYPTO_SHA256_SSSE3", true}, {"dm_mod", "BLK_DEV_DM", false}, {"dm_verity", "DM_VERITY", false}},
 	NineP:    {{"9pnet", "NET_9P", false}, {"9pnet_virtio", "NET_9P_VIRTIO", false}, {"9p", "9P_FS", false}},
 	VirtioFS: {{"fuse", "FUSE_FS", false}, {"virtiofs", "VIRTIO_FS", false}},
+	// systemd's automount units; and the only one that it has always, of which it makes none where the file system is not known.
+	Init: {{"autofs4", "AUTOFS_FS", true}, {"binfmt_misc", "BINFMT_MISC", true}},
 }
 
 // config is a kernel's .config: y, m or another value by symbol without CONFIG_.

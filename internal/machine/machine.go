@@ -80,7 +80,8 @@ type Spec struct {
 	Platform      string
 	StopSignal    string
 	StopTimeout   time.Duration
-	Verity        bool // root disks must verify
+	Verity        bool   // root disks must verify
+	Init          string // InitAuto, InitAgent or InitImage
 }
 
 // Machine is the record of one machine: spec and status, as stored.

@@ -84,7 +84,8 @@ func (r *run) client() (*host.Client, error) {
 	return r.agent, nil
 }
 
-func (r *run) close() error {
+// drop ends the session with the agent.
+func (r *run) drop() {
 	r.e.mu.Lock()
 	agent := r.agent
 	r.agent = nil
@@ -92,6 +93,10 @@ func (r *run) close() error {
 	if agent != nil {
 		agent.Close()
 	}
+}
+
+func (r *run) close() error {
+	r.drop()
 	return r.inst.Close()
 }
 
@@ -245,6 +250,11 @@ func (r *run) verdict(exit vmm.Exit) (Reason, int, string) {
 		return ReasonPanic, 255, "the guest's kernel panicked"
 	case r.killed:
 		return ReasonKilled, 137, ""
+	case exit.Reason == vmm.ReasonGuest && r.e.m.imageInit(): // its init has the last word
+		if exit.Reset {
+			return ReasonReboot, 0, ""
+		}
+		return ReasonPoweroff, 0, ""
 	case exit.Reason == vmm.ReasonGuest:
 		return ReasonPoweroff, 0, "the guest went down without the agent's word"
 	default:

@@ -259,6 +259,7 @@ func (s *starting) spec() vmm.Spec {
 		MemoryBytes: s.m.Spec.MemoryBytes,
 		Disks:       append(disks, vmm.Disk{Path: s.scratch()}),
 		NICs:        s.nic,
+		PowersOff:   s.m.imageInit(),
 	}
 }
 
@@ -280,6 +281,12 @@ func (s *starting) configureGuest(ctx context.Context) error {
 		last, began = "guest: "+name, time.Now()
 		s.running = last
 	})
+	if err == nil && s.m.imageInit() {
+		// The agent goes on in another process now, which answers a new session only.
+		s.running = "agent beside init"
+		s.run.drop()
+		err = s.run.connect(ctx, s.m.AgentToken)
+	}
 	return err
 }
 
@@ -307,6 +314,10 @@ func (s *starting) config() (*agentv1.Config, error) {
 			Stdin:      sp.Stdin,
 			StopSignal: first(sp.StopSignal, img.StopSignal),
 		},
+	}
+	if s.m.imageInit() {
+		c.Init, c.Process.Env = true, initEnvironment(c.Process.Env, sp.TTY)
+		c.Modules = append(c.Modules, initModules)
 	}
 	if len(s.nic) > 0 {
 		c.DnsServers = []string{s.net.Gateway.String()}

@@ -17,6 +17,7 @@ type Spec struct {
 	MemoryBytes int64
 	Disks       []Disk // in this order: the guest sees /dev/vda, /dev/vdb, …
 	NICs        []NIC
+	PowersOff   bool // the guest switches itself off; without it only a reset is sure to end the VMM
 }
 
 // Kernel is what boots: an uncompressed ELF kernel, its initramfs, and what the kernel is able to do.
@@ -88,6 +89,7 @@ type Instance interface {
 type Exit struct {
 	Reason Reason
 	Detail string // the VMM's own words or signal, for a person
+	Reset  bool   // with ReasonGuest: it asked for a reset, not to be switched off
 }
 
 // Reason is the VMM's view of the end; only the agent knows more.

@@ -504,18 +504,21 @@ func (x *HelloReply) GetUptimeNanos() int64 {
 
 // Config is everything the agent needs to know about its machine, in one message.
 type Config struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	MachineId     string                 `protobuf:"bytes,1,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`
-	Hostname      string                 `protobuf:"bytes,2,opt,name=hostname,proto3" json:"hostname,omitempty"`
-	Hosts         []*HostEntry           `protobuf:"bytes,3,rep,name=hosts,proto3" json:"hosts,omitempty"` // more /etc/hosts lines
-	DnsServers    []string               `protobuf:"bytes,4,rep,name=dns_servers,json=dnsServers,proto3" json:"dns_servers,omitempty"`
-	DnsSearch     []string               `protobuf:"bytes,5,rep,name=dns_search,json=dnsSearch,proto3" json:"dns_search,omitempty"`
-	Interfaces    []*Interface           `protobuf:"bytes,6,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
-	UnixNanos     int64                  `protobuf:"varint,7,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"` // the host's clock when the message was sent
-	Root          *Root                  `protobuf:"bytes,8,opt,name=root,proto3" json:"root,omitempty"`
-	Process       *Process               `protobuf:"bytes,9,opt,name=process,proto3" json:"process,omitempty"`  // the entrypoint
-	Entropy       []byte                 `protobuf:"bytes,10,opt,name=entropy,proto3" json:"entropy,omitempty"` // mixed into the guest's random pool
-	Modules       []string               `protobuf:"bytes,11,rep,name=modules,proto3" json:"modules,omitempty"` // features whose modules the initramfs has in a directory of that name: loaded before all else
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	MachineId  string                 `protobuf:"bytes,1,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`
+	Hostname   string                 `protobuf:"bytes,2,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	Hosts      []*HostEntry           `protobuf:"bytes,3,rep,name=hosts,proto3" json:"hosts,omitempty"` // more /etc/hosts lines
+	DnsServers []string               `protobuf:"bytes,4,rep,name=dns_servers,json=dnsServers,proto3" json:"dns_servers,omitempty"`
+	DnsSearch  []string               `protobuf:"bytes,5,rep,name=dns_search,json=dnsSearch,proto3" json:"dns_search,omitempty"`
+	Interfaces []*Interface           `protobuf:"bytes,6,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
+	UnixNanos  int64                  `protobuf:"varint,7,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"` // the host's clock when the message was sent
+	Root       *Root                  `protobuf:"bytes,8,opt,name=root,proto3" json:"root,omitempty"`
+	Process    *Process               `protobuf:"bytes,9,opt,name=process,proto3" json:"process,omitempty"`  // the entrypoint
+	Entropy    []byte                 `protobuf:"bytes,10,opt,name=entropy,proto3" json:"entropy,omitempty"` // mixed into the guest's random pool
+	Modules    []string               `protobuf:"bytes,11,rep,name=modules,proto3" json:"modules,omitempty"` // features whose modules the initramfs has in a directory of that name: loaded before all else
+	// PID 1 becomes process, the image's own init, and the agent goes on beside it. After Progress.done the host drops the session and
+	// opens another one, which the agent answers from its new process.
+	Init          bool `protobuf:"varint,20,opt,name=init,proto3" json:"init,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -625,6 +628,13 @@ func (x *Config) GetModules() []string {
 		return x.Modules
 	}
 	return nil
+}
+
+func (x *Config) GetInit() bool {
+	if x != nil {
+		return x.Init
+	}
+	return false
 }
 
 type HostEntry struct {
@@ -2349,7 +2359,7 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05state\x18\x04 \x01(\v2\x15.atoll.agent.v1.EventR\x05state\x12\x17\n" +
 	"\aboot_id\x18\x05 \x01(\tR\x06bootId\x12,\n" +
 	"\x12start_uptime_nanos\x18\x06 \x01(\x03R\x10startUptimeNanos\x12!\n" +
-	"\fuptime_nanos\x18\a \x01(\x03R\vuptimeNanos\"\x9f\x03\n" +
+	"\fuptime_nanos\x18\a \x01(\x03R\vuptimeNanos\"\xb3\x03\n" +
 	"\x06Config\x12\x1d\n" +
 	"\n" +
 	"machine_id\x18\x01 \x01(\tR\tmachineId\x12\x1a\n" +
@@ -2368,7 +2378,8 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\aprocess\x18\t \x01(\v2\x17.atoll.agent.v1.ProcessR\aprocess\x12\x18\n" +
 	"\aentropy\x18\n" +
 	" \x01(\fR\aentropy\x12\x18\n" +
-	"\amodules\x18\v \x03(\tR\amodules\";\n" +
+	"\amodules\x18\v \x03(\tR\amodules\x12\x12\n" +
+	"\x04init\x18\x14 \x01(\bR\x04init\";\n" +
 	"\tHostEntry\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x14\n" +
 	"\x05names\x18\x02 \x03(\tR\x05names\"c\n" +

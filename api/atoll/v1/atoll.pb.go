@@ -188,7 +188,7 @@ func (x Check_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Check_Level.Descriptor instead.
 func (Check_Level) EnumDescriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{99, 0}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{112, 0}
 }
 
 // Hint is an error detail: the next step for a person.
@@ -261,7 +261,8 @@ type MachineSpec struct {
 	Platform      string                 `protobuf:"bytes,21,opt,name=platform,proto3" json:"platform,omitempty"` // os/arch[/variant]
 	StopSignal    string                 `protobuf:"bytes,22,opt,name=stop_signal,json=stopSignal,proto3" json:"stop_signal,omitempty"`
 	StopTimeout   *durationpb.Duration   `protobuf:"bytes,23,opt,name=stop_timeout,json=stopTimeout,proto3" json:"stop_timeout,omitempty"`
-	Verity        bool                   `protobuf:"varint,50,opt,name=verity,proto3" json:"verity,omitempty"` // the root disks must verify: checked whole at each start, and by dm-verity while the machine runs
+	Verity        bool                   `protobuf:"varint,24,opt,name=verity,proto3" json:"verity,omitempty"` // the root disks must verify: checked whole at each start, and by dm-verity while the machine runs
+	Init          string                 `protobuf:"bytes,25,opt,name=init,proto3" json:"init,omitempty"`      // auto (default), agent or image: who is PID 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -462,6 +463,13 @@ func (x *MachineSpec) GetVerity() bool {
 		return x.Verity
 	}
 	return false
+}
+
+func (x *MachineSpec) GetInit() string {
+	if x != nil {
+		return x.Init
+	}
+	return ""
 }
 
 type PortMapping struct {
@@ -4702,16 +4710,14 @@ func (*LoginResponse) Descriptor() ([]byte, []int) {
 }
 
 type BuildRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ContextDir    string                 `protobuf:"bytes,1,opt,name=context_dir,json=contextDir,proto3" json:"context_dir,omitempty"` // an absolute path on the daemon's host
-	Dockerfile    string                 `protobuf:"bytes,2,opt,name=dockerfile,proto3" json:"dockerfile,omitempty"`                   // an absolute path; default: Dockerfile in the context
-	Tags          []string               `protobuf:"bytes,3,rep,name=tags,proto3" json:"tags,omitempty"`
-	Target        string                 `protobuf:"bytes,4,opt,name=target,proto3" json:"target,omitempty"`
-	BuildArgs     map[string]string      `protobuf:"bytes,5,rep,name=build_args,json=buildArgs,proto3" json:"build_args,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Labels        map[string]string      `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	NoCache       bool                   `protobuf:"varint,7,opt,name=no_cache,json=noCache,proto3" json:"no_cache,omitempty"`
-	Pull          bool                   `protobuf:"varint,8,opt,name=pull,proto3" json:"pull,omitempty"`
-	Platform      string                 `protobuf:"bytes,9,opt,name=platform,proto3" json:"platform,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*BuildRequest_Start
+	//	*BuildRequest_Context
+	//	*BuildRequest_ContextEnd
+	//	*BuildRequest_Agent
+	Kind          isBuildRequest_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4746,67 +4752,493 @@ func (*BuildRequest) Descriptor() ([]byte, []int) {
 	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
 }
 
-func (x *BuildRequest) GetContextDir() string {
+func (x *BuildRequest) GetKind() isBuildRequest_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *BuildRequest) GetStart() *BuildStart {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildRequest_Start); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *BuildRequest) GetContext() []byte {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildRequest_Context); ok {
+			return x.Context
+		}
+	}
+	return nil
+}
+
+func (x *BuildRequest) GetContextEnd() bool {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildRequest_ContextEnd); ok {
+			return x.ContextEnd
+		}
+	}
+	return false
+}
+
+func (x *BuildRequest) GetAgent() *AgentData {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildRequest_Agent); ok {
+			return x.Agent
+		}
+	}
+	return nil
+}
+
+type isBuildRequest_Kind interface {
+	isBuildRequest_Kind()
+}
+
+type BuildRequest_Start struct {
+	Start *BuildStart `protobuf:"bytes,1,opt,name=start,proto3,oneof"`
+}
+
+type BuildRequest_Context struct {
+	Context []byte `protobuf:"bytes,2,opt,name=context,proto3,oneof"` // of a streamed context
+}
+
+type BuildRequest_ContextEnd struct {
+	ContextEnd bool `protobuf:"varint,3,opt,name=context_end,json=contextEnd,proto3,oneof"`
+}
+
+type BuildRequest_Agent struct {
+	Agent *AgentData `protobuf:"bytes,4,opt,name=agent,proto3,oneof"`
+}
+
+func (*BuildRequest_Start) isBuildRequest_Kind() {}
+
+func (*BuildRequest_Context) isBuildRequest_Kind() {}
+
+func (*BuildRequest_ContextEnd) isBuildRequest_Kind() {}
+
+func (*BuildRequest_Agent) isBuildRequest_Kind() {}
+
+type BuildStart struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The context is one of these three.
+	ContextDir     string               `protobuf:"bytes,1,opt,name=context_dir,json=contextDir,proto3" json:"context_dir,omitempty"`             // an absolute path on the daemon's host
+	ContextUrl     string               `protobuf:"bytes,2,opt,name=context_url,json=contextUrl,proto3" json:"context_url,omitempty"`             // a git repository, or http(s) of a Dockerfile or an archive
+	ContextStream  bool                 `protobuf:"varint,3,opt,name=context_stream,json=contextStream,proto3" json:"context_stream,omitempty"`   // messages follow: an archive, or a Dockerfile alone
+	Dockerfile     string               `protobuf:"bytes,4,opt,name=dockerfile,proto3" json:"dockerfile,omitempty"`                               // an absolute path, or one in the context; default: Dockerfile in the context
+	DockerfileText []byte               `protobuf:"bytes,5,opt,name=dockerfile_text,json=dockerfileText,proto3" json:"dockerfile_text,omitempty"` // instead of a file
+	Tags           []string             `protobuf:"bytes,6,rep,name=tags,proto3" json:"tags,omitempty"`
+	Target         string               `protobuf:"bytes,7,opt,name=target,proto3" json:"target,omitempty"`
+	BuildArgs      map[string]string    `protobuf:"bytes,8,rep,name=build_args,json=buildArgs,proto3" json:"build_args,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Labels         map[string]string    `protobuf:"bytes,9,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	NoCache        bool                 `protobuf:"varint,10,opt,name=no_cache,json=noCache,proto3" json:"no_cache,omitempty"`
+	NoCacheStages  []string             `protobuf:"bytes,11,rep,name=no_cache_stages,json=noCacheStages,proto3" json:"no_cache_stages,omitempty"`
+	Pull           bool                 `protobuf:"varint,12,opt,name=pull,proto3" json:"pull,omitempty"`
+	Platform       string               `protobuf:"bytes,13,opt,name=platform,proto3" json:"platform,omitempty"`
+	BuildContexts  map[string]string    `protobuf:"bytes,14,rep,name=build_contexts,json=buildContexts,proto3" json:"build_contexts,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // by name: dir:PATH, docker-image://REFERENCE, oci-layout://PATH[:TAG][@DIGEST], or a URL
+	Secrets        map[string][]byte    `protobuf:"bytes,15,rep,name=secrets,proto3" json:"secrets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`                                  // by ID; nothing of them is kept
+	Ssh            []string             `protobuf:"bytes,16,rep,name=ssh,proto3" json:"ssh,omitempty"`                                                                                                                    // IDs of the SSH agents that the client answers for
+	Network        string               `protobuf:"bytes,17,opt,name=network,proto3" json:"network,omitempty"`                                                                                                            // of RUN: host (default) or none
+	AddHosts       []string             `protobuf:"bytes,18,rep,name=add_hosts,json=addHosts,proto3" json:"add_hosts,omitempty"`                                                                                          // NAME=ADDRESS
+	ShmBytes       int64                `protobuf:"varint,19,opt,name=shm_bytes,json=shmBytes,proto3" json:"shm_bytes,omitempty"`
+	Ulimits        []string             `protobuf:"bytes,20,rep,name=ulimits,proto3" json:"ulimits,omitempty"` // NAME=SOFT[:HARD]
+	CacheTo        []*CacheOption       `protobuf:"bytes,21,rep,name=cache_to,json=cacheTo,proto3" json:"cache_to,omitempty"`
+	CacheFrom      []*CacheOption       `protobuf:"bytes,22,rep,name=cache_from,json=cacheFrom,proto3" json:"cache_from,omitempty"`
+	Outputs        []*BuildOutput       `protobuf:"bytes,23,rep,name=outputs,proto3" json:"outputs,omitempty"`
+	Call           string               `protobuf:"bytes,24,opt,name=call,proto3" json:"call,omitempty"`       // check, outline or targets: answers a report and builds nothing
+	Quiet          bool                 `protobuf:"varint,25,opt,name=quiet,proto3" json:"quiet,omitempty"`    // no statuses but warnings; the output of a step that failed then comes with the error
+	Timeout        *durationpb.Duration `protobuf:"bytes,26,opt,name=timeout,proto3" json:"timeout,omitempty"` // of the whole build; 0: as the daemon's settings say
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *BuildStart) Reset() {
+	*x = BuildStart{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildStart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildStart) ProtoMessage() {}
+
+func (x *BuildStart) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildStart.ProtoReflect.Descriptor instead.
+func (*BuildStart) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
+}
+
+func (x *BuildStart) GetContextDir() string {
 	if x != nil {
 		return x.ContextDir
 	}
 	return ""
 }
 
-func (x *BuildRequest) GetDockerfile() string {
+func (x *BuildStart) GetContextUrl() string {
+	if x != nil {
+		return x.ContextUrl
+	}
+	return ""
+}
+
+func (x *BuildStart) GetContextStream() bool {
+	if x != nil {
+		return x.ContextStream
+	}
+	return false
+}
+
+func (x *BuildStart) GetDockerfile() string {
 	if x != nil {
 		return x.Dockerfile
 	}
 	return ""
 }
 
-func (x *BuildRequest) GetTags() []string {
+func (x *BuildStart) GetDockerfileText() []byte {
+	if x != nil {
+		return x.DockerfileText
+	}
+	return nil
+}
+
+func (x *BuildStart) GetTags() []string {
 	if x != nil {
 		return x.Tags
 	}
 	return nil
 }
 
-func (x *BuildRequest) GetTarget() string {
+func (x *BuildStart) GetTarget() string {
 	if x != nil {
 		return x.Target
 	}
 	return ""
 }
 
-func (x *BuildRequest) GetBuildArgs() map[string]string {
+func (x *BuildStart) GetBuildArgs() map[string]string {
 	if x != nil {
 		return x.BuildArgs
 	}
 	return nil
 }
 
-func (x *BuildRequest) GetLabels() map[string]string {
+func (x *BuildStart) GetLabels() map[string]string {
 	if x != nil {
 		return x.Labels
 	}
 	return nil
 }
 
-func (x *BuildRequest) GetNoCache() bool {
+func (x *BuildStart) GetNoCache() bool {
 	if x != nil {
 		return x.NoCache
 	}
 	return false
 }
 
-func (x *BuildRequest) GetPull() bool {
+func (x *BuildStart) GetNoCacheStages() []string {
+	if x != nil {
+		return x.NoCacheStages
+	}
+	return nil
+}
+
+func (x *BuildStart) GetPull() bool {
 	if x != nil {
 		return x.Pull
 	}
 	return false
 }
 
-func (x *BuildRequest) GetPlatform() string {
+func (x *BuildStart) GetPlatform() string {
 	if x != nil {
 		return x.Platform
 	}
 	return ""
+}
+
+func (x *BuildStart) GetBuildContexts() map[string]string {
+	if x != nil {
+		return x.BuildContexts
+	}
+	return nil
+}
+
+func (x *BuildStart) GetSecrets() map[string][]byte {
+	if x != nil {
+		return x.Secrets
+	}
+	return nil
+}
+
+func (x *BuildStart) GetSsh() []string {
+	if x != nil {
+		return x.Ssh
+	}
+	return nil
+}
+
+func (x *BuildStart) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
+func (x *BuildStart) GetAddHosts() []string {
+	if x != nil {
+		return x.AddHosts
+	}
+	return nil
+}
+
+func (x *BuildStart) GetShmBytes() int64 {
+	if x != nil {
+		return x.ShmBytes
+	}
+	return 0
+}
+
+func (x *BuildStart) GetUlimits() []string {
+	if x != nil {
+		return x.Ulimits
+	}
+	return nil
+}
+
+func (x *BuildStart) GetCacheTo() []*CacheOption {
+	if x != nil {
+		return x.CacheTo
+	}
+	return nil
+}
+
+func (x *BuildStart) GetCacheFrom() []*CacheOption {
+	if x != nil {
+		return x.CacheFrom
+	}
+	return nil
+}
+
+func (x *BuildStart) GetOutputs() []*BuildOutput {
+	if x != nil {
+		return x.Outputs
+	}
+	return nil
+}
+
+func (x *BuildStart) GetCall() string {
+	if x != nil {
+		return x.Call
+	}
+	return ""
+}
+
+func (x *BuildStart) GetQuiet() bool {
+	if x != nil {
+		return x.Quiet
+	}
+	return false
+}
+
+func (x *BuildStart) GetTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.Timeout
+	}
+	return nil
+}
+
+type CacheOption struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"` // registry, local or inline
+	Attributes    map[string]string      `protobuf:"bytes,2,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CacheOption) Reset() {
+	*x = CacheOption{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CacheOption) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CacheOption) ProtoMessage() {}
+
+func (x *CacheOption) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CacheOption.ProtoReflect.Descriptor instead.
+func (*CacheOption) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
+}
+
+func (x *CacheOption) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *CacheOption) GetAttributes() map[string]string {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
+}
+
+type BuildOutput struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"` // disk, oci, docker or tar
+	Attributes    map[string]string      `protobuf:"bytes,2,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildOutput) Reset() {
+	*x = BuildOutput{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildOutput) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildOutput) ProtoMessage() {}
+
+func (x *BuildOutput) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildOutput.ProtoReflect.Descriptor instead.
+func (*BuildOutput) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
+}
+
+func (x *BuildOutput) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *BuildOutput) GetAttributes() map[string]string {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
+}
+
+// AgentData is a piece of one connection to an SSH agent. The daemon opens connections, by the first message of a number.
+type AgentData struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Connection    uint32                 `protobuf:"varint,1,opt,name=connection,proto3" json:"connection,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"` // of the agent, in the first message
+	Data          []byte                 `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	Close         bool                   `protobuf:"varint,4,opt,name=close,proto3" json:"close,omitempty"` // nothing follows from this side
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentData) Reset() {
+	*x = AgentData{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentData) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentData) ProtoMessage() {}
+
+func (x *AgentData) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentData.ProtoReflect.Descriptor instead.
+func (*AgentData) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
+}
+
+func (x *AgentData) GetConnection() uint32 {
+	if x != nil {
+		return x.Connection
+	}
+	return 0
+}
+
+func (x *AgentData) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AgentData) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *AgentData) GetClose() bool {
+	if x != nil {
+		return x.Close
+	}
+	return false
 }
 
 type BuildResponse struct {
@@ -4815,6 +5247,9 @@ type BuildResponse struct {
 	//
 	//	*BuildResponse_Status
 	//	*BuildResponse_Result
+	//	*BuildResponse_Agent
+	//	*BuildResponse_Output
+	//	*BuildResponse_Report
 	Kind          isBuildResponse_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4822,7 +5257,7 @@ type BuildResponse struct {
 
 func (x *BuildResponse) Reset() {
 	*x = BuildResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4834,7 +5269,7 @@ func (x *BuildResponse) String() string {
 func (*BuildResponse) ProtoMessage() {}
 
 func (x *BuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4847,7 +5282,7 @@ func (x *BuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResponse.ProtoReflect.Descriptor instead.
 func (*BuildResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *BuildResponse) GetKind() isBuildResponse_Kind {
@@ -4875,6 +5310,33 @@ func (x *BuildResponse) GetResult() *BuildResult {
 	return nil
 }
 
+func (x *BuildResponse) GetAgent() *AgentData {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildResponse_Agent); ok {
+			return x.Agent
+		}
+	}
+	return nil
+}
+
+func (x *BuildResponse) GetOutput() *OutputData {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildResponse_Output); ok {
+			return x.Output
+		}
+	}
+	return nil
+}
+
+func (x *BuildResponse) GetReport() *BuildReport {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildResponse_Report); ok {
+			return x.Report
+		}
+	}
+	return nil
+}
+
 type isBuildResponse_Kind interface {
 	isBuildResponse_Kind()
 }
@@ -4884,26 +5346,157 @@ type BuildResponse_Status struct {
 }
 
 type BuildResponse_Result struct {
-	Result *BuildResult `protobuf:"bytes,2,opt,name=result,proto3,oneof"` // the last message
+	Result *BuildResult `protobuf:"bytes,2,opt,name=result,proto3,oneof"`
+}
+
+type BuildResponse_Agent struct {
+	Agent *AgentData `protobuf:"bytes,3,opt,name=agent,proto3,oneof"`
+}
+
+type BuildResponse_Output struct {
+	Output *OutputData `protobuf:"bytes,4,opt,name=output,proto3,oneof"`
+}
+
+type BuildResponse_Report struct {
+	Report *BuildReport `protobuf:"bytes,5,opt,name=report,proto3,oneof"`
 }
 
 func (*BuildResponse_Status) isBuildResponse_Kind() {}
 
 func (*BuildResponse_Result) isBuildResponse_Kind() {}
 
+func (*BuildResponse_Agent) isBuildResponse_Kind() {}
+
+func (*BuildResponse_Output) isBuildResponse_Kind() {}
+
+func (*BuildResponse_Report) isBuildResponse_Kind() {}
+
+type OutputData struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint32                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"` // of BuildStart.outputs
+	Data          []byte                 `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OutputData) Reset() {
+	*x = OutputData{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OutputData) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OutputData) ProtoMessage() {}
+
+func (x *OutputData) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OutputData.ProtoReflect.Descriptor instead.
+func (*OutputData) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{73}
+}
+
+func (x *OutputData) GetIndex() uint32 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *OutputData) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type BuildReport struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Text          string                 `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"`
+	Json          []byte                 `protobuf:"bytes,2,opt,name=json,proto3" json:"json,omitempty"`
+	ExitCode      int32                  `protobuf:"varint,3,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"` // not 0: there is something to mend
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildReport) Reset() {
+	*x = BuildReport{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildReport) ProtoMessage() {}
+
+func (x *BuildReport) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildReport.ProtoReflect.Descriptor instead.
+func (*BuildReport) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{74}
+}
+
+func (x *BuildReport) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+func (x *BuildReport) GetJson() []byte {
+	if x != nil {
+		return x.Json
+	}
+	return nil
+}
+
+func (x *BuildReport) GetExitCode() int32 {
+	if x != nil {
+		return x.ExitCode
+	}
+	return 0
+}
+
 type BuildResult struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"` // empty where no image was kept
 	References    []string               `protobuf:"bytes,2,rep,name=references,proto3" json:"references,omitempty"`
-	Solve         *durationpb.Duration   `protobuf:"bytes,3,opt,name=solve,proto3" json:"solve,omitempty"`                       // BuildKit's own share
-	RootDisk      *durationpb.Duration   `protobuf:"bytes,4,opt,name=root_disk,json=rootDisk,proto3" json:"root_disk,omitempty"` // 0 when it was there
+	Solve         *durationpb.Duration   `protobuf:"bytes,3,opt,name=solve,proto3" json:"solve,omitempty"`                                                                                 // BuildKit's own share
+	RootDisk      *durationpb.Duration   `protobuf:"bytes,4,opt,name=root_disk,json=rootDisk,proto3" json:"root_disk,omitempty"`                                                           // 0 when it was there
+	Metadata      map[string]string      `protobuf:"bytes,5,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // what BuildKit's exporters say, as containerimage.digest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BuildResult) Reset() {
 	*x = BuildResult{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4915,7 +5508,7 @@ func (x *BuildResult) String() string {
 func (*BuildResult) ProtoMessage() {}
 
 func (x *BuildResult) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4928,7 +5521,7 @@ func (x *BuildResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResult.ProtoReflect.Descriptor instead.
 func (*BuildResult) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *BuildResult) GetDigest() string {
@@ -4959,19 +5552,320 @@ func (x *BuildResult) GetRootDisk() *durationpb.Duration {
 	return nil
 }
 
+func (x *BuildResult) GetMetadata() map[string]string {
+	if x != nil {
+		return x.Metadata
+	}
+	return nil
+}
+
+type BuildDiskUsageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildDiskUsageRequest) Reset() {
+	*x = BuildDiskUsageRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildDiskUsageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildDiskUsageRequest) ProtoMessage() {}
+
+func (x *BuildDiskUsageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildDiskUsageRequest.ProtoReflect.Descriptor instead.
+func (*BuildDiskUsageRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{76}
+}
+
+type BuildDiskUsageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Records       []*BuildCacheRecord    `protobuf:"bytes,1,rep,name=records,proto3" json:"records,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildDiskUsageResponse) Reset() {
+	*x = BuildDiskUsageResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildDiskUsageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildDiskUsageResponse) ProtoMessage() {}
+
+func (x *BuildDiskUsageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildDiskUsageResponse.ProtoReflect.Descriptor instead.
+func (*BuildDiskUsageResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{77}
+}
+
+func (x *BuildDiskUsageResponse) GetRecords() []*BuildCacheRecord {
+	if x != nil {
+		return x.Records
+	}
+	return nil
+}
+
+type BuildCacheRecord struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Type          string                 `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"` // regular, source.local, exec.cachemount, …
+	Description   string                 `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	InUse         bool                   `protobuf:"varint,5,opt,name=in_use,json=inUse,proto3" json:"in_use,omitempty"`
+	Shared        bool                   `protobuf:"varint,6,opt,name=shared,proto3" json:"shared,omitempty"`
+	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	LastUsedAt    *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=last_used_at,json=lastUsedAt,proto3" json:"last_used_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildCacheRecord) Reset() {
+	*x = BuildCacheRecord{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildCacheRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildCacheRecord) ProtoMessage() {}
+
+func (x *BuildCacheRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildCacheRecord.ProtoReflect.Descriptor instead.
+func (*BuildCacheRecord) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{78}
+}
+
+func (x *BuildCacheRecord) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *BuildCacheRecord) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *BuildCacheRecord) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
+func (x *BuildCacheRecord) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *BuildCacheRecord) GetInUse() bool {
+	if x != nil {
+		return x.InUse
+	}
+	return false
+}
+
+func (x *BuildCacheRecord) GetShared() bool {
+	if x != nil {
+		return x.Shared
+	}
+	return false
+}
+
+func (x *BuildCacheRecord) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+func (x *BuildCacheRecord) GetLastUsedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastUsedAt
+	}
+	return nil
+}
+
+type PruneBuildRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	All           bool                   `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"`                              // also what builds may still use
+	UnusedFor     *durationpb.Duration   `protobuf:"bytes,2,opt,name=unused_for,json=unusedFor,proto3" json:"unused_for,omitempty"`  // only what was not used for so long
+	KeepBytes     int64                  `protobuf:"varint,3,opt,name=keep_bytes,json=keepBytes,proto3" json:"keep_bytes,omitempty"` // leave this much
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PruneBuildRequest) Reset() {
+	*x = PruneBuildRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneBuildRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneBuildRequest) ProtoMessage() {}
+
+func (x *PruneBuildRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneBuildRequest.ProtoReflect.Descriptor instead.
+func (*PruneBuildRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{79}
+}
+
+func (x *PruneBuildRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+func (x *PruneBuildRequest) GetUnusedFor() *durationpb.Duration {
+	if x != nil {
+		return x.UnusedFor
+	}
+	return nil
+}
+
+func (x *PruneBuildRequest) GetKeepBytes() int64 {
+	if x != nil {
+		return x.KeepBytes
+	}
+	return 0
+}
+
+type PruneBuildResponse struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Records        []*BuildCacheRecord    `protobuf:"bytes,1,rep,name=records,proto3" json:"records,omitempty"` // what was removed
+	ReclaimedBytes int64                  `protobuf:"varint,2,opt,name=reclaimed_bytes,json=reclaimedBytes,proto3" json:"reclaimed_bytes,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *PruneBuildResponse) Reset() {
+	*x = PruneBuildResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneBuildResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneBuildResponse) ProtoMessage() {}
+
+func (x *PruneBuildResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneBuildResponse.ProtoReflect.Descriptor instead.
+func (*PruneBuildResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{80}
+}
+
+func (x *PruneBuildResponse) GetRecords() []*BuildCacheRecord {
+	if x != nil {
+		return x.Records
+	}
+	return nil
+}
+
+func (x *PruneBuildResponse) GetReclaimedBytes() int64 {
+	if x != nil {
+		return x.ReclaimedBytes
+	}
+	return 0
+}
+
 type Base struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`     // debian:bookworm
 	Digest        string                 `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"` // empty: not built yet
 	BuiltAt       *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=built_at,json=builtAt,proto3" json:"built_at,omitempty"`
 	Description   string                 `protobuf:"bytes,4,opt,name=description,proto3" json:"description,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the built image's compressed layers and config; 0: not built yet
+	Aliases       []string               `protobuf:"bytes,6,rep,name=aliases,proto3" json:"aliases,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Base) Reset() {
 	*x = Base{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4983,7 +5877,7 @@ func (x *Base) String() string {
 func (*Base) ProtoMessage() {}
 
 func (x *Base) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4996,7 +5890,7 @@ func (x *Base) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Base.ProtoReflect.Descriptor instead.
 func (*Base) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *Base) GetName() string {
@@ -5027,6 +5921,20 @@ func (x *Base) GetDescription() string {
 	return ""
 }
 
+func (x *Base) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *Base) GetAliases() []string {
+	if x != nil {
+		return x.Aliases
+	}
+	return nil
+}
+
 type ListBasesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -5035,7 +5943,7 @@ type ListBasesRequest struct {
 
 func (x *ListBasesRequest) Reset() {
 	*x = ListBasesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5047,7 +5955,7 @@ func (x *ListBasesRequest) String() string {
 func (*ListBasesRequest) ProtoMessage() {}
 
 func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5060,7 +5968,7 @@ func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesRequest.ProtoReflect.Descriptor instead.
 func (*ListBasesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{82}
 }
 
 type ListBasesResponse struct {
@@ -5072,7 +5980,7 @@ type ListBasesResponse struct {
 
 func (x *ListBasesResponse) Reset() {
 	*x = ListBasesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5084,7 +5992,7 @@ func (x *ListBasesResponse) String() string {
 func (*ListBasesResponse) ProtoMessage() {}
 
 func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5097,7 +6005,7 @@ func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesResponse.ProtoReflect.Descriptor instead.
 func (*ListBasesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{72}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ListBasesResponse) GetBases() []*Base {
@@ -5110,14 +6018,18 @@ func (x *ListBasesResponse) GetBases() []*Base {
 type BuildBaseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Mirror        string                 `protobuf:"bytes,2,opt,name=mirror,proto3" json:"mirror,omitempty"`
+	Mirror        string                 `protobuf:"bytes,2,opt,name=mirror,proto3" json:"mirror,omitempty"`     // URL; default: the distribution's own
+	Keyring       []byte                 `protobuf:"bytes,3,opt,name=keyring,proto3" json:"keyring,omitempty"`   // the archive's keys instead of the distribution's: OpenPGP, or PEM for Alpine
+	Packages      []string               `protobuf:"bytes,4,rep,name=packages,proto3" json:"packages,omitempty"` // added to the base's own
+	Snapshot      string                 `protobuf:"bytes,5,opt,name=snapshot,proto3" json:"snapshot,omitempty"` // the archive as it was: 20260115 or 20260115T120000Z
+	Tag           string                 `protobuf:"bytes,6,opt,name=tag,proto3" json:"tag,omitempty"`           // the image's name; default: the base's
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BuildBaseRequest) Reset() {
 	*x = BuildBaseRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5129,7 +6041,7 @@ func (x *BuildBaseRequest) String() string {
 func (*BuildBaseRequest) ProtoMessage() {}
 
 func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5142,7 +6054,7 @@ func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseRequest.ProtoReflect.Descriptor instead.
 func (*BuildBaseRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{73}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *BuildBaseRequest) GetName() string {
@@ -5155,6 +6067,34 @@ func (x *BuildBaseRequest) GetName() string {
 func (x *BuildBaseRequest) GetMirror() string {
 	if x != nil {
 		return x.Mirror
+	}
+	return ""
+}
+
+func (x *BuildBaseRequest) GetKeyring() []byte {
+	if x != nil {
+		return x.Keyring
+	}
+	return nil
+}
+
+func (x *BuildBaseRequest) GetPackages() []string {
+	if x != nil {
+		return x.Packages
+	}
+	return nil
+}
+
+func (x *BuildBaseRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *BuildBaseRequest) GetTag() string {
+	if x != nil {
+		return x.Tag
 	}
 	return ""
 }
@@ -5173,7 +6113,7 @@ type BuildBaseResponse struct {
 
 func (x *BuildBaseResponse) Reset() {
 	*x = BuildBaseResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5185,7 +6125,7 @@ func (x *BuildBaseResponse) String() string {
 func (*BuildBaseResponse) ProtoMessage() {}
 
 func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5198,7 +6138,7 @@ func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseResponse.ProtoReflect.Descriptor instead.
 func (*BuildBaseResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{74}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *BuildBaseResponse) GetKind() isBuildBaseResponse_Kind {
@@ -5277,7 +6217,7 @@ type Kernel struct {
 
 func (x *Kernel) Reset() {
 	*x = Kernel{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5289,7 +6229,7 @@ func (x *Kernel) String() string {
 func (*Kernel) ProtoMessage() {}
 
 func (x *Kernel) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5302,7 +6242,7 @@ func (x *Kernel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Kernel.ProtoReflect.Descriptor instead.
 func (*Kernel) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{75}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *Kernel) GetName() string {
@@ -5406,7 +6346,7 @@ type BuildKernelRequest struct {
 
 func (x *BuildKernelRequest) Reset() {
 	*x = BuildKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5418,7 +6358,7 @@ func (x *BuildKernelRequest) String() string {
 func (*BuildKernelRequest) ProtoMessage() {}
 
 func (x *BuildKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5431,7 +6371,7 @@ func (x *BuildKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildKernelRequest.ProtoReflect.Descriptor instead.
 func (*BuildKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{76}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *BuildKernelRequest) GetName() string {
@@ -5511,7 +6451,7 @@ type BuildKernelResponse struct {
 
 func (x *BuildKernelResponse) Reset() {
 	*x = BuildKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5523,7 +6463,7 @@ func (x *BuildKernelResponse) String() string {
 func (*BuildKernelResponse) ProtoMessage() {}
 
 func (x *BuildKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5536,7 +6476,7 @@ func (x *BuildKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildKernelResponse.ProtoReflect.Descriptor instead.
 func (*BuildKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{77}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *BuildKernelResponse) GetKind() isBuildKernelResponse_Kind {
@@ -5604,7 +6544,7 @@ type RemoveKernelRequest struct {
 
 func (x *RemoveKernelRequest) Reset() {
 	*x = RemoveKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5616,7 +6556,7 @@ func (x *RemoveKernelRequest) String() string {
 func (*RemoveKernelRequest) ProtoMessage() {}
 
 func (x *RemoveKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5629,7 +6569,7 @@ func (x *RemoveKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveKernelRequest.ProtoReflect.Descriptor instead.
 func (*RemoveKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{78}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *RemoveKernelRequest) GetName() string {
@@ -5647,7 +6587,7 @@ type RemoveKernelResponse struct {
 
 func (x *RemoveKernelResponse) Reset() {
 	*x = RemoveKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5659,7 +6599,7 @@ func (x *RemoveKernelResponse) String() string {
 func (*RemoveKernelResponse) ProtoMessage() {}
 
 func (x *RemoveKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5672,7 +6612,7 @@ func (x *RemoveKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveKernelResponse.ProtoReflect.Descriptor instead.
 func (*RemoveKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{79}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{90}
 }
 
 type SetDefaultKernelRequest struct {
@@ -5684,7 +6624,7 @@ type SetDefaultKernelRequest struct {
 
 func (x *SetDefaultKernelRequest) Reset() {
 	*x = SetDefaultKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5696,7 +6636,7 @@ func (x *SetDefaultKernelRequest) String() string {
 func (*SetDefaultKernelRequest) ProtoMessage() {}
 
 func (x *SetDefaultKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5709,7 +6649,7 @@ func (x *SetDefaultKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetDefaultKernelRequest.ProtoReflect.Descriptor instead.
 func (*SetDefaultKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{80}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *SetDefaultKernelRequest) GetName() string {
@@ -5727,7 +6667,7 @@ type SetDefaultKernelResponse struct {
 
 func (x *SetDefaultKernelResponse) Reset() {
 	*x = SetDefaultKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5739,7 +6679,7 @@ func (x *SetDefaultKernelResponse) String() string {
 func (*SetDefaultKernelResponse) ProtoMessage() {}
 
 func (x *SetDefaultKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5752,7 +6692,7 @@ func (x *SetDefaultKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetDefaultKernelResponse.ProtoReflect.Descriptor instead.
 func (*SetDefaultKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{81}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{92}
 }
 
 type ImportKernelRequest struct {
@@ -5765,7 +6705,7 @@ type ImportKernelRequest struct {
 
 func (x *ImportKernelRequest) Reset() {
 	*x = ImportKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5777,7 +6717,7 @@ func (x *ImportKernelRequest) String() string {
 func (*ImportKernelRequest) ProtoMessage() {}
 
 func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5790,7 +6730,7 @@ func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelRequest.ProtoReflect.Descriptor instead.
 func (*ImportKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{82}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ImportKernelRequest) GetPath() string {
@@ -5816,7 +6756,7 @@ type ImportKernelResponse struct {
 
 func (x *ImportKernelResponse) Reset() {
 	*x = ImportKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5828,7 +6768,7 @@ func (x *ImportKernelResponse) String() string {
 func (*ImportKernelResponse) ProtoMessage() {}
 
 func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5841,7 +6781,7 @@ func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelResponse.ProtoReflect.Descriptor instead.
 func (*ImportKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{83}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ImportKernelResponse) GetKernel() *Kernel {
@@ -5859,7 +6799,7 @@ type ListKernelsRequest struct {
 
 func (x *ListKernelsRequest) Reset() {
 	*x = ListKernelsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5871,7 +6811,7 @@ func (x *ListKernelsRequest) String() string {
 func (*ListKernelsRequest) ProtoMessage() {}
 
 func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5884,7 +6824,7 @@ func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsRequest.ProtoReflect.Descriptor instead.
 func (*ListKernelsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{84}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{95}
 }
 
 type ListKernelsResponse struct {
@@ -5896,7 +6836,7 @@ type ListKernelsResponse struct {
 
 func (x *ListKernelsResponse) Reset() {
 	*x = ListKernelsResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5908,7 +6848,7 @@ func (x *ListKernelsResponse) String() string {
 func (*ListKernelsResponse) ProtoMessage() {}
 
 func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5921,7 +6861,7 @@ func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsResponse.ProtoReflect.Descriptor instead.
 func (*ListKernelsResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{85}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *ListKernelsResponse) GetKernels() []*Kernel {
@@ -5940,7 +6880,7 @@ type GetKernelRequest struct {
 
 func (x *GetKernelRequest) Reset() {
 	*x = GetKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5952,7 +6892,7 @@ func (x *GetKernelRequest) String() string {
 func (*GetKernelRequest) ProtoMessage() {}
 
 func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5965,7 +6905,7 @@ func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelRequest.ProtoReflect.Descriptor instead.
 func (*GetKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{86}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *GetKernelRequest) GetName() string {
@@ -5984,7 +6924,7 @@ type GetKernelResponse struct {
 
 func (x *GetKernelResponse) Reset() {
 	*x = GetKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5996,7 +6936,7 @@ func (x *GetKernelResponse) String() string {
 func (*GetKernelResponse) ProtoMessage() {}
 
 func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6009,7 +6949,7 @@ func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelResponse.ProtoReflect.Descriptor instead.
 func (*GetKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{87}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *GetKernelResponse) GetKernel() *Kernel {
@@ -6031,7 +6971,7 @@ type PullKernelRequest struct {
 
 func (x *PullKernelRequest) Reset() {
 	*x = PullKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6043,7 +6983,7 @@ func (x *PullKernelRequest) String() string {
 func (*PullKernelRequest) ProtoMessage() {}
 
 func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6056,7 +6996,7 @@ func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelRequest.ProtoReflect.Descriptor instead.
 func (*PullKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{88}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *PullKernelRequest) GetName() string {
@@ -6097,7 +7037,7 @@ type PushKernelRequest struct {
 
 func (x *PushKernelRequest) Reset() {
 	*x = PushKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6109,7 +7049,7 @@ func (x *PushKernelRequest) String() string {
 func (*PushKernelRequest) ProtoMessage() {}
 
 func (x *PushKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6122,7 +7062,7 @@ func (x *PushKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushKernelRequest.ProtoReflect.Descriptor instead.
 func (*PushKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{89}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *PushKernelRequest) GetName() string {
@@ -6152,7 +7092,7 @@ type PushKernelResponse struct {
 
 func (x *PushKernelResponse) Reset() {
 	*x = PushKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6164,7 +7104,7 @@ func (x *PushKernelResponse) String() string {
 func (*PushKernelResponse) ProtoMessage() {}
 
 func (x *PushKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6177,7 +7117,7 @@ func (x *PushKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushKernelResponse.ProtoReflect.Descriptor instead.
 func (*PushKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{90}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *PushKernelResponse) GetKind() isPushKernelResponse_Kind {
@@ -6230,7 +7170,7 @@ type PushedKernel struct {
 
 func (x *PushedKernel) Reset() {
 	*x = PushedKernel{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6242,7 +7182,7 @@ func (x *PushedKernel) String() string {
 func (*PushedKernel) ProtoMessage() {}
 
 func (x *PushedKernel) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6255,7 +7195,7 @@ func (x *PushedKernel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushedKernel.ProtoReflect.Descriptor instead.
 func (*PushedKernel) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{91}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *PushedKernel) GetDigest() string {
@@ -6278,7 +7218,7 @@ type PullKernelResponse struct {
 
 func (x *PullKernelResponse) Reset() {
 	*x = PullKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6290,7 +7230,7 @@ func (x *PullKernelResponse) String() string {
 func (*PullKernelResponse) ProtoMessage() {}
 
 func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6303,7 +7243,7 @@ func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelResponse.ProtoReflect.Descriptor instead.
 func (*PullKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{92}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *PullKernelResponse) GetKind() isPullKernelResponse_Kind {
@@ -6347,6 +7287,102 @@ func (*PullKernelResponse_Transfer) isPullKernelResponse_Kind() {}
 
 func (*PullKernelResponse_Kernel) isPullKernelResponse_Kind() {}
 
+type PruneSystemRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	All           bool                   `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"` // also images with names that no machine uses, and the builder's own records
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PruneSystemRequest) Reset() {
+	*x = PruneSystemRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[104]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneSystemRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneSystemRequest) ProtoMessage() {}
+
+func (x *PruneSystemRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[104]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneSystemRequest.ProtoReflect.Descriptor instead.
+func (*PruneSystemRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{104}
+}
+
+func (x *PruneSystemRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+type PruneSystemResponse struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Images          *PruneImagesResponse   `protobuf:"bytes,1,opt,name=images,proto3" json:"images,omitempty"`
+	BuildCacheBytes int64                  `protobuf:"varint,2,opt,name=build_cache_bytes,json=buildCacheBytes,proto3" json:"build_cache_bytes,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *PruneSystemResponse) Reset() {
+	*x = PruneSystemResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[105]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneSystemResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneSystemResponse) ProtoMessage() {}
+
+func (x *PruneSystemResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[105]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneSystemResponse.ProtoReflect.Descriptor instead.
+func (*PruneSystemResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{105}
+}
+
+func (x *PruneSystemResponse) GetImages() *PruneImagesResponse {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+func (x *PruneSystemResponse) GetBuildCacheBytes() int64 {
+	if x != nil {
+		return x.BuildCacheBytes
+	}
+	return 0
+}
+
 type VersionRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -6355,7 +7391,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6367,7 +7403,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6380,7 +7416,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{93}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{106}
 }
 
 type VersionResponse struct {
@@ -6397,7 +7433,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6409,7 +7445,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6422,7 +7458,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{94}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -6477,7 +7513,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6489,7 +7525,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6502,7 +7538,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{95}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *EventsRequest) GetSince() *timestamppb.Timestamp {
@@ -6534,7 +7570,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6546,7 +7582,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6559,7 +7595,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -6612,7 +7648,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6624,7 +7660,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6637,7 +7673,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{97}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{110}
 }
 
 type DoctorResponse struct {
@@ -6649,7 +7685,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6661,7 +7697,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6674,7 +7710,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{98}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *DoctorResponse) GetChecks() []*Check {
@@ -6696,7 +7732,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[99]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6708,7 +7744,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[99]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6721,7 +7757,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{99}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *Check) GetName() string {
@@ -6760,7 +7796,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6772,7 +7808,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6785,7 +7821,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{100}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{113}
 }
 
 type ShutdownResponse struct {
@@ -6796,7 +7832,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6808,7 +7844,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6821,7 +7857,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{101}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{114}
 }
 
 var File_api_atoll_v1_atoll_proto protoreflect.FileDescriptor
@@ -6830,7 +7866,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\n" +
 	"\x18api/atoll/v1/atoll.proto\x12\batoll.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1egoogle/protobuf/duration.proto\"\x1a\n" +
 	"\x04Hint\x12\x12\n" +
-	"\x04text\x18\x01 \x01(\tR\x04text\"\x8b\x06\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\"\x9f\x06\n" +
 	"\vMachineSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x18\n" +
@@ -6861,7 +7897,8 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\vstop_signal\x18\x16 \x01(\tR\n" +
 	"stopSignal\x12<\n" +
 	"\fstop_timeout\x18\x17 \x01(\v2\x19.google.protobuf.DurationR\vstopTimeout\x12\x16\n" +
-	"\x06verity\x182 \x01(\bR\x06verity\x1a9\n" +
+	"\x06verity\x18\x18 \x01(\bR\x06verity\x12\x12\n" +
+	"\x04init\x18\x19 \x01(\tR\x04init\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x88\x01\n" +
@@ -7159,49 +8196,152 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\bregistry\x18\x01 \x01(\tR\bregistry\x12\x1a\n" +
 	"\busername\x18\x02 \x01(\tR\busername\x12\x1a\n" +
 	"\bpassword\x18\x03 \x01(\tR\bpassword\"\x0f\n" +
-	"\rLoginResponse\"\xc1\x03\n" +
-	"\fBuildRequest\x12\x1f\n" +
+	"\rLoginResponse\"\xb0\x01\n" +
+	"\fBuildRequest\x12,\n" +
+	"\x05start\x18\x01 \x01(\v2\x14.atoll.v1.BuildStartH\x00R\x05start\x12\x1a\n" +
+	"\acontext\x18\x02 \x01(\fH\x00R\acontext\x12!\n" +
+	"\vcontext_end\x18\x03 \x01(\bH\x00R\n" +
+	"contextEnd\x12+\n" +
+	"\x05agent\x18\x04 \x01(\v2\x13.atoll.v1.AgentDataH\x00R\x05agentB\x06\n" +
+	"\x04kind\"\xd7\t\n" +
+	"\n" +
+	"BuildStart\x12\x1f\n" +
 	"\vcontext_dir\x18\x01 \x01(\tR\n" +
-	"contextDir\x12\x1e\n" +
+	"contextDir\x12\x1f\n" +
+	"\vcontext_url\x18\x02 \x01(\tR\n" +
+	"contextUrl\x12%\n" +
+	"\x0econtext_stream\x18\x03 \x01(\bR\rcontextStream\x12\x1e\n" +
 	"\n" +
-	"dockerfile\x18\x02 \x01(\tR\n" +
-	"dockerfile\x12\x12\n" +
-	"\x04tags\x18\x03 \x03(\tR\x04tags\x12\x16\n" +
-	"\x06target\x18\x04 \x01(\tR\x06target\x12D\n" +
+	"dockerfile\x18\x04 \x01(\tR\n" +
+	"dockerfile\x12'\n" +
+	"\x0fdockerfile_text\x18\x05 \x01(\fR\x0edockerfileText\x12\x12\n" +
+	"\x04tags\x18\x06 \x03(\tR\x04tags\x12\x16\n" +
+	"\x06target\x18\a \x01(\tR\x06target\x12B\n" +
 	"\n" +
-	"build_args\x18\x05 \x03(\v2%.atoll.v1.BuildRequest.BuildArgsEntryR\tbuildArgs\x12:\n" +
-	"\x06labels\x18\x06 \x03(\v2\".atoll.v1.BuildRequest.LabelsEntryR\x06labels\x12\x19\n" +
-	"\bno_cache\x18\a \x01(\bR\anoCache\x12\x12\n" +
-	"\x04pull\x18\b \x01(\bR\x04pull\x12\x1a\n" +
-	"\bplatform\x18\t \x01(\tR\bplatform\x1a<\n" +
+	"build_args\x18\b \x03(\v2#.atoll.v1.BuildStart.BuildArgsEntryR\tbuildArgs\x128\n" +
+	"\x06labels\x18\t \x03(\v2 .atoll.v1.BuildStart.LabelsEntryR\x06labels\x12\x19\n" +
+	"\bno_cache\x18\n" +
+	" \x01(\bR\anoCache\x12&\n" +
+	"\x0fno_cache_stages\x18\v \x03(\tR\rnoCacheStages\x12\x12\n" +
+	"\x04pull\x18\f \x01(\bR\x04pull\x12\x1a\n" +
+	"\bplatform\x18\r \x01(\tR\bplatform\x12N\n" +
+	"\x0ebuild_contexts\x18\x0e \x03(\v2'.atoll.v1.BuildStart.BuildContextsEntryR\rbuildContexts\x12;\n" +
+	"\asecrets\x18\x0f \x03(\v2!.atoll.v1.BuildStart.SecretsEntryR\asecrets\x12\x10\n" +
+	"\x03ssh\x18\x10 \x03(\tR\x03ssh\x12\x18\n" +
+	"\anetwork\x18\x11 \x01(\tR\anetwork\x12\x1b\n" +
+	"\tadd_hosts\x18\x12 \x03(\tR\baddHosts\x12\x1b\n" +
+	"\tshm_bytes\x18\x13 \x01(\x03R\bshmBytes\x12\x18\n" +
+	"\aulimits\x18\x14 \x03(\tR\aulimits\x120\n" +
+	"\bcache_to\x18\x15 \x03(\v2\x15.atoll.v1.CacheOptionR\acacheTo\x124\n" +
+	"\n" +
+	"cache_from\x18\x16 \x03(\v2\x15.atoll.v1.CacheOptionR\tcacheFrom\x12/\n" +
+	"\aoutputs\x18\x17 \x03(\v2\x15.atoll.v1.BuildOutputR\aoutputs\x12\x12\n" +
+	"\x04call\x18\x18 \x01(\tR\x04call\x12\x14\n" +
+	"\x05quiet\x18\x19 \x01(\bR\x05quiet\x123\n" +
+	"\atimeout\x18\x1a \x01(\v2\x19.google.protobuf.DurationR\atimeout\x1a<\n" +
 	"\x0eBuildArgsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"b\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a@\n" +
+	"\x12BuildContextsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
+	"\fSecretsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"\xa7\x01\n" +
+	"\vCacheOption\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\tR\x04type\x12E\n" +
+	"\n" +
+	"attributes\x18\x02 \x03(\v2%.atoll.v1.CacheOption.AttributesEntryR\n" +
+	"attributes\x1a=\n" +
+	"\x0fAttributesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa7\x01\n" +
+	"\vBuildOutput\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\tR\x04type\x12E\n" +
+	"\n" +
+	"attributes\x18\x02 \x03(\v2%.atoll.v1.BuildOutput.AttributesEntryR\n" +
+	"attributes\x1a=\n" +
+	"\x0fAttributesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"e\n" +
+	"\tAgentData\x12\x1e\n" +
+	"\n" +
+	"connection\x18\x01 \x01(\rR\n" +
+	"connection\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\x12\x14\n" +
+	"\x05close\x18\x04 \x01(\bR\x05close\"\xf0\x01\n" +
 	"\rBuildResponse\x12\x18\n" +
 	"\x06status\x18\x01 \x01(\fH\x00R\x06status\x12/\n" +
-	"\x06result\x18\x02 \x01(\v2\x15.atoll.v1.BuildResultH\x00R\x06resultB\x06\n" +
-	"\x04kind\"\xae\x01\n" +
+	"\x06result\x18\x02 \x01(\v2\x15.atoll.v1.BuildResultH\x00R\x06result\x12+\n" +
+	"\x05agent\x18\x03 \x01(\v2\x13.atoll.v1.AgentDataH\x00R\x05agent\x12.\n" +
+	"\x06output\x18\x04 \x01(\v2\x14.atoll.v1.OutputDataH\x00R\x06output\x12/\n" +
+	"\x06report\x18\x05 \x01(\v2\x15.atoll.v1.BuildReportH\x00R\x06reportB\x06\n" +
+	"\x04kind\"6\n" +
+	"\n" +
+	"OutputData\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\rR\x05index\x12\x12\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\"R\n" +
+	"\vBuildReport\x12\x12\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\x12\x12\n" +
+	"\x04json\x18\x02 \x01(\fR\x04json\x12\x1b\n" +
+	"\texit_code\x18\x03 \x01(\x05R\bexitCode\"\xac\x02\n" +
 	"\vBuildResult\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1e\n" +
 	"\n" +
 	"references\x18\x02 \x03(\tR\n" +
 	"references\x12/\n" +
 	"\x05solve\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x05solve\x126\n" +
-	"\troot_disk\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\brootDisk\"\x8b\x01\n" +
+	"\troot_disk\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\brootDisk\x12?\n" +
+	"\bmetadata\x18\x05 \x03(\v2#.atoll.v1.BuildResult.MetadataEntryR\bmetadata\x1a;\n" +
+	"\rMetadataEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x17\n" +
+	"\x15BuildDiskUsageRequest\"N\n" +
+	"\x16BuildDiskUsageResponse\x124\n" +
+	"\arecords\x18\x01 \x03(\v2\x1a.atoll.v1.BuildCacheRecordR\arecords\"\x9f\x02\n" +
+	"\x10BuildCacheRecord\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04type\x18\x02 \x01(\tR\x04type\x12 \n" +
+	"\vdescription\x18\x03 \x01(\tR\vdescription\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x04 \x01(\x03R\tsizeBytes\x12\x15\n" +
+	"\x06in_use\x18\x05 \x01(\bR\x05inUse\x12\x16\n" +
+	"\x06shared\x18\x06 \x01(\bR\x06shared\x129\n" +
+	"\n" +
+	"created_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12<\n" +
+	"\flast_used_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"lastUsedAt\"~\n" +
+	"\x11PruneBuildRequest\x12\x10\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\x128\n" +
+	"\n" +
+	"unused_for\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\tunusedFor\x12\x1d\n" +
+	"\n" +
+	"keep_bytes\x18\x03 \x01(\x03R\tkeepBytes\"s\n" +
+	"\x12PruneBuildResponse\x124\n" +
+	"\arecords\x18\x01 \x03(\v2\x1a.atoll.v1.BuildCacheRecordR\arecords\x12'\n" +
+	"\x0freclaimed_bytes\x18\x02 \x01(\x03R\x0ereclaimedBytes\"\xc4\x01\n" +
 	"\x04Base\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x125\n" +
 	"\bbuilt_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\abuiltAt\x12 \n" +
-	"\vdescription\x18\x04 \x01(\tR\vdescription\"\x12\n" +
+	"\vdescription\x18\x04 \x01(\tR\vdescription\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x05 \x01(\x03R\tsizeBytes\x12\x18\n" +
+	"\aaliases\x18\x06 \x03(\tR\aaliases\"\x12\n" +
 	"\x10ListBasesRequest\"9\n" +
 	"\x11ListBasesResponse\x12$\n" +
-	"\x05bases\x18\x01 \x03(\v2\x0e.atoll.v1.BaseR\x05bases\">\n" +
+	"\x05bases\x18\x01 \x03(\v2\x0e.atoll.v1.BaseR\x05bases\"\xa2\x01\n" +
 	"\x10BuildBaseRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
-	"\x06mirror\x18\x02 \x01(\tR\x06mirror\"\x89\x01\n" +
+	"\x06mirror\x18\x02 \x01(\tR\x06mirror\x12\x18\n" +
+	"\akeyring\x18\x03 \x01(\fR\akeyring\x12\x1a\n" +
+	"\bpackages\x18\x04 \x03(\tR\bpackages\x12\x1a\n" +
+	"\bsnapshot\x18\x05 \x01(\tR\bsnapshot\x12\x10\n" +
+	"\x03tag\x18\x06 \x01(\tR\x03tag\"\x89\x01\n" +
 	"\x11BuildBaseResponse\x12\x14\n" +
 	"\x04line\x18\x01 \x01(\tH\x00R\x04line\x120\n" +
 	"\btransfer\x18\x02 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12$\n" +
@@ -7273,7 +8413,12 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x12PullKernelResponse\x120\n" +
 	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12*\n" +
 	"\x06kernel\x18\x02 \x01(\v2\x10.atoll.v1.KernelH\x00R\x06kernelB\x06\n" +
-	"\x04kind\"\x10\n" +
+	"\x04kind\"&\n" +
+	"\x12PruneSystemRequest\x12\x10\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\"x\n" +
+	"\x13PruneSystemResponse\x125\n" +
+	"\x06images\x18\x01 \x01(\v2\x1d.atoll.v1.PruneImagesResponseR\x06images\x12*\n" +
+	"\x11build_cache_bytes\x18\x02 \x01(\x03R\x0fbuildCacheBytes\"\x10\n" +
 	"\x0eVersionRequest\"\xa4\x01\n" +
 	"\x0fVersionResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
@@ -7352,9 +8497,11 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06Import\x12\x1c.atoll.v1.ImportImageRequest\x1a\x1d.atoll.v1.ImportImageResponse(\x010\x01\x12H\n" +
 	"\aHistory\x12\x1d.atoll.v1.ImageHistoryRequest\x1a\x1e.atoll.v1.ImageHistoryResponse\x12D\n" +
 	"\x05Prune\x12\x1c.atoll.v1.PruneImagesRequest\x1a\x1d.atoll.v1.PruneImagesResponse\x128\n" +
-	"\x05Login\x12\x16.atoll.v1.LoginRequest\x1a\x17.atoll.v1.LoginResponse2J\n" +
-	"\fBuildService\x12:\n" +
-	"\x05Build\x12\x16.atoll.v1.BuildRequest\x1a\x17.atoll.v1.BuildResponse0\x012\x92\x01\n" +
+	"\x05Login\x12\x16.atoll.v1.LoginRequest\x1a\x17.atoll.v1.LoginResponse2\xe0\x01\n" +
+	"\fBuildService\x12<\n" +
+	"\x05Build\x12\x16.atoll.v1.BuildRequest\x1a\x17.atoll.v1.BuildResponse(\x010\x01\x12N\n" +
+	"\tDiskUsage\x12\x1f.atoll.v1.BuildDiskUsageRequest\x1a .atoll.v1.BuildDiskUsageResponse\x12B\n" +
+	"\x05Prune\x12\x1b.atoll.v1.PruneBuildRequest\x1a\x1c.atoll.v1.PruneBuildResponse2\x92\x01\n" +
 	"\vBaseService\x12?\n" +
 	"\x04List\x12\x1a.atoll.v1.ListBasesRequest\x1a\x1b.atoll.v1.ListBasesResponse\x12B\n" +
 	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\xcd\x04\n" +
@@ -7367,12 +8514,13 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06Remove\x12\x1d.atoll.v1.RemoveKernelRequest\x1a\x1e.atoll.v1.RemoveKernelResponse\x12S\n" +
 	"\n" +
 	"SetDefault\x12!.atoll.v1.SetDefaultKernelRequest\x1a\".atoll.v1.SetDefaultKernelResponse\x12C\n" +
-	"\x04Push\x12\x1b.atoll.v1.PushKernelRequest\x1a\x1c.atoll.v1.PushKernelResponse0\x012\x85\x02\n" +
+	"\x04Push\x12\x1b.atoll.v1.PushKernelRequest\x1a\x1c.atoll.v1.PushKernelResponse0\x012\xcb\x02\n" +
 	"\rSystemService\x12>\n" +
 	"\aVersion\x12\x18.atoll.v1.VersionRequest\x1a\x19.atoll.v1.VersionResponse\x124\n" +
 	"\x06Events\x12\x17.atoll.v1.EventsRequest\x1a\x0f.atoll.v1.Event0\x01\x12;\n" +
 	"\x06Doctor\x12\x17.atoll.v1.DoctorRequest\x1a\x18.atoll.v1.DoctorResponse\x12A\n" +
-	"\bShutdown\x12\x19.atoll.v1.ShutdownRequest\x1a\x1a.atoll.v1.ShutdownResponseB/Z-github.com/atollvm/atoll/api/atoll/v1;atollv1b\x06proto3"
+	"\bShutdown\x12\x19.atoll.v1.ShutdownRequest\x1a\x1a.atoll.v1.ShutdownResponse\x12D\n" +
+	"\x05Prune\x12\x1c.atoll.v1.PruneSystemRequest\x1a\x1d.atoll.v1.PruneSystemResponseB/Z-github.com/atollvm/atoll/api/atoll/v1;atollv1b\x06proto3"
 
 var (
 	file_api_atoll_v1_atoll_proto_rawDescOnce sync.Once
@@ -7387,7 +8535,7 @@ func file_api_atoll_v1_atoll_proto_rawDescGZIP() []byte {
 }
 
 var file_api_atoll_v1_atoll_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 106)
+var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 124)
 var file_api_atoll_v1_atoll_proto_goTypes = []any{
 	(MachineState)(0),                // 0: atoll.v1.MachineState
 	(Stream)(0),                      // 1: atoll.v1.Stream
@@ -7460,71 +8608,89 @@ var file_api_atoll_v1_atoll_proto_goTypes = []any{
 	(*LoginRequest)(nil),             // 68: atoll.v1.LoginRequest
 	(*LoginResponse)(nil),            // 69: atoll.v1.LoginResponse
 	(*BuildRequest)(nil),             // 70: atoll.v1.BuildRequest
-	(*BuildResponse)(nil),            // 71: atoll.v1.BuildResponse
-	(*BuildResult)(nil),              // 72: atoll.v1.BuildResult
-	(*Base)(nil),                     // 73: atoll.v1.Base
-	(*ListBasesRequest)(nil),         // 74: atoll.v1.ListBasesRequest
-	(*ListBasesResponse)(nil),        // 75: atoll.v1.ListBasesResponse
-	(*BuildBaseRequest)(nil),         // 76: atoll.v1.BuildBaseRequest
-	(*BuildBaseResponse)(nil),        // 77: atoll.v1.BuildBaseResponse
-	(*Kernel)(nil),                   // 78: atoll.v1.Kernel
-	(*BuildKernelRequest)(nil),       // 79: atoll.v1.BuildKernelRequest
-	(*BuildKernelResponse)(nil),      // 80: atoll.v1.BuildKernelResponse
-	(*RemoveKernelRequest)(nil),      // 81: atoll.v1.RemoveKernelRequest
-	(*RemoveKernelResponse)(nil),     // 82: atoll.v1.RemoveKernelResponse
-	(*SetDefaultKernelRequest)(nil),  // 83: atoll.v1.SetDefaultKernelRequest
-	(*SetDefaultKernelResponse)(nil), // 84: atoll.v1.SetDefaultKernelResponse
-	(*ImportKernelRequest)(nil),      // 85: atoll.v1.ImportKernelRequest
-	(*ImportKernelResponse)(nil),     // 86: atoll.v1.ImportKernelResponse
-	(*ListKernelsRequest)(nil),       // 87: atoll.v1.ListKernelsRequest
-	(*ListKernelsResponse)(nil),      // 88: atoll.v1.ListKernelsResponse
-	(*GetKernelRequest)(nil),         // 89: atoll.v1.GetKernelRequest
-	(*GetKernelResponse)(nil),        // 90: atoll.v1.GetKernelResponse
-	(*PullKernelRequest)(nil),        // 91: atoll.v1.PullKernelRequest
-	(*PushKernelRequest)(nil),        // 92: atoll.v1.PushKernelRequest
-	(*PushKernelResponse)(nil),       // 93: atoll.v1.PushKernelResponse
-	(*PushedKernel)(nil),             // 94: atoll.v1.PushedKernel
-	(*PullKernelResponse)(nil),       // 95: atoll.v1.PullKernelResponse
-	(*VersionRequest)(nil),           // 96: atoll.v1.VersionRequest
-	(*VersionResponse)(nil),          // 97: atoll.v1.VersionResponse
-	(*EventsRequest)(nil),            // 98: atoll.v1.EventsRequest
-	(*Event)(nil),                    // 99: atoll.v1.Event
-	(*DoctorRequest)(nil),            // 100: atoll.v1.DoctorRequest
-	(*DoctorResponse)(nil),           // 101: atoll.v1.DoctorResponse
-	(*Check)(nil),                    // 102: atoll.v1.Check
-	(*ShutdownRequest)(nil),          // 103: atoll.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),         // 104: atoll.v1.ShutdownResponse
-	nil,                              // 105: atoll.v1.MachineSpec.LabelsEntry
-	nil,                              // 106: atoll.v1.BuildRequest.BuildArgsEntry
-	nil,                              // 107: atoll.v1.BuildRequest.LabelsEntry
-	nil,                              // 108: atoll.v1.Event.AttributesEntry
-	(*durationpb.Duration)(nil),      // 109: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 110: google.protobuf.Timestamp
+	(*BuildStart)(nil),               // 71: atoll.v1.BuildStart
+	(*CacheOption)(nil),              // 72: atoll.v1.CacheOption
+	(*BuildOutput)(nil),              // 73: atoll.v1.BuildOutput
+	(*AgentData)(nil),                // 74: atoll.v1.AgentData
+	(*BuildResponse)(nil),            // 75: atoll.v1.BuildResponse
+	(*OutputData)(nil),               // 76: atoll.v1.OutputData
+	(*BuildReport)(nil),              // 77: atoll.v1.BuildReport
+	(*BuildResult)(nil),              // 78: atoll.v1.BuildResult
+	(*BuildDiskUsageRequest)(nil),    // 79: atoll.v1.BuildDiskUsageRequest
+	(*BuildDiskUsageResponse)(nil),   // 80: atoll.v1.BuildDiskUsageResponse
+	(*BuildCacheRecord)(nil),         // 81: atoll.v1.BuildCacheRecord
+	(*PruneBuildRequest)(nil),        // 82: atoll.v1.PruneBuildRequest
+	(*PruneBuildResponse)(nil),       // 83: atoll.v1.PruneBuildResponse
+	(*Base)(nil),                     // 84: atoll.v1.Base
+	(*ListBasesRequest)(nil),         // 85: atoll.v1.ListBasesRequest
+	(*ListBasesResponse)(nil),        // 86: atoll.v1.ListBasesResponse
+	(*BuildBaseRequest)(nil),         // 87: atoll.v1.BuildBaseRequest
+	(*BuildBaseResponse)(nil),        // 88: atoll.v1.BuildBaseResponse
+	(*Kernel)(nil),                   // 89: atoll.v1.Kernel
+	(*BuildKernelRequest)(nil),       // 90: atoll.v1.BuildKernelRequest
+	(*BuildKernelResponse)(nil),      // 91: atoll.v1.BuildKernelResponse
+	(*RemoveKernelRequest)(nil),      // 92: atoll.v1.RemoveKernelRequest
+	(*RemoveKernelResponse)(nil),     // 93: atoll.v1.RemoveKernelResponse
+	(*SetDefaultKernelRequest)(nil),  // 94: atoll.v1.SetDefaultKernelRequest
+	(*SetDefaultKernelResponse)(nil), // 95: atoll.v1.SetDefaultKernelResponse
+	(*ImportKernelRequest)(nil),      // 96: atoll.v1.ImportKernelRequest
+	(*ImportKernelResponse)(nil),     // 97: atoll.v1.ImportKernelResponse
+	(*ListKernelsRequest)(nil),       // 98: atoll.v1.ListKernelsRequest
+	(*ListKernelsResponse)(nil),      // 99: atoll.v1.ListKernelsResponse
+	(*GetKernelRequest)(nil),         // 100: atoll.v1.GetKernelRequest
+	(*GetKernelResponse)(nil),        // 101: atoll.v1.GetKernelResponse
+	(*PullKernelRequest)(nil),        // 102: atoll.v1.PullKernelRequest
+	(*PushKernelRequest)(nil),        // 103: atoll.v1.PushKernelRequest
+	(*PushKernelResponse)(nil),       // 104: atoll.v1.PushKernelResponse
+	(*PushedKernel)(nil),             // 105: atoll.v1.PushedKernel
+	(*PullKernelResponse)(nil),       // 106: atoll.v1.PullKernelResponse
+	(*PruneSystemRequest)(nil),       // 107: atoll.v1.PruneSystemRequest
+	(*PruneSystemResponse)(nil),      // 108: atoll.v1.PruneSystemResponse
+	(*VersionRequest)(nil),           // 109: atoll.v1.VersionRequest
+	(*VersionResponse)(nil),          // 110: atoll.v1.VersionResponse
+	(*EventsRequest)(nil),            // 111: atoll.v1.EventsRequest
+	(*Event)(nil),                    // 112: atoll.v1.Event
+	(*DoctorRequest)(nil),            // 113: atoll.v1.DoctorRequest
+	(*DoctorResponse)(nil),           // 114: atoll.v1.DoctorResponse
+	(*Check)(nil),                    // 115: atoll.v1.Check
+	(*ShutdownRequest)(nil),          // 116: atoll.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 117: atoll.v1.ShutdownResponse
+	nil,                              // 118: atoll.v1.MachineSpec.LabelsEntry
+	nil,                              // 119: atoll.v1.BuildStart.BuildArgsEntry
+	nil,                              // 120: atoll.v1.BuildStart.LabelsEntry
+	nil,                              // 121: atoll.v1.BuildStart.BuildContextsEntry
+	nil,                              // 122: atoll.v1.BuildStart.SecretsEntry
+	nil,                              // 123: atoll.v1.CacheOption.AttributesEntry
+	nil,                              // 124: atoll.v1.BuildOutput.AttributesEntry
+	nil,                              // 125: atoll.v1.BuildResult.MetadataEntry
+	nil,                              // 126: atoll.v1.Event.AttributesEntry
+	(*durationpb.Duration)(nil),      // 127: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 128: google.protobuf.Timestamp
 }
 var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	5,   // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
-	105, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
-	109, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
+	118, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
+	127, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
 	4,   // 3: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
 	0,   // 4: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
-	110, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
-	110, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
-	110, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
+	128, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
+	128, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
+	128, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
 	7,   // 8: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
 	8,   // 9: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
 	9,   // 10: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
 	5,   // 11: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
-	109, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
+	127, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
 	4,   // 13: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
 	6,   // 14: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,   // 15: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
-	109, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
+	127, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
 	6,   // 17: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,   // 18: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
 	6,   // 19: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
-	110, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	128, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
 	1,   // 21: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
-	110, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	128, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
 	30,  // 23: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
 	28,  // 24: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
 	28,  // 25: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
@@ -7533,7 +8699,7 @@ var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	28,  // 28: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
 	28,  // 29: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
 	21,  // 30: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
-	110, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	128, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	40,  // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
 	37,  // 33: atoll.v1.Image.variants:type_name -> atoll.v1.ImageVariant
 	38,  // 34: atoll.v1.Image.referrers:type_name -> atoll.v1.ImageReferrer
@@ -7550,112 +8716,138 @@ var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	42,  // 45: atoll.v1.ImportImageResponse.transfer:type_name -> atoll.v1.Transfer
 	36,  // 46: atoll.v1.ImportImageResponse.image:type_name -> atoll.v1.Image
 	65,  // 47: atoll.v1.ImageHistoryResponse.steps:type_name -> atoll.v1.ImageStep
-	110, // 48: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
-	106, // 49: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
-	107, // 50: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
-	72,  // 51: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
-	109, // 52: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
-	109, // 53: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
-	110, // 54: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
-	73,  // 55: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
-	42,  // 56: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
-	73,  // 57: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
-	110, // 58: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
-	42,  // 59: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	78,  // 60: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	78,  // 61: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	78,  // 62: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
-	78,  // 63: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	42,  // 64: atoll.v1.PushKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	94,  // 65: atoll.v1.PushKernelResponse.pushed:type_name -> atoll.v1.PushedKernel
-	42,  // 66: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	78,  // 67: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	110, // 68: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	110, // 69: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
-	108, // 70: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
-	102, // 71: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
-	2,   // 72: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
-	10,  // 73: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
-	12,  // 74: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
-	14,  // 75: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
-	16,  // 76: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
-	18,  // 77: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
-	20,  // 78: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
-	22,  // 79: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
-	24,  // 80: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
-	26,  // 81: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
-	29,  // 82: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
-	33,  // 83: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
-	41,  // 84: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
-	44,  // 85: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
-	46,  // 86: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
-	48,  // 87: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
-	50,  // 88: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
-	52,  // 89: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
-	55,  // 90: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
-	57,  // 91: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
-	60,  // 92: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
-	63,  // 93: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
-	66,  // 94: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
-	68,  // 95: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
-	70,  // 96: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
-	74,  // 97: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
-	76,  // 98: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
-	87,  // 99: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
-	89,  // 100: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
-	91,  // 101: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
-	85,  // 102: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
-	79,  // 103: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
-	81,  // 104: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
-	83,  // 105: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
-	92,  // 106: atoll.v1.KernelService.Push:input_type -> atoll.v1.PushKernelRequest
-	96,  // 107: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
-	98,  // 108: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
-	100, // 109: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
-	103, // 110: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
-	11,  // 111: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
-	13,  // 112: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
-	15,  // 113: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
-	17,  // 114: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
-	19,  // 115: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
-	21,  // 116: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
-	23,  // 117: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
-	25,  // 118: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
-	27,  // 119: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
-	31,  // 120: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
-	35,  // 121: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
-	43,  // 122: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
-	45,  // 123: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
-	47,  // 124: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
-	49,  // 125: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
-	51,  // 126: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
-	53,  // 127: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
-	56,  // 128: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
-	58,  // 129: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
-	62,  // 130: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
-	64,  // 131: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
-	67,  // 132: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
-	69,  // 133: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
-	71,  // 134: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
-	75,  // 135: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
-	77,  // 136: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
-	88,  // 137: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
-	90,  // 138: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
-	95,  // 139: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
-	86,  // 140: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
-	80,  // 141: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
-	82,  // 142: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
-	84,  // 143: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
-	93,  // 144: atoll.v1.KernelService.Push:output_type -> atoll.v1.PushKernelResponse
-	97,  // 145: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
-	99,  // 146: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
-	101, // 147: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
-	104, // 148: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
-	111, // [111:149] is the sub-list for method output_type
-	73,  // [73:111] is the sub-list for method input_type
-	73,  // [73:73] is the sub-list for extension type_name
-	73,  // [73:73] is the sub-list for extension extendee
-	0,   // [0:73] is the sub-list for field type_name
+	128, // 48: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
+	71,  // 49: atoll.v1.BuildRequest.start:type_name -> atoll.v1.BuildStart
+	74,  // 50: atoll.v1.BuildRequest.agent:type_name -> atoll.v1.AgentData
+	119, // 51: atoll.v1.BuildStart.build_args:type_name -> atoll.v1.BuildStart.BuildArgsEntry
+	120, // 52: atoll.v1.BuildStart.labels:type_name -> atoll.v1.BuildStart.LabelsEntry
+	121, // 53: atoll.v1.BuildStart.build_contexts:type_name -> atoll.v1.BuildStart.BuildContextsEntry
+	122, // 54: atoll.v1.BuildStart.secrets:type_name -> atoll.v1.BuildStart.SecretsEntry
+	72,  // 55: atoll.v1.BuildStart.cache_to:type_name -> atoll.v1.CacheOption
+	72,  // 56: atoll.v1.BuildStart.cache_from:type_name -> atoll.v1.CacheOption
+	73,  // 57: atoll.v1.BuildStart.outputs:type_name -> atoll.v1.BuildOutput
+	127, // 58: atoll.v1.BuildStart.timeout:type_name -> google.protobuf.Duration
+	123, // 59: atoll.v1.CacheOption.attributes:type_name -> atoll.v1.CacheOption.AttributesEntry
+	124, // 60: atoll.v1.BuildOutput.attributes:type_name -> atoll.v1.BuildOutput.AttributesEntry
+	78,  // 61: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
+	74,  // 62: atoll.v1.BuildResponse.agent:type_name -> atoll.v1.AgentData
+	76,  // 63: atoll.v1.BuildResponse.output:type_name -> atoll.v1.OutputData
+	77,  // 64: atoll.v1.BuildResponse.report:type_name -> atoll.v1.BuildReport
+	127, // 65: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
+	127, // 66: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
+	125, // 67: atoll.v1.BuildResult.metadata:type_name -> atoll.v1.BuildResult.MetadataEntry
+	81,  // 68: atoll.v1.BuildDiskUsageResponse.records:type_name -> atoll.v1.BuildCacheRecord
+	128, // 69: atoll.v1.BuildCacheRecord.created_at:type_name -> google.protobuf.Timestamp
+	128, // 70: atoll.v1.BuildCacheRecord.last_used_at:type_name -> google.protobuf.Timestamp
+	127, // 71: atoll.v1.PruneBuildRequest.unused_for:type_name -> google.protobuf.Duration
+	81,  // 72: atoll.v1.PruneBuildResponse.records:type_name -> atoll.v1.BuildCacheRecord
+	128, // 73: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
+	84,  // 74: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
+	42,  // 75: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
+	84,  // 76: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
+	128, // 77: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
+	42,  // 78: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	89,  // 79: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	89,  // 80: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	89,  // 81: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
+	89,  // 82: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	42,  // 83: atoll.v1.PushKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	105, // 84: atoll.v1.PushKernelResponse.pushed:type_name -> atoll.v1.PushedKernel
+	42,  // 85: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	89,  // 86: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	67,  // 87: atoll.v1.PruneSystemResponse.images:type_name -> atoll.v1.PruneImagesResponse
+	128, // 88: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	128, // 89: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
+	126, // 90: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
+	115, // 91: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
+	2,   // 92: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
+	10,  // 93: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
+	12,  // 94: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
+	14,  // 95: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
+	16,  // 96: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
+	18,  // 97: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
+	20,  // 98: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
+	22,  // 99: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
+	24,  // 100: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
+	26,  // 101: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
+	29,  // 102: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
+	33,  // 103: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
+	41,  // 104: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
+	44,  // 105: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
+	46,  // 106: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
+	48,  // 107: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
+	50,  // 108: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
+	52,  // 109: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
+	55,  // 110: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
+	57,  // 111: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
+	60,  // 112: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
+	63,  // 113: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
+	66,  // 114: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
+	68,  // 115: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
+	70,  // 116: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
+	79,  // 117: atoll.v1.BuildService.DiskUsage:input_type -> atoll.v1.BuildDiskUsageRequest
+	82,  // 118: atoll.v1.BuildService.Prune:input_type -> atoll.v1.PruneBuildRequest
+	85,  // 119: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
+	87,  // 120: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
+	98,  // 121: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
+	100, // 122: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
+	102, // 123: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
+	96,  // 124: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
+	90,  // 125: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
+	92,  // 126: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
+	94,  // 127: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
+	103, // 128: atoll.v1.KernelService.Push:input_type -> atoll.v1.PushKernelRequest
+	109, // 129: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
+	111, // 130: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
+	113, // 131: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
+	116, // 132: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
+	107, // 133: atoll.v1.SystemService.Prune:input_type -> atoll.v1.PruneSystemRequest
+	11,  // 134: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
+	13,  // 135: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
+	15,  // 136: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
+	17,  // 137: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
+	19,  // 138: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
+	21,  // 139: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
+	23,  // 140: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
+	25,  // 141: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
+	27,  // 142: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
+	31,  // 143: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
+	35,  // 144: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
+	43,  // 145: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
+	45,  // 146: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
+	47,  // 147: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
+	49,  // 148: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
+	51,  // 149: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
+	53,  // 150: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
+	56,  // 151: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
+	58,  // 152: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
+	62,  // 153: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
+	64,  // 154: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
+	67,  // 155: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
+	69,  // 156: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
+	75,  // 157: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
+	80,  // 158: atoll.v1.BuildService.DiskUsage:output_type -> atoll.v1.BuildDiskUsageResponse
+	83,  // 159: atoll.v1.BuildService.Prune:output_type -> atoll.v1.PruneBuildResponse
+	86,  // 160: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
+	88,  // 161: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
+	99,  // 162: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
+	101, // 163: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
+	106, // 164: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
+	97,  // 165: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
+	91,  // 166: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
+	93,  // 167: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
+	95,  // 168: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
+	104, // 169: atoll.v1.KernelService.Push:output_type -> atoll.v1.PushKernelResponse
+	110, // 170: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
+	112, // 171: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
+	114, // 172: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
+	117, // 173: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
+	108, // 174: atoll.v1.SystemService.Prune:output_type -> atoll.v1.PruneSystemResponse
+	134, // [134:175] is the sub-list for method output_type
+	93,  // [93:134] is the sub-list for method input_type
+	93,  // [93:93] is the sub-list for extension type_name
+	93,  // [93:93] is the sub-list for extension extendee
+	0,   // [0:93] is the sub-list for field type_name
 }
 
 func init() { file_api_atoll_v1_atoll_proto_init() }
@@ -7710,25 +8902,34 @@ func file_api_atoll_v1_atoll_proto_init() {
 		(*ImportImageResponse_Transfer)(nil),
 		(*ImportImageResponse_Image)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[68].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[67].OneofWrappers = []any{
+		(*BuildRequest_Start)(nil),
+		(*BuildRequest_Context)(nil),
+		(*BuildRequest_ContextEnd)(nil),
+		(*BuildRequest_Agent)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[72].OneofWrappers = []any{
 		(*BuildResponse_Status)(nil),
 		(*BuildResponse_Result)(nil),
+		(*BuildResponse_Agent)(nil),
+		(*BuildResponse_Output)(nil),
+		(*BuildResponse_Report)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[74].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[85].OneofWrappers = []any{
 		(*BuildBaseResponse_Line)(nil),
 		(*BuildBaseResponse_Transfer)(nil),
 		(*BuildBaseResponse_Base)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[77].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[88].OneofWrappers = []any{
 		(*BuildKernelResponse_Transfer)(nil),
 		(*BuildKernelResponse_Line)(nil),
 		(*BuildKernelResponse_Kernel)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[90].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[101].OneofWrappers = []any{
 		(*PushKernelResponse_Transfer)(nil),
 		(*PushKernelResponse_Pushed)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[92].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[103].OneofWrappers = []any{
 		(*PullKernelResponse_Transfer)(nil),
 		(*PullKernelResponse_Kernel)(nil),
 	}
@@ -7738,7 +8939,7 @@ func file_api_atoll_v1_atoll_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_atoll_v1_atoll_proto_rawDesc), len(file_api_atoll_v1_atoll_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   106,
+			NumMessages:   124,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

@@ -81,11 +81,11 @@ func slots(spec vmm.Spec, h host) int {
 	return acpiDevices
 }
 
-// useACPI: a kernel boots faster with its devices on the command line. It gets ACPI when it needs that, or when it has more devices than a
-// machine without ACPI has room for.
+// useACPI: a kernel boots faster with its devices on the command line. It gets ACPI when it needs that, when it has more devices than a
+// machine without ACPI has room for, or when it is to switch itself off: without ACPI a microvm stays on, halted.
 func useACPI(spec vmm.Spec) bool {
 	many := len(spec.Disks)+len(spec.NICs)+ownDevices > mmioDevices
-	return spec.Kernel.NeedsACPI || spec.Kernel.ACPI && many
+	return spec.Kernel.NeedsACPI || spec.Kernel.ACPI && (many || spec.PowersOff)
 }
 
 func class(err error) error {

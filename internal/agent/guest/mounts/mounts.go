@@ -225,6 +225,14 @@ func System() error {
 	return nil
 }
 
+// Console makes a terminal, open as fd, the /dev/console of all processes.
+func Console(fd int) error {
+	if err := unix.Mount(fdPath(fd), "/dev/console", "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("mounting the console: %w", err)
+	}
+	return nil
+}
+
 // MakeReadOnly forbids writing to the root.
 func MakeReadOnly() error {
 	return unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
