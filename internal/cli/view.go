@@ -152,6 +152,7 @@ type specView struct {
 	Platform      string   `json:"platform"`
 	StopSignal    string   `json:"stopSignal"`
 	StopTimeout   string   `json:"stopTimeout"`
+	Init          string   `json:"init"` // auto, agent or image
 }
 
 type networkView struct {
@@ -182,7 +183,7 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Env: list(s.GetEnv()), WorkingDir: s.GetWorkingDir(), User: s.GetUser(), TTY: s.GetTty(), Stdin: s.GetStdin(),
 		Remove: s.GetRemove(), Hostname: s.GetHostname(), CPUs: s.GetCpus(), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(),
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
-		StopSignal: s.GetStopSignal(),
+		StopSignal: s.GetStopSignal(), Init: s.GetInit(),
 	}}
 	if t := s.GetStopTimeout(); t != nil {
 		d.Spec.StopTimeout = t.AsDuration().String()

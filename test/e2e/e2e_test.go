@@ -57,11 +57,12 @@ func prepare() error {
 			return fmt.Errorf("test/fixture: %w", err)
 		}
 		for line := range strings.Lines(string(out)) {
-			if k, v, ok := strings.Cut(strings.TrimPrefix(strings.TrimSpace(line), "export "), "="); ok && k == "ATOLL_TEST_HOME" {
-				fixtureHome = strings.Trim(v, `"`)
+			if k, v, ok := strings.Cut(strings.TrimPrefix(strings.TrimSpace(line), "export "), "="); ok {
+				os.Setenv(k, strings.Trim(v, `"`))
 			}
 		}
 	}
+	fixtureHome = os.Getenv("ATOLL_TEST_HOME")
 	helperDir, err = os.MkdirTemp("", "atoll-e2e")
 	if err != nil {
 		return err
@@ -116,6 +117,7 @@ func setup(env *testscript.Env) error {
 	env.Setenv("PATH", strings.Join([]string{binDir, helperDir, env.Getenv("PATH"), "/usr/sbin", "/sbin"}, ":"))
 	env.Setenv("HOME", env.WorkDir)
 	env.Setenv("NO_COLOR", "1")
+	env.Setenv("SYSTEMD_LAYOUT", os.Getenv("ATOLL_TEST_SYSTEMD"))
 	env.Defer(func() {
 		endAll(home)
 		os.RemoveAll(home)

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
@@ -24,7 +26,7 @@ import (
 
 func main() {
 	if len(os.Args) < 2 {
-		log.Fatal("usage: registry ADDRESS [REPOSITORY:TAG=OS/ARCH[=BUSYBOX]...]")
+		log.Fatal("usage: registry ADDRESS [REPOSITORY:TAG=OS/ARCH | REPOSITORY:TAG=LAYOUT-DIRECTORY]...")
 	}
 	l, err := net.Listen("tcp", os.Args[1])
 	if err != nil {
@@ -42,8 +44,32 @@ func main() {
 	time.Sleep(5 * time.Minute) // the script ends it
 }
 
+// pushLayout pushes the one image of an OCI layout.
+func pushLayout(addr, repository, dir string) error {
+	index, err := layout.ImageIndexFromPath(dir)
+	if err != nil {
+		return err
+	}
+	manifest, err := index.IndexManifest()
+	if err != nil {
+		return err
+	}
+	img, err := index.Image(manifest.Manifests[0].Digest)
+	if err != nil {
+		return err
+	}
+	ref, err := name.ParseReference(addr + "/" + repository)
+	if err != nil {
+		return err
+	}
+	return remote.Write(ref, img)
+}
+
 func push(addr, spec string) error {
 	parts := strings.Split(spec, "=")
+	if filepath.IsAbs(parts[1]) {
+		return pushLayout(addr, parts[0], parts[1])
+	}
 	osName, arch, _ := strings.Cut(parts[1], "/")
 	img := empty.Image
 	cfg := &v1.ConfigFile{OS: osName, Architecture: arch, Config: v1.Config{Cmd: []string{"/bin/busybox", "echo", "from the registry"}, Env: []string{"FROM_REGISTRY=yes"}}}
