@@ -78,6 +78,9 @@ func Run(ctx context.Context, c Config) (err error) {
 	}
 	defer func() { err = errors.Join(err, s.close()) }()
 	s.machines.Recover(ctx)
+	if err := s.builder.Recover(ctx); err != nil {
+		c.Log.Error("recovering from a killed daemon", "err", err)
+	}
 	if err := s.removeOrphans(ctx); err != nil {
 		c.Log.Error("removing root disks without an image", "err", err)
 	}
@@ -87,6 +90,7 @@ func Run(ctx context.Context, c Config) (err error) {
 }
 
 type system struct {
+	tmp      string // for files on their way
 	events   *event.Bus
 	images   *image.Store
 	disks    *rootdisk.Store
@@ -100,10 +104,17 @@ type system struct {
 }
 
 func assemble(c Config, db *state.DB) (*system, error) {
-	s := &system{events: event.New()}
 	at := func(name string) string { return filepath.Join(c.Home, name) }
+	s := &system{tmp: at("tmp"), events: event.New()}
+	if err := os.MkdirAll(s.tmp, 0o755); err != nil {
+		return nil, err
+	}
 	var err error
-	s.images, err = image.Open(image.Options{Dir: at("images"), DB: db, DockerConfigDir: c.DockerConfigDir, Events: s.events, Log: c.Log})
+	s.images, err = image.Open(image.Options{
+		Dir: at("images"), DB: db, DockerConfigDir: c.DockerConfigDir, Registries: registriesOf(c.Settings),
+		Proxy: image.Proxy{HTTP: c.Settings.Proxy.HTTP, HTTPS: c.Settings.Proxy.HTTPS, No: c.Settings.Proxy.No}, CA: c.Settings.TLS.CA,
+		Events: s.events, Log: c.Log,
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -114,10 +125,12 @@ func assemble(c Config, db *state.DB) (*system, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.bases = base.New(base.Config{Content: s.images.Content(), TempDir: at("tmp"), Cache: at("cache"), Log: c.Log, Pull: s.pullBase})
+	s.bases = base.New(base.Config{Content: s.images.Content(), TempDir: s.tmp, Cache: at("cache"), Log: c.Log, Pull: s.pullBase})
 	s.builder = build.New(build.Options{
 		Dir: at("build"), Child: []string{c.Exe, BuildChild}, ContentDir: at("images"), Registry: s.images.Handler(),
-		KnownBase: func(r reference.Named) bool { return isBase(reference.FamiliarString(r)) }, DockerConfigDir: c.DockerConfigDir, Log: c.Log,
+		KnownBase: func(r reference.Named) bool { return isBase(reference.FamiliarString(r)) }, DockerConfigDir: c.DockerConfigDir,
+		Registries: buildRegistries(c.Settings.Registries), Proxy: build.Proxy(c.Settings.Proxy), CA: c.Settings.TLS.CA,
+		CacheSize: int64(c.Settings.Build.CacheSize), Timeout: time.Duration(c.Settings.Build.Timeout), Log: c.Log,
 	})
 	s.userNet = user.New(user.Options{Dir: at("net"), Helper: []string{c.Exe, NetworkHelper}, ResolvConf: "/etc/resolv.conf", Log: c.Log})
 	if s.networks, err = network.Open(db, s.userNet); err != nil {
@@ -139,6 +152,7 @@ func assemble(c Config, db *state.DB) (*system, error) {
 		return nil, err
 	}
 	s.images.SetInUse(s.machines.UsersOf)
+	s.kernels.SetInUse(s.machines.UsersOfKernel)
 	s.images.OnDelete(func(d digest.Digest) {
 		if err := s.disks.Remove(d); err != nil {
 			c.Log.Error("removing the root disk of a removed image", "image", d, "err", err)

@@ -68,12 +68,22 @@ func parseConfig(r io.Reader) (config, error) {
 	return c, s.Err()
 }
 
-// features returns the features that a kernel has, each with the modules to load for it, beside those in always.
+// builtIn returns the features that a kernel without modules has.
+func builtIn(text []byte) (map[string][]string, error) {
+	c, err := parseConfig(bytes.NewReader(text))
+	if err != nil {
+		return nil, fmt.Errorf("reading the kernel's configuration: %w", err)
+	}
+	return features(c, nil, nil)
+}
+
+// features returns the features that a kernel has, each with the modules to load for it, beside those in always. What is a module
+// that is not among the files is not there.
 func features(c config, files map[string]string, always []string) (map[string][]string, error) {
 	found := map[string][]string{}
 	for name, needs := range onDemand {
 		order, err := loadOrder(c, files, needs)
-		if errdefs.IsFailedPrecondition(err) {
+		if errdefs.IsFailedPrecondition(err) || files == nil && errdefs.IsNotFound(err) {
 			continue
 		}
 		if err != nil {

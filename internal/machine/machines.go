@@ -236,6 +236,17 @@ func (ms *Machines) UsersOf(img digest.Digest) []string {
 	return names
 }
 
+// UsersOfKernel names the machines that ask for a kernel or run on it now.
+func (ms *Machines) UsersOfKernel(kernel string) []string {
+	var names []string
+	for _, m := range ms.List() {
+		if m.Spec.Kernel == kernel || m.VMM.Kernel == kernel && m.State.Alive() {
+			names = append(names, m.Spec.Name)
+		}
+	}
+	return names
+}
+
 func (ms *Machines) find(name string) (*entry, error) {
 	ms.mu.Lock()
 	defer ms.mu.Unlock()

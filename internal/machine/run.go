@@ -205,8 +205,11 @@ func (ms *Machines) event(ctx context.Context, r *run, ev *agentv1.Event) bool {
 	}
 	if g := ev.GetGoingDown(); g != nil {
 		l := LastWord{Reason: ReasonPoweroff}
-		if g.GetReason() == agentv1.GoingDown_REASON_REBOOT {
+		switch g.GetReason() {
+		case agentv1.GoingDown_REASON_REBOOT:
 			l.Reason = ReasonReboot
+		case agentv1.GoingDown_REASON_VERITY:
+			l = LastWord{Reason: ReasonVerity, ExitCode: exitFailed, Detail: string(printable([]byte(g.GetDetail()[:min(len(g.GetDetail()), 200)])))}
 		}
 		return ms.keepLastWord(r.e, l)
 	}
@@ -272,6 +275,9 @@ func (ms *Machines) finish(e *entry, reason Reason, code int, detail string) {
 	e.run = nil
 	err := ms.commitLocked(e, "die", func(m *Machine) {
 		m.State, m.Reason, m.ExitCode, m.Error, m.Finished = Stopped, reason, code, detail, time.Now()
+		if reason == ReasonVerity {
+			m.State = Failed
+		}
 		m.VMM.PID, m.Ports = 0, nil
 	})
 	e.mu.Unlock()

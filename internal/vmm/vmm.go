@@ -27,6 +27,8 @@ type Kernel struct {
 	Args      string // the kernel's own part of the command line; the driver adds what its machine type needs
 	// NeedsACPI: the kernel cannot find virtio-mmio devices from its command line (Debian's kernels).
 	NeedsACPI bool
+	// ACPI: the kernel can find them by ACPI, which has room for more.
+	ACPI bool
 }
 
 // Disk is a raw disk image.

@@ -188,7 +188,7 @@ func (x Check_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Check_Level.Descriptor instead.
 func (Check_Level) EnumDescriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69, 0}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{112, 0}
 }
 
 // Hint is an error detail: the next step for a person.
@@ -261,7 +261,8 @@ type MachineSpec struct {
 	Platform      string                 `protobuf:"bytes,21,opt,name=platform,proto3" json:"platform,omitempty"` // os/arch[/variant]
 	StopSignal    string                 `protobuf:"bytes,22,opt,name=stop_signal,json=stopSignal,proto3" json:"stop_signal,omitempty"`
 	StopTimeout   *durationpb.Duration   `protobuf:"bytes,23,opt,name=stop_timeout,json=stopTimeout,proto3" json:"stop_timeout,omitempty"`
-	Init          string                 `protobuf:"bytes,40,opt,name=init,proto3" json:"init,omitempty"` // auto (default), agent or image: who is PID 1
+	Verity        bool                   `protobuf:"varint,24,opt,name=verity,proto3" json:"verity,omitempty"` // the root disks must verify: checked whole at each start, and by dm-verity while the machine runs
+	Init          string                 `protobuf:"bytes,25,opt,name=init,proto3" json:"init,omitempty"`      // auto (default), agent or image: who is PID 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -457,6 +458,13 @@ func (x *MachineSpec) GetStopTimeout() *durationpb.Duration {
 	return nil
 }
 
+func (x *MachineSpec) GetVerity() bool {
+	if x != nil {
+		return x.Verity
+	}
+	return false
+}
+
 func (x *MachineSpec) GetInit() string {
 	if x != nil {
 		return x.Init
@@ -537,7 +545,7 @@ type Machine struct {
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // 32 hex digits; 12 are shown
 	Spec          *MachineSpec           `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
 	State         MachineState           `protobuf:"varint,3,opt,name=state,proto3,enum=atoll.v1.MachineState" json:"state,omitempty"`
-	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"` // of the last stop: exited, killed, poweroff, reboot, panic, vmm-died, host-reboot
+	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"` // of the last stop: exited, killed, poweroff, reboot, panic, vmm-died, host-reboot, verity
 	ExitCode      int32                  `protobuf:"varint,5,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
 	Error         string                 `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"` // of a failed start: step and cause
 	FailedStep    string                 `protobuf:"bytes,7,opt,name=failed_step,json=failedStep,proto3" json:"failed_step,omitempty"`
@@ -2573,20 +2581,26 @@ func (*AttachResponse_Stderr) isAttachResponse_Kind() {}
 func (*AttachResponse_Exit) isAttachResponse_Kind() {}
 
 type Image struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`         // of the manifest: the image's ID
-	References    []string               `protobuf:"bytes,2,rep,name=references,proto3" json:"references,omitempty"` // familiar form: debian:bookworm
-	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
-	SizeBytes     int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the compressed layers and the config
-	Os            string                 `protobuf:"bytes,5,opt,name=os,proto3" json:"os,omitempty"`
-	Architecture  string                 `protobuf:"bytes,6,opt,name=architecture,proto3" json:"architecture,omitempty"`
-	Variant       string                 `protobuf:"bytes,7,opt,name=variant,proto3" json:"variant,omitempty"`
-	ConfigJson    []byte                 `protobuf:"bytes,8,opt,name=config_json,json=configJson,proto3" json:"config_json,omitempty"` // the image config, unchanged
-	Layers        []*Layer               `protobuf:"bytes,9,rep,name=layers,proto3" json:"layers,omitempty"`
-	RootDisk      string                 `protobuf:"bytes,10,opt,name=root_disk,json=rootDisk,proto3" json:"root_disk,omitempty"` // path, when it is there
-	RootDiskBytes int64                  `protobuf:"varint,11,opt,name=root_disk_bytes,json=rootDiskBytes,proto3" json:"root_disk_bytes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Digest           string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`         // of the manifest: the image's ID
+	References       []string               `protobuf:"bytes,2,rep,name=references,proto3" json:"references,omitempty"` // familiar form: debian:bookworm
+	CreatedAt        *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	SizeBytes        int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the compressed layers and the config
+	Os               string                 `protobuf:"bytes,5,opt,name=os,proto3" json:"os,omitempty"`
+	Architecture     string                 `protobuf:"bytes,6,opt,name=architecture,proto3" json:"architecture,omitempty"`
+	Variant          string                 `protobuf:"bytes,7,opt,name=variant,proto3" json:"variant,omitempty"`
+	ConfigJson       []byte                 `protobuf:"bytes,8,opt,name=config_json,json=configJson,proto3" json:"config_json,omitempty"` // the image config, unchanged
+	Layers           []*Layer               `protobuf:"bytes,9,rep,name=layers,proto3" json:"layers,omitempty"`
+	RootDisk         string                 `protobuf:"bytes,10,opt,name=root_disk,json=rootDisk,proto3" json:"root_disk,omitempty"`                              // path of the lowest root disk, when it is there
+	RootDiskBytes    int64                  `protobuf:"varint,11,opt,name=root_disk_bytes,json=rootDiskBytes,proto3" json:"root_disk_bytes,omitempty"`            // of all root disks
+	RepoDigests      []string               `protobuf:"bytes,12,rep,name=repo_digests,json=repoDigests,proto3" json:"repo_digests,omitempty"`                     // name@digest, as its registries have it: of the index where it came from one
+	IndexDigest      string                 `protobuf:"bytes,13,opt,name=index_digest,json=indexDigest,proto3" json:"index_digest,omitempty"`                     // of the index it came from; only from Get
+	Variants         []*ImageVariant        `protobuf:"bytes,14,rep,name=variants,proto3" json:"variants,omitempty"`                                              // of that index; only from Get
+	Referrers        []*ImageReferrer       `protobuf:"bytes,15,rep,name=referrers,proto3" json:"referrers,omitempty"`                                            // the artifacts here that refer to it; only from Get
+	RootDisks        []*RootDisk            `protobuf:"bytes,16,rep,name=root_disks,json=rootDisks,proto3" json:"root_disks,omitempty"`                           // the lowest first
+	RootDiskOwnBytes int64                  `protobuf:"varint,17,opt,name=root_disk_own_bytes,json=rootDiskOwnBytes,proto3" json:"root_disk_own_bytes,omitempty"` // of those that no other image uses; only from Get
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Image) Reset() {
@@ -2696,6 +2710,254 @@ func (x *Image) GetRootDiskBytes() int64 {
 	return 0
 }
 
+func (x *Image) GetRepoDigests() []string {
+	if x != nil {
+		return x.RepoDigests
+	}
+	return nil
+}
+
+func (x *Image) GetIndexDigest() string {
+	if x != nil {
+		return x.IndexDigest
+	}
+	return ""
+}
+
+func (x *Image) GetVariants() []*ImageVariant {
+	if x != nil {
+		return x.Variants
+	}
+	return nil
+}
+
+func (x *Image) GetReferrers() []*ImageReferrer {
+	if x != nil {
+		return x.Referrers
+	}
+	return nil
+}
+
+func (x *Image) GetRootDisks() []*RootDisk {
+	if x != nil {
+		return x.RootDisks
+	}
+	return nil
+}
+
+func (x *Image) GetRootDiskOwnBytes() int64 {
+	if x != nil {
+		return x.RootDiskOwnBytes
+	}
+	return 0
+}
+
+type ImageVariant struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`
+	Here          bool                   `protobuf:"varint,3,opt,name=here,proto3" json:"here,omitempty"` // with all its content
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageVariant) Reset() {
+	*x = ImageVariant{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageVariant) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageVariant) ProtoMessage() {}
+
+func (x *ImageVariant) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageVariant.ProtoReflect.Descriptor instead.
+func (*ImageVariant) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ImageVariant) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *ImageVariant) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+func (x *ImageVariant) GetHere() bool {
+	if x != nil {
+		return x.Here
+	}
+	return false
+}
+
+type ImageReferrer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	ArtifactType  string                 `protobuf:"bytes,2,opt,name=artifact_type,json=artifactType,proto3" json:"artifact_type,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageReferrer) Reset() {
+	*x = ImageReferrer{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageReferrer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageReferrer) ProtoMessage() {}
+
+func (x *ImageReferrer) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageReferrer.ProtoReflect.Descriptor instead.
+func (*ImageReferrer) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ImageReferrer) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *ImageReferrer) GetArtifactType() string {
+	if x != nil {
+		return x.ArtifactType
+	}
+	return ""
+}
+
+func (x *ImageReferrer) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+// RootDisk is one of the read-only disks of an image: neighbouring layers as one EROFS file system, and behind it, in the same file, its
+// dm-verity hash tree.
+type RootDisk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the file system; the tree begins there
+	Layers        []string               `protobuf:"bytes,3,rep,name=layers,proto3" json:"layers,omitempty"`                         // digests, the lowest first
+	RootHash      string                 `protobuf:"bytes,4,opt,name=root_hash,json=rootHash,proto3" json:"root_hash,omitempty"`     // hex
+	Salt          string                 `protobuf:"bytes,5,opt,name=salt,proto3" json:"salt,omitempty"`                             // hex
+	Images        uint32                 `protobuf:"varint,6,opt,name=images,proto3" json:"images,omitempty"`                        // how many use it; only from Get
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RootDisk) Reset() {
+	*x = RootDisk{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RootDisk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RootDisk) ProtoMessage() {}
+
+func (x *RootDisk) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RootDisk.ProtoReflect.Descriptor instead.
+func (*RootDisk) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *RootDisk) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *RootDisk) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *RootDisk) GetLayers() []string {
+	if x != nil {
+		return x.Layers
+	}
+	return nil
+}
+
+func (x *RootDisk) GetRootHash() string {
+	if x != nil {
+		return x.RootHash
+	}
+	return ""
+}
+
+func (x *RootDisk) GetSalt() string {
+	if x != nil {
+		return x.Salt
+	}
+	return ""
+}
+
+func (x *RootDisk) GetImages() uint32 {
+	if x != nil {
+		return x.Images
+	}
+	return 0
+}
+
 type Layer struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
@@ -2707,7 +2969,7 @@ type Layer struct {
 
 func (x *Layer) Reset() {
 	*x = Layer{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2719,7 +2981,7 @@ func (x *Layer) String() string {
 func (*Layer) ProtoMessage() {}
 
 func (x *Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2732,7 +2994,7 @@ func (x *Layer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Layer.ProtoReflect.Descriptor instead.
 func (*Layer) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{34}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Layer) GetDigest() string {
@@ -2759,14 +3021,15 @@ func (x *Layer) GetSizeBytes() int64 {
 type PullImageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Reference     string                 `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
-	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`
+	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`   // os/arch[/variant], or "all" for the whole index
+	Referrers     []string               `protobuf:"bytes,3,rep,name=referrers,proto3" json:"referrers,omitempty"` // types of artifacts to bring along that refer to the image; "*": all
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PullImageRequest) Reset() {
 	*x = PullImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2778,7 +3041,7 @@ func (x *PullImageRequest) String() string {
 func (*PullImageRequest) ProtoMessage() {}
 
 func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2791,7 +3054,7 @@ func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageRequest.ProtoReflect.Descriptor instead.
 func (*PullImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{35}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PullImageRequest) GetReference() string {
@@ -2808,6 +3071,13 @@ func (x *PullImageRequest) GetPlatform() string {
 	return ""
 }
 
+func (x *PullImageRequest) GetReferrers() []string {
+	if x != nil {
+		return x.Referrers
+	}
+	return nil
+}
+
 // Transfer is the progress of one blob or step.
 type Transfer struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2821,7 +3091,7 @@ type Transfer struct {
 
 func (x *Transfer) Reset() {
 	*x = Transfer{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2833,7 +3103,7 @@ func (x *Transfer) String() string {
 func (*Transfer) ProtoMessage() {}
 
 func (x *Transfer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2846,7 +3116,7 @@ func (x *Transfer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transfer.ProtoReflect.Descriptor instead.
 func (*Transfer) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{36}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Transfer) GetId() string {
@@ -2890,7 +3160,7 @@ type PullImageResponse struct {
 
 func (x *PullImageResponse) Reset() {
 	*x = PullImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2902,7 +3172,7 @@ func (x *PullImageResponse) String() string {
 func (*PullImageResponse) ProtoMessage() {}
 
 func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2915,7 +3185,7 @@ func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageResponse.ProtoReflect.Descriptor instead.
 func (*PullImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{37}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *PullImageResponse) GetKind() isPullImageResponse_Kind {
@@ -2961,13 +3231,14 @@ func (*PullImageResponse_Image) isPullImageResponse_Kind() {}
 
 type ListImagesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Filters       []string               `protobuf:"bytes,1,rep,name=filters,proto3" json:"filters,omitempty"` // key=value: before, dangling, label, label!, reference, since, until
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2979,7 +3250,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2992,7 +3263,14 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{38}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *ListImagesRequest) GetFilters() []string {
+	if x != nil {
+		return x.Filters
+	}
+	return nil
 }
 
 type ListImagesResponse struct {
@@ -3004,7 +3282,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3016,7 +3294,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3029,7 +3307,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{39}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ListImagesResponse) GetImages() []*Image {
@@ -3048,7 +3326,7 @@ type GetImageRequest struct {
 
 func (x *GetImageRequest) Reset() {
 	*x = GetImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3060,7 +3338,7 @@ func (x *GetImageRequest) String() string {
 func (*GetImageRequest) ProtoMessage() {}
 
 func (x *GetImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3073,7 +3351,7 @@ func (x *GetImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetImageRequest.ProtoReflect.Descriptor instead.
 func (*GetImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{40}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GetImageRequest) GetReference() string {
@@ -3092,7 +3370,7 @@ type GetImageResponse struct {
 
 func (x *GetImageResponse) Reset() {
 	*x = GetImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3104,7 +3382,7 @@ func (x *GetImageResponse) String() string {
 func (*GetImageResponse) ProtoMessage() {}
 
 func (x *GetImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3117,7 +3395,7 @@ func (x *GetImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetImageResponse.ProtoReflect.Descriptor instead.
 func (*GetImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{41}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *GetImageResponse) GetImage() *Image {
@@ -3137,7 +3415,7 @@ type TagImageRequest struct {
 
 func (x *TagImageRequest) Reset() {
 	*x = TagImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3149,7 +3427,7 @@ func (x *TagImageRequest) String() string {
 func (*TagImageRequest) ProtoMessage() {}
 
 func (x *TagImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3162,7 +3440,7 @@ func (x *TagImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagImageRequest.ProtoReflect.Descriptor instead.
 func (*TagImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{42}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *TagImageRequest) GetSource() string {
@@ -3187,7 +3465,7 @@ type TagImageResponse struct {
 
 func (x *TagImageResponse) Reset() {
 	*x = TagImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3199,7 +3477,7 @@ func (x *TagImageResponse) String() string {
 func (*TagImageResponse) ProtoMessage() {}
 
 func (x *TagImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3212,7 +3490,7 @@ func (x *TagImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagImageResponse.ProtoReflect.Descriptor instead.
 func (*TagImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{43}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{46}
 }
 
 type RemoveImageRequest struct {
@@ -3225,7 +3503,7 @@ type RemoveImageRequest struct {
 
 func (x *RemoveImageRequest) Reset() {
 	*x = RemoveImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3237,7 +3515,7 @@ func (x *RemoveImageRequest) String() string {
 func (*RemoveImageRequest) ProtoMessage() {}
 
 func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3250,7 +3528,7 @@ func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageRequest.ProtoReflect.Descriptor instead.
 func (*RemoveImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{44}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *RemoveImageRequest) GetReference() string {
@@ -3277,7 +3555,7 @@ type RemoveImageResponse struct {
 
 func (x *RemoveImageResponse) Reset() {
 	*x = RemoveImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3289,7 +3567,7 @@ func (x *RemoveImageResponse) String() string {
 func (*RemoveImageResponse) ProtoMessage() {}
 
 func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3302,7 +3580,7 @@ func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageResponse.ProtoReflect.Descriptor instead.
 func (*RemoveImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{45}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *RemoveImageResponse) GetUntagged() []string {
@@ -3319,24 +3597,1134 @@ func (x *RemoveImageResponse) GetDeleted() []string {
 	return nil
 }
 
-type BuildRequest struct {
+type PushImageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	ContextDir    string                 `protobuf:"bytes,1,opt,name=context_dir,json=contextDir,proto3" json:"context_dir,omitempty"` // an absolute path on the daemon's host
-	Dockerfile    string                 `protobuf:"bytes,2,opt,name=dockerfile,proto3" json:"dockerfile,omitempty"`                   // an absolute path; default: Dockerfile in the context
-	Tags          []string               `protobuf:"bytes,3,rep,name=tags,proto3" json:"tags,omitempty"`
-	Target        string                 `protobuf:"bytes,4,opt,name=target,proto3" json:"target,omitempty"`
-	BuildArgs     map[string]string      `protobuf:"bytes,5,rep,name=build_args,json=buildArgs,proto3" json:"build_args,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Labels        map[string]string      `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	NoCache       bool                   `protobuf:"varint,7,opt,name=no_cache,json=noCache,proto3" json:"no_cache,omitempty"`
-	Pull          bool                   `protobuf:"varint,8,opt,name=pull,proto3" json:"pull,omitempty"`
-	Platform      string                 `protobuf:"bytes,9,opt,name=platform,proto3" json:"platform,omitempty"`
+	Reference     string                 `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
+	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`   // of the one image of an index to push; default: the whole index where all of it is here
+	Referrers     []string               `protobuf:"bytes,3,rep,name=referrers,proto3" json:"referrers,omitempty"` // types of artifacts to take along that refer to the image; "*": all
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushImageRequest) Reset() {
+	*x = PushImageRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushImageRequest) ProtoMessage() {}
+
+func (x *PushImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushImageRequest.ProtoReflect.Descriptor instead.
+func (*PushImageRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *PushImageRequest) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+func (x *PushImageRequest) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+func (x *PushImageRequest) GetReferrers() []string {
+	if x != nil {
+		return x.Referrers
+	}
+	return nil
+}
+
+type PushImageResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*PushImageResponse_Transfer
+	//	*PushImageResponse_Pushed
+	Kind          isPushImageResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushImageResponse) Reset() {
+	*x = PushImageResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushImageResponse) ProtoMessage() {}
+
+func (x *PushImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushImageResponse.ProtoReflect.Descriptor instead.
+func (*PushImageResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *PushImageResponse) GetKind() isPushImageResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *PushImageResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*PushImageResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *PushImageResponse) GetPushed() *PushedImage {
+	if x != nil {
+		if x, ok := x.Kind.(*PushImageResponse_Pushed); ok {
+			return x.Pushed
+		}
+	}
+	return nil
+}
+
+type isPushImageResponse_Kind interface {
+	isPushImageResponse_Kind()
+}
+
+type PushImageResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"` // statuses: waiting, uploading, done, exists, mounted
+}
+
+type PushImageResponse_Pushed struct {
+	Pushed *PushedImage `protobuf:"bytes,2,opt,name=pushed,proto3,oneof"` // the last message
+}
+
+func (*PushImageResponse_Transfer) isPushImageResponse_Kind() {}
+
+func (*PushImageResponse_Pushed) isPushImageResponse_Kind() {}
+
+type PushedImage struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Digest           string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`                                             // what the registry has under the reference now
+	MissingPlatforms []string               `protobuf:"bytes,2,rep,name=missing_platforms,json=missingPlatforms,proto3" json:"missing_platforms,omitempty"` // of the image's index, not here and so not pushed
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *PushedImage) Reset() {
+	*x = PushedImage{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushedImage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushedImage) ProtoMessage() {}
+
+func (x *PushedImage) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushedImage.ProtoReflect.Descriptor instead.
+func (*PushedImage) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *PushedImage) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *PushedImage) GetMissingPlatforms() []string {
+	if x != nil {
+		return x.MissingPlatforms
+	}
+	return nil
+}
+
+type SaveImagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	References    []string               `protobuf:"bytes,1,rep,name=references,proto3" json:"references,omitempty"`
+	Format        string                 `protobuf:"bytes,2,opt,name=format,proto3" json:"format,omitempty"`     // docker-archive (default), oci-archive
+	Platform      string                 `protobuf:"bytes,3,opt,name=platform,proto3" json:"platform,omitempty"` // of the one image of an index to save; default: the whole index where all of it is here
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveImagesRequest) Reset() {
+	*x = SaveImagesRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveImagesRequest) ProtoMessage() {}
+
+func (x *SaveImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveImagesRequest.ProtoReflect.Descriptor instead.
+func (*SaveImagesRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *SaveImagesRequest) GetReferences() []string {
+	if x != nil {
+		return x.References
+	}
+	return nil
+}
+
+func (x *SaveImagesRequest) GetFormat() string {
+	if x != nil {
+		return x.Format
+	}
+	return ""
+}
+
+func (x *SaveImagesRequest) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+type SaveImagesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveImagesResponse) Reset() {
+	*x = SaveImagesResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveImagesResponse) ProtoMessage() {}
+
+func (x *SaveImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveImagesResponse.ProtoReflect.Descriptor instead.
+func (*SaveImagesResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *SaveImagesResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type LoadImagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadImagesRequest) Reset() {
+	*x = LoadImagesRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadImagesRequest) ProtoMessage() {}
+
+func (x *LoadImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadImagesRequest.ProtoReflect.Descriptor instead.
+func (*LoadImagesRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *LoadImagesRequest) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type LoadImagesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*LoadImagesResponse_Transfer
+	//	*LoadImagesResponse_Loaded
+	Kind          isLoadImagesResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadImagesResponse) Reset() {
+	*x = LoadImagesResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadImagesResponse) ProtoMessage() {}
+
+func (x *LoadImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadImagesResponse.ProtoReflect.Descriptor instead.
+func (*LoadImagesResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *LoadImagesResponse) GetKind() isLoadImagesResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *LoadImagesResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*LoadImagesResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *LoadImagesResponse) GetLoaded() *LoadedImage {
+	if x != nil {
+		if x, ok := x.Kind.(*LoadImagesResponse_Loaded); ok {
+			return x.Loaded
+		}
+	}
+	return nil
+}
+
+type isLoadImagesResponse_Kind interface {
+	isLoadImagesResponse_Kind()
+}
+
+type LoadImagesResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"`
+}
+
+type LoadImagesResponse_Loaded struct {
+	Loaded *LoadedImage `protobuf:"bytes,2,opt,name=loaded,proto3,oneof"` // one for each name
+}
+
+func (*LoadImagesResponse_Transfer) isLoadImagesResponse_Kind() {}
+
+func (*LoadImagesResponse_Loaded) isLoadImagesResponse_Kind() {}
+
+type LoadedImage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	Reference     string                 `protobuf:"bytes,2,opt,name=reference,proto3" json:"reference,omitempty"` // empty: the archive has no name for it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadedImage) Reset() {
+	*x = LoadedImage{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadedImage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadedImage) ProtoMessage() {}
+
+func (x *LoadedImage) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadedImage.ProtoReflect.Descriptor instead.
+func (*LoadedImage) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *LoadedImage) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *LoadedImage) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+type ImportImageRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*ImportImageRequest_Start
+	//	*ImportImageRequest_Data
+	Kind          isImportImageRequest_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportImageRequest) Reset() {
+	*x = ImportImageRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportImageRequest) ProtoMessage() {}
+
+func (x *ImportImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportImageRequest.ProtoReflect.Descriptor instead.
+func (*ImportImageRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *ImportImageRequest) GetKind() isImportImageRequest_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *ImportImageRequest) GetStart() *ImportStart {
+	if x != nil {
+		if x, ok := x.Kind.(*ImportImageRequest_Start); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *ImportImageRequest) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Kind.(*ImportImageRequest_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+type isImportImageRequest_Kind interface {
+	isImportImageRequest_Kind()
+}
+
+type ImportImageRequest_Start struct {
+	Start *ImportStart `protobuf:"bytes,1,opt,name=start,proto3,oneof"`
+}
+
+type ImportImageRequest_Data struct {
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+func (*ImportImageRequest_Start) isImportImageRequest_Kind() {}
+
+func (*ImportImageRequest_Data) isImportImageRequest_Kind() {}
+
+type ImportStart struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reference     string                 `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"` // default: none
+	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`   // default: this host's
+	Message       string                 `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	Changes       []string               `protobuf:"bytes,4,rep,name=changes,proto3" json:"changes,omitempty"` // Dockerfile instructions: CMD, ENTRYPOINT, ENV, EXPOSE, …
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportStart) Reset() {
+	*x = ImportStart{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportStart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportStart) ProtoMessage() {}
+
+func (x *ImportStart) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportStart.ProtoReflect.Descriptor instead.
+func (*ImportStart) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *ImportStart) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+func (x *ImportStart) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+func (x *ImportStart) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *ImportStart) GetChanges() []string {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
+type ImportImageResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*ImportImageResponse_Transfer
+	//	*ImportImageResponse_Image
+	Kind          isImportImageResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportImageResponse) Reset() {
+	*x = ImportImageResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportImageResponse) ProtoMessage() {}
+
+func (x *ImportImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportImageResponse.ProtoReflect.Descriptor instead.
+func (*ImportImageResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *ImportImageResponse) GetKind() isImportImageResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *ImportImageResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*ImportImageResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *ImportImageResponse) GetImage() *Image {
+	if x != nil {
+		if x, ok := x.Kind.(*ImportImageResponse_Image); ok {
+			return x.Image
+		}
+	}
+	return nil
+}
+
+type isImportImageResponse_Kind interface {
+	isImportImageResponse_Kind()
+}
+
+type ImportImageResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"`
+}
+
+type ImportImageResponse_Image struct {
+	Image *Image `protobuf:"bytes,2,opt,name=image,proto3,oneof"` // the last message
+}
+
+func (*ImportImageResponse_Transfer) isImportImageResponse_Kind() {}
+
+func (*ImportImageResponse_Image) isImportImageResponse_Kind() {}
+
+type ImageHistoryRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reference     string                 `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageHistoryRequest) Reset() {
+	*x = ImageHistoryRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageHistoryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageHistoryRequest) ProtoMessage() {}
+
+func (x *ImageHistoryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageHistoryRequest.ProtoReflect.Descriptor instead.
+func (*ImageHistoryRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *ImageHistoryRequest) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+type ImageHistoryResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Steps         []*ImageStep           `protobuf:"bytes,1,rep,name=steps,proto3" json:"steps,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageHistoryResponse) Reset() {
+	*x = ImageHistoryResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageHistoryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageHistoryResponse) ProtoMessage() {}
+
+func (x *ImageHistoryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageHistoryResponse.ProtoReflect.Descriptor instead.
+func (*ImageHistoryResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *ImageHistoryResponse) GetSteps() []*ImageStep {
+	if x != nil {
+		return x.Steps
+	}
+	return nil
+}
+
+type ImageStep struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`       // of the image, at the last step
+	Layer         string                 `protobuf:"bytes,2,opt,name=layer,proto3" json:"layer,omitempty"` // what the step made; empty: configuration only
+	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	CreatedBy     string                 `protobuf:"bytes,4,opt,name=created_by,json=createdBy,proto3" json:"created_by,omitempty"`
+	Comment       string                 `protobuf:"bytes,5,opt,name=comment,proto3" json:"comment,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,6,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the compressed layer
+	References    []string               `protobuf:"bytes,7,rep,name=references,proto3" json:"references,omitempty"`                 // of the image, at the last step
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageStep) Reset() {
+	*x = ImageStep{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageStep) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageStep) ProtoMessage() {}
+
+func (x *ImageStep) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageStep.ProtoReflect.Descriptor instead.
+func (*ImageStep) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *ImageStep) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ImageStep) GetLayer() string {
+	if x != nil {
+		return x.Layer
+	}
+	return ""
+}
+
+func (x *ImageStep) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+func (x *ImageStep) GetCreatedBy() string {
+	if x != nil {
+		return x.CreatedBy
+	}
+	return ""
+}
+
+func (x *ImageStep) GetComment() string {
+	if x != nil {
+		return x.Comment
+	}
+	return ""
+}
+
+func (x *ImageStep) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *ImageStep) GetReferences() []string {
+	if x != nil {
+		return x.References
+	}
+	return nil
+}
+
+type PruneImagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	All           bool                   `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"`        // images with references too
+	Filters       []string               `protobuf:"bytes,2,rep,name=filters,proto3" json:"filters,omitempty"` // key=value: label, label!, until
+	DryRun        bool                   `protobuf:"varint,3,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PruneImagesRequest) Reset() {
+	*x = PruneImagesRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneImagesRequest) ProtoMessage() {}
+
+func (x *PruneImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneImagesRequest.ProtoReflect.Descriptor instead.
+func (*PruneImagesRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *PruneImagesRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+func (x *PruneImagesRequest) GetFilters() []string {
+	if x != nil {
+		return x.Filters
+	}
+	return nil
+}
+
+func (x *PruneImagesRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+type PruneImagesResponse struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Untagged       []string               `protobuf:"bytes,1,rep,name=untagged,proto3" json:"untagged,omitempty"`
+	Deleted        []string               `protobuf:"bytes,2,rep,name=deleted,proto3" json:"deleted,omitempty"`                                      // digests of images
+	ReclaimedBytes int64                  `protobuf:"varint,3,opt,name=reclaimed_bytes,json=reclaimedBytes,proto3" json:"reclaimed_bytes,omitempty"` // of blobs and root disks
+	Later          bool                   `protobuf:"varint,4,opt,name=later,proto3" json:"later,omitempty"`                                         // images are being worked with: it happens when that ends
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *PruneImagesResponse) Reset() {
+	*x = PruneImagesResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneImagesResponse) ProtoMessage() {}
+
+func (x *PruneImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneImagesResponse.ProtoReflect.Descriptor instead.
+func (*PruneImagesResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
+}
+
+func (x *PruneImagesResponse) GetUntagged() []string {
+	if x != nil {
+		return x.Untagged
+	}
+	return nil
+}
+
+func (x *PruneImagesResponse) GetDeleted() []string {
+	if x != nil {
+		return x.Deleted
+	}
+	return nil
+}
+
+func (x *PruneImagesResponse) GetReclaimedBytes() int64 {
+	if x != nil {
+		return x.ReclaimedBytes
+	}
+	return 0
+}
+
+func (x *PruneImagesResponse) GetLater() bool {
+	if x != nil {
+		return x.Later
+	}
+	return false
+}
+
+type LoginRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Registry      string                 `protobuf:"bytes,1,opt,name=registry,proto3" json:"registry,omitempty"` // host[:port]
+	Username      string                 `protobuf:"bytes,2,opt,name=username,proto3" json:"username,omitempty"`
+	Password      string                 `protobuf:"bytes,3,opt,name=password,proto3" json:"password,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoginRequest) Reset() {
+	*x = LoginRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoginRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoginRequest) ProtoMessage() {}
+
+func (x *LoginRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoginRequest.ProtoReflect.Descriptor instead.
+func (*LoginRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
+}
+
+func (x *LoginRequest) GetRegistry() string {
+	if x != nil {
+		return x.Registry
+	}
+	return ""
+}
+
+func (x *LoginRequest) GetUsername() string {
+	if x != nil {
+		return x.Username
+	}
+	return ""
+}
+
+func (x *LoginRequest) GetPassword() string {
+	if x != nil {
+		return x.Password
+	}
+	return ""
+}
+
+type LoginResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoginResponse) Reset() {
+	*x = LoginResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoginResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoginResponse) ProtoMessage() {}
+
+func (x *LoginResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoginResponse.ProtoReflect.Descriptor instead.
+func (*LoginResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
+}
+
+type BuildRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*BuildRequest_Start
+	//	*BuildRequest_Context
+	//	*BuildRequest_ContextEnd
+	//	*BuildRequest_Agent
+	Kind          isBuildRequest_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BuildRequest) Reset() {
 	*x = BuildRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3348,7 +4736,7 @@ func (x *BuildRequest) String() string {
 func (*BuildRequest) ProtoMessage() {}
 
 func (x *BuildRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3361,70 +4749,496 @@ func (x *BuildRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildRequest.ProtoReflect.Descriptor instead.
 func (*BuildRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{46}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
 }
 
-func (x *BuildRequest) GetContextDir() string {
+func (x *BuildRequest) GetKind() isBuildRequest_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *BuildRequest) GetStart() *BuildStart {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildRequest_Start); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *BuildRequest) GetContext() []byte {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildRequest_Context); ok {
+			return x.Context
+		}
+	}
+	return nil
+}
+
+func (x *BuildRequest) GetContextEnd() bool {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildRequest_ContextEnd); ok {
+			return x.ContextEnd
+		}
+	}
+	return false
+}
+
+func (x *BuildRequest) GetAgent() *AgentData {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildRequest_Agent); ok {
+			return x.Agent
+		}
+	}
+	return nil
+}
+
+type isBuildRequest_Kind interface {
+	isBuildRequest_Kind()
+}
+
+type BuildRequest_Start struct {
+	Start *BuildStart `protobuf:"bytes,1,opt,name=start,proto3,oneof"`
+}
+
+type BuildRequest_Context struct {
+	Context []byte `protobuf:"bytes,2,opt,name=context,proto3,oneof"` // of a streamed context
+}
+
+type BuildRequest_ContextEnd struct {
+	ContextEnd bool `protobuf:"varint,3,opt,name=context_end,json=contextEnd,proto3,oneof"`
+}
+
+type BuildRequest_Agent struct {
+	Agent *AgentData `protobuf:"bytes,4,opt,name=agent,proto3,oneof"`
+}
+
+func (*BuildRequest_Start) isBuildRequest_Kind() {}
+
+func (*BuildRequest_Context) isBuildRequest_Kind() {}
+
+func (*BuildRequest_ContextEnd) isBuildRequest_Kind() {}
+
+func (*BuildRequest_Agent) isBuildRequest_Kind() {}
+
+type BuildStart struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The context is one of these three.
+	ContextDir     string               `protobuf:"bytes,1,opt,name=context_dir,json=contextDir,proto3" json:"context_dir,omitempty"`             // an absolute path on the daemon's host
+	ContextUrl     string               `protobuf:"bytes,2,opt,name=context_url,json=contextUrl,proto3" json:"context_url,omitempty"`             // a git repository, or http(s) of a Dockerfile or an archive
+	ContextStream  bool                 `protobuf:"varint,3,opt,name=context_stream,json=contextStream,proto3" json:"context_stream,omitempty"`   // messages follow: an archive, or a Dockerfile alone
+	Dockerfile     string               `protobuf:"bytes,4,opt,name=dockerfile,proto3" json:"dockerfile,omitempty"`                               // an absolute path, or one in the context; default: Dockerfile in the context
+	DockerfileText []byte               `protobuf:"bytes,5,opt,name=dockerfile_text,json=dockerfileText,proto3" json:"dockerfile_text,omitempty"` // instead of a file
+	Tags           []string             `protobuf:"bytes,6,rep,name=tags,proto3" json:"tags,omitempty"`
+	Target         string               `protobuf:"bytes,7,opt,name=target,proto3" json:"target,omitempty"`
+	BuildArgs      map[string]string    `protobuf:"bytes,8,rep,name=build_args,json=buildArgs,proto3" json:"build_args,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Labels         map[string]string    `protobuf:"bytes,9,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	NoCache        bool                 `protobuf:"varint,10,opt,name=no_cache,json=noCache,proto3" json:"no_cache,omitempty"`
+	NoCacheStages  []string             `protobuf:"bytes,11,rep,name=no_cache_stages,json=noCacheStages,proto3" json:"no_cache_stages,omitempty"`
+	Pull           bool                 `protobuf:"varint,12,opt,name=pull,proto3" json:"pull,omitempty"`
+	Platform       string               `protobuf:"bytes,13,opt,name=platform,proto3" json:"platform,omitempty"`
+	BuildContexts  map[string]string    `protobuf:"bytes,14,rep,name=build_contexts,json=buildContexts,proto3" json:"build_contexts,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // by name: dir:PATH, docker-image://REFERENCE, oci-layout://PATH[:TAG][@DIGEST], or a URL
+	Secrets        map[string][]byte    `protobuf:"bytes,15,rep,name=secrets,proto3" json:"secrets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`                                  // by ID; nothing of them is kept
+	Ssh            []string             `protobuf:"bytes,16,rep,name=ssh,proto3" json:"ssh,omitempty"`                                                                                                                    // IDs of the SSH agents that the client answers for
+	Network        string               `protobuf:"bytes,17,opt,name=network,proto3" json:"network,omitempty"`                                                                                                            // of RUN: host (default) or none
+	AddHosts       []string             `protobuf:"bytes,18,rep,name=add_hosts,json=addHosts,proto3" json:"add_hosts,omitempty"`                                                                                          // NAME=ADDRESS
+	ShmBytes       int64                `protobuf:"varint,19,opt,name=shm_bytes,json=shmBytes,proto3" json:"shm_bytes,omitempty"`
+	Ulimits        []string             `protobuf:"bytes,20,rep,name=ulimits,proto3" json:"ulimits,omitempty"` // NAME=SOFT[:HARD]
+	CacheTo        []*CacheOption       `protobuf:"bytes,21,rep,name=cache_to,json=cacheTo,proto3" json:"cache_to,omitempty"`
+	CacheFrom      []*CacheOption       `protobuf:"bytes,22,rep,name=cache_from,json=cacheFrom,proto3" json:"cache_from,omitempty"`
+	Outputs        []*BuildOutput       `protobuf:"bytes,23,rep,name=outputs,proto3" json:"outputs,omitempty"`
+	Call           string               `protobuf:"bytes,24,opt,name=call,proto3" json:"call,omitempty"`       // check, outline or targets: answers a report and builds nothing
+	Quiet          bool                 `protobuf:"varint,25,opt,name=quiet,proto3" json:"quiet,omitempty"`    // no statuses but warnings; the output of a step that failed then comes with the error
+	Timeout        *durationpb.Duration `protobuf:"bytes,26,opt,name=timeout,proto3" json:"timeout,omitempty"` // of the whole build; 0: as the daemon's settings say
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *BuildStart) Reset() {
+	*x = BuildStart{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildStart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildStart) ProtoMessage() {}
+
+func (x *BuildStart) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildStart.ProtoReflect.Descriptor instead.
+func (*BuildStart) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
+}
+
+func (x *BuildStart) GetContextDir() string {
 	if x != nil {
 		return x.ContextDir
 	}
 	return ""
 }
 
-func (x *BuildRequest) GetDockerfile() string {
+func (x *BuildStart) GetContextUrl() string {
+	if x != nil {
+		return x.ContextUrl
+	}
+	return ""
+}
+
+func (x *BuildStart) GetContextStream() bool {
+	if x != nil {
+		return x.ContextStream
+	}
+	return false
+}
+
+func (x *BuildStart) GetDockerfile() string {
 	if x != nil {
 		return x.Dockerfile
 	}
 	return ""
 }
 
-func (x *BuildRequest) GetTags() []string {
+func (x *BuildStart) GetDockerfileText() []byte {
+	if x != nil {
+		return x.DockerfileText
+	}
+	return nil
+}
+
+func (x *BuildStart) GetTags() []string {
 	if x != nil {
 		return x.Tags
 	}
 	return nil
 }
 
-func (x *BuildRequest) GetTarget() string {
+func (x *BuildStart) GetTarget() string {
 	if x != nil {
 		return x.Target
 	}
 	return ""
 }
 
-func (x *BuildRequest) GetBuildArgs() map[string]string {
+func (x *BuildStart) GetBuildArgs() map[string]string {
 	if x != nil {
 		return x.BuildArgs
 	}
 	return nil
 }
 
-func (x *BuildRequest) GetLabels() map[string]string {
+func (x *BuildStart) GetLabels() map[string]string {
 	if x != nil {
 		return x.Labels
 	}
 	return nil
 }
 
-func (x *BuildRequest) GetNoCache() bool {
+func (x *BuildStart) GetNoCache() bool {
 	if x != nil {
 		return x.NoCache
 	}
 	return false
 }
 
-func (x *BuildRequest) GetPull() bool {
+func (x *BuildStart) GetNoCacheStages() []string {
+	if x != nil {
+		return x.NoCacheStages
+	}
+	return nil
+}
+
+func (x *BuildStart) GetPull() bool {
 	if x != nil {
 		return x.Pull
 	}
 	return false
 }
 
-func (x *BuildRequest) GetPlatform() string {
+func (x *BuildStart) GetPlatform() string {
 	if x != nil {
 		return x.Platform
 	}
 	return ""
+}
+
+func (x *BuildStart) GetBuildContexts() map[string]string {
+	if x != nil {
+		return x.BuildContexts
+	}
+	return nil
+}
+
+func (x *BuildStart) GetSecrets() map[string][]byte {
+	if x != nil {
+		return x.Secrets
+	}
+	return nil
+}
+
+func (x *BuildStart) GetSsh() []string {
+	if x != nil {
+		return x.Ssh
+	}
+	return nil
+}
+
+func (x *BuildStart) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
+func (x *BuildStart) GetAddHosts() []string {
+	if x != nil {
+		return x.AddHosts
+	}
+	return nil
+}
+
+func (x *BuildStart) GetShmBytes() int64 {
+	if x != nil {
+		return x.ShmBytes
+	}
+	return 0
+}
+
+func (x *BuildStart) GetUlimits() []string {
+	if x != nil {
+		return x.Ulimits
+	}
+	return nil
+}
+
+func (x *BuildStart) GetCacheTo() []*CacheOption {
+	if x != nil {
+		return x.CacheTo
+	}
+	return nil
+}
+
+func (x *BuildStart) GetCacheFrom() []*CacheOption {
+	if x != nil {
+		return x.CacheFrom
+	}
+	return nil
+}
+
+func (x *BuildStart) GetOutputs() []*BuildOutput {
+	if x != nil {
+		return x.Outputs
+	}
+	return nil
+}
+
+func (x *BuildStart) GetCall() string {
+	if x != nil {
+		return x.Call
+	}
+	return ""
+}
+
+func (x *BuildStart) GetQuiet() bool {
+	if x != nil {
+		return x.Quiet
+	}
+	return false
+}
+
+func (x *BuildStart) GetTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.Timeout
+	}
+	return nil
+}
+
+type CacheOption struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"` // registry, local or inline
+	Attributes    map[string]string      `protobuf:"bytes,2,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CacheOption) Reset() {
+	*x = CacheOption{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CacheOption) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CacheOption) ProtoMessage() {}
+
+func (x *CacheOption) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CacheOption.ProtoReflect.Descriptor instead.
+func (*CacheOption) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
+}
+
+func (x *CacheOption) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *CacheOption) GetAttributes() map[string]string {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
+}
+
+type BuildOutput struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"` // disk, oci, docker or tar
+	Attributes    map[string]string      `protobuf:"bytes,2,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildOutput) Reset() {
+	*x = BuildOutput{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildOutput) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildOutput) ProtoMessage() {}
+
+func (x *BuildOutput) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildOutput.ProtoReflect.Descriptor instead.
+func (*BuildOutput) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
+}
+
+func (x *BuildOutput) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *BuildOutput) GetAttributes() map[string]string {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
+}
+
+// AgentData is a piece of one connection to an SSH agent. The daemon opens connections, by the first message of a number.
+type AgentData struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Connection    uint32                 `protobuf:"varint,1,opt,name=connection,proto3" json:"connection,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"` // of the agent, in the first message
+	Data          []byte                 `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	Close         bool                   `protobuf:"varint,4,opt,name=close,proto3" json:"close,omitempty"` // nothing follows from this side
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentData) Reset() {
+	*x = AgentData{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentData) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentData) ProtoMessage() {}
+
+func (x *AgentData) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentData.ProtoReflect.Descriptor instead.
+func (*AgentData) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
+}
+
+func (x *AgentData) GetConnection() uint32 {
+	if x != nil {
+		return x.Connection
+	}
+	return 0
+}
+
+func (x *AgentData) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AgentData) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *AgentData) GetClose() bool {
+	if x != nil {
+		return x.Close
+	}
+	return false
 }
 
 type BuildResponse struct {
@@ -3433,6 +5247,9 @@ type BuildResponse struct {
 	//
 	//	*BuildResponse_Status
 	//	*BuildResponse_Result
+	//	*BuildResponse_Agent
+	//	*BuildResponse_Output
+	//	*BuildResponse_Report
 	Kind          isBuildResponse_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3440,7 +5257,7 @@ type BuildResponse struct {
 
 func (x *BuildResponse) Reset() {
 	*x = BuildResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3452,7 +5269,7 @@ func (x *BuildResponse) String() string {
 func (*BuildResponse) ProtoMessage() {}
 
 func (x *BuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3465,7 +5282,7 @@ func (x *BuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResponse.ProtoReflect.Descriptor instead.
 func (*BuildResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{47}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *BuildResponse) GetKind() isBuildResponse_Kind {
@@ -3493,6 +5310,33 @@ func (x *BuildResponse) GetResult() *BuildResult {
 	return nil
 }
 
+func (x *BuildResponse) GetAgent() *AgentData {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildResponse_Agent); ok {
+			return x.Agent
+		}
+	}
+	return nil
+}
+
+func (x *BuildResponse) GetOutput() *OutputData {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildResponse_Output); ok {
+			return x.Output
+		}
+	}
+	return nil
+}
+
+func (x *BuildResponse) GetReport() *BuildReport {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildResponse_Report); ok {
+			return x.Report
+		}
+	}
+	return nil
+}
+
 type isBuildResponse_Kind interface {
 	isBuildResponse_Kind()
 }
@@ -3502,26 +5346,157 @@ type BuildResponse_Status struct {
 }
 
 type BuildResponse_Result struct {
-	Result *BuildResult `protobuf:"bytes,2,opt,name=result,proto3,oneof"` // the last message
+	Result *BuildResult `protobuf:"bytes,2,opt,name=result,proto3,oneof"`
+}
+
+type BuildResponse_Agent struct {
+	Agent *AgentData `protobuf:"bytes,3,opt,name=agent,proto3,oneof"`
+}
+
+type BuildResponse_Output struct {
+	Output *OutputData `protobuf:"bytes,4,opt,name=output,proto3,oneof"`
+}
+
+type BuildResponse_Report struct {
+	Report *BuildReport `protobuf:"bytes,5,opt,name=report,proto3,oneof"`
 }
 
 func (*BuildResponse_Status) isBuildResponse_Kind() {}
 
 func (*BuildResponse_Result) isBuildResponse_Kind() {}
 
+func (*BuildResponse_Agent) isBuildResponse_Kind() {}
+
+func (*BuildResponse_Output) isBuildResponse_Kind() {}
+
+func (*BuildResponse_Report) isBuildResponse_Kind() {}
+
+type OutputData struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint32                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"` // of BuildStart.outputs
+	Data          []byte                 `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OutputData) Reset() {
+	*x = OutputData{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OutputData) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OutputData) ProtoMessage() {}
+
+func (x *OutputData) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OutputData.ProtoReflect.Descriptor instead.
+func (*OutputData) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{73}
+}
+
+func (x *OutputData) GetIndex() uint32 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *OutputData) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type BuildReport struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Text          string                 `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"`
+	Json          []byte                 `protobuf:"bytes,2,opt,name=json,proto3" json:"json,omitempty"`
+	ExitCode      int32                  `protobuf:"varint,3,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"` // not 0: there is something to mend
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildReport) Reset() {
+	*x = BuildReport{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildReport) ProtoMessage() {}
+
+func (x *BuildReport) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildReport.ProtoReflect.Descriptor instead.
+func (*BuildReport) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{74}
+}
+
+func (x *BuildReport) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+func (x *BuildReport) GetJson() []byte {
+	if x != nil {
+		return x.Json
+	}
+	return nil
+}
+
+func (x *BuildReport) GetExitCode() int32 {
+	if x != nil {
+		return x.ExitCode
+	}
+	return 0
+}
+
 type BuildResult struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"` // empty where no image was kept
 	References    []string               `protobuf:"bytes,2,rep,name=references,proto3" json:"references,omitempty"`
-	Solve         *durationpb.Duration   `protobuf:"bytes,3,opt,name=solve,proto3" json:"solve,omitempty"`                       // BuildKit's own share
-	RootDisk      *durationpb.Duration   `protobuf:"bytes,4,opt,name=root_disk,json=rootDisk,proto3" json:"root_disk,omitempty"` // 0 when it was there
+	Solve         *durationpb.Duration   `protobuf:"bytes,3,opt,name=solve,proto3" json:"solve,omitempty"`                                                                                 // BuildKit's own share
+	RootDisk      *durationpb.Duration   `protobuf:"bytes,4,opt,name=root_disk,json=rootDisk,proto3" json:"root_disk,omitempty"`                                                           // 0 when it was there
+	Metadata      map[string]string      `protobuf:"bytes,5,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // what BuildKit's exporters say, as containerimage.digest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BuildResult) Reset() {
 	*x = BuildResult{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3533,7 +5508,7 @@ func (x *BuildResult) String() string {
 func (*BuildResult) ProtoMessage() {}
 
 func (x *BuildResult) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3546,7 +5521,7 @@ func (x *BuildResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResult.ProtoReflect.Descriptor instead.
 func (*BuildResult) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{48}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *BuildResult) GetDigest() string {
@@ -3577,6 +5552,305 @@ func (x *BuildResult) GetRootDisk() *durationpb.Duration {
 	return nil
 }
 
+func (x *BuildResult) GetMetadata() map[string]string {
+	if x != nil {
+		return x.Metadata
+	}
+	return nil
+}
+
+type BuildDiskUsageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildDiskUsageRequest) Reset() {
+	*x = BuildDiskUsageRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildDiskUsageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildDiskUsageRequest) ProtoMessage() {}
+
+func (x *BuildDiskUsageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildDiskUsageRequest.ProtoReflect.Descriptor instead.
+func (*BuildDiskUsageRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{76}
+}
+
+type BuildDiskUsageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Records       []*BuildCacheRecord    `protobuf:"bytes,1,rep,name=records,proto3" json:"records,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildDiskUsageResponse) Reset() {
+	*x = BuildDiskUsageResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildDiskUsageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildDiskUsageResponse) ProtoMessage() {}
+
+func (x *BuildDiskUsageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildDiskUsageResponse.ProtoReflect.Descriptor instead.
+func (*BuildDiskUsageResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{77}
+}
+
+func (x *BuildDiskUsageResponse) GetRecords() []*BuildCacheRecord {
+	if x != nil {
+		return x.Records
+	}
+	return nil
+}
+
+type BuildCacheRecord struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Type          string                 `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"` // regular, source.local, exec.cachemount, …
+	Description   string                 `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	InUse         bool                   `protobuf:"varint,5,opt,name=in_use,json=inUse,proto3" json:"in_use,omitempty"`
+	Shared        bool                   `protobuf:"varint,6,opt,name=shared,proto3" json:"shared,omitempty"`
+	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	LastUsedAt    *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=last_used_at,json=lastUsedAt,proto3" json:"last_used_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildCacheRecord) Reset() {
+	*x = BuildCacheRecord{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildCacheRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildCacheRecord) ProtoMessage() {}
+
+func (x *BuildCacheRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildCacheRecord.ProtoReflect.Descriptor instead.
+func (*BuildCacheRecord) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{78}
+}
+
+func (x *BuildCacheRecord) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *BuildCacheRecord) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *BuildCacheRecord) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
+func (x *BuildCacheRecord) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *BuildCacheRecord) GetInUse() bool {
+	if x != nil {
+		return x.InUse
+	}
+	return false
+}
+
+func (x *BuildCacheRecord) GetShared() bool {
+	if x != nil {
+		return x.Shared
+	}
+	return false
+}
+
+func (x *BuildCacheRecord) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+func (x *BuildCacheRecord) GetLastUsedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastUsedAt
+	}
+	return nil
+}
+
+type PruneBuildRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	All           bool                   `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"`                              // also what builds may still use
+	UnusedFor     *durationpb.Duration   `protobuf:"bytes,2,opt,name=unused_for,json=unusedFor,proto3" json:"unused_for,omitempty"`  // only what was not used for so long
+	KeepBytes     int64                  `protobuf:"varint,3,opt,name=keep_bytes,json=keepBytes,proto3" json:"keep_bytes,omitempty"` // leave this much
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PruneBuildRequest) Reset() {
+	*x = PruneBuildRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneBuildRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneBuildRequest) ProtoMessage() {}
+
+func (x *PruneBuildRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneBuildRequest.ProtoReflect.Descriptor instead.
+func (*PruneBuildRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{79}
+}
+
+func (x *PruneBuildRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+func (x *PruneBuildRequest) GetUnusedFor() *durationpb.Duration {
+	if x != nil {
+		return x.UnusedFor
+	}
+	return nil
+}
+
+func (x *PruneBuildRequest) GetKeepBytes() int64 {
+	if x != nil {
+		return x.KeepBytes
+	}
+	return 0
+}
+
+type PruneBuildResponse struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Records        []*BuildCacheRecord    `protobuf:"bytes,1,rep,name=records,proto3" json:"records,omitempty"` // what was removed
+	ReclaimedBytes int64                  `protobuf:"varint,2,opt,name=reclaimed_bytes,json=reclaimedBytes,proto3" json:"reclaimed_bytes,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *PruneBuildResponse) Reset() {
+	*x = PruneBuildResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneBuildResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneBuildResponse) ProtoMessage() {}
+
+func (x *PruneBuildResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneBuildResponse.ProtoReflect.Descriptor instead.
+func (*PruneBuildResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{80}
+}
+
+func (x *PruneBuildResponse) GetRecords() []*BuildCacheRecord {
+	if x != nil {
+		return x.Records
+	}
+	return nil
+}
+
+func (x *PruneBuildResponse) GetReclaimedBytes() int64 {
+	if x != nil {
+		return x.ReclaimedBytes
+	}
+	return 0
+}
+
 type Base struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`     // debian:bookworm
@@ -3591,7 +5865,7 @@ type Base struct {
 
 func (x *Base) Reset() {
 	*x = Base{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3603,7 +5877,7 @@ func (x *Base) String() string {
 func (*Base) ProtoMessage() {}
 
 func (x *Base) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3616,7 +5890,7 @@ func (x *Base) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Base.ProtoReflect.Descriptor instead.
 func (*Base) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{49}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *Base) GetName() string {
@@ -3669,7 +5943,7 @@ type ListBasesRequest struct {
 
 func (x *ListBasesRequest) Reset() {
 	*x = ListBasesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3681,7 +5955,7 @@ func (x *ListBasesRequest) String() string {
 func (*ListBasesRequest) ProtoMessage() {}
 
 func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3694,7 +5968,7 @@ func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesRequest.ProtoReflect.Descriptor instead.
 func (*ListBasesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{50}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{82}
 }
 
 type ListBasesResponse struct {
@@ -3706,7 +5980,7 @@ type ListBasesResponse struct {
 
 func (x *ListBasesResponse) Reset() {
 	*x = ListBasesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3718,7 +5992,7 @@ func (x *ListBasesResponse) String() string {
 func (*ListBasesResponse) ProtoMessage() {}
 
 func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3731,7 +6005,7 @@ func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesResponse.ProtoReflect.Descriptor instead.
 func (*ListBasesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{51}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ListBasesResponse) GetBases() []*Base {
@@ -3755,7 +6029,7 @@ type BuildBaseRequest struct {
 
 func (x *BuildBaseRequest) Reset() {
 	*x = BuildBaseRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3767,7 +6041,7 @@ func (x *BuildBaseRequest) String() string {
 func (*BuildBaseRequest) ProtoMessage() {}
 
 func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3780,7 +6054,7 @@ func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseRequest.ProtoReflect.Descriptor instead.
 func (*BuildBaseRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{52}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *BuildBaseRequest) GetName() string {
@@ -3839,7 +6113,7 @@ type BuildBaseResponse struct {
 
 func (x *BuildBaseResponse) Reset() {
 	*x = BuildBaseResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3851,7 +6125,7 @@ func (x *BuildBaseResponse) String() string {
 func (*BuildBaseResponse) ProtoMessage() {}
 
 func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3864,7 +6138,7 @@ func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseResponse.ProtoReflect.Descriptor instead.
 func (*BuildBaseResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{53}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *BuildBaseResponse) GetKind() isBuildBaseResponse_Kind {
@@ -3943,7 +6217,7 @@ type Kernel struct {
 
 func (x *Kernel) Reset() {
 	*x = Kernel{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3955,7 +6229,7 @@ func (x *Kernel) String() string {
 func (*Kernel) ProtoMessage() {}
 
 func (x *Kernel) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3968,7 +6242,7 @@ func (x *Kernel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Kernel.ProtoReflect.Descriptor instead.
 func (*Kernel) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{54}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *Kernel) GetName() string {
@@ -4055,6 +6329,372 @@ func (x *Kernel) GetConfigDigest() string {
 	return ""
 }
 
+type BuildKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`       // default: atoll-VERSION
+	Version       string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"` // of Linux
+	Source        string                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`   // debian (the default), a URL, or an absolute path of the daemon's host
+	Sha256        string                 `protobuf:"bytes,4,opt,name=sha256,proto3" json:"sha256,omitempty"`   // of what is behind the URL
+	Keyring       []byte                 `protobuf:"bytes,5,opt,name=keyring,proto3" json:"keyring,omitempty"` // OpenPGP public keys, one of which signed what is behind the URL
+	Mirror        string                 `protobuf:"bytes,6,opt,name=mirror,proto3" json:"mirror,omitempty"`   // Debian's
+	Config        []byte                 `protobuf:"bytes,7,opt,name=config,proto3" json:"config,omitempty"`   // a fragment, or a whole .config
+	Architecture  string                 `protobuf:"bytes,8,opt,name=architecture,proto3" json:"architecture,omitempty"`
+	Jobs          int32                  `protobuf:"varint,9,opt,name=jobs,proto3" json:"jobs,omitempty"` // 0: one for each CPU
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildKernelRequest) Reset() {
+	*x = BuildKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildKernelRequest) ProtoMessage() {}
+
+func (x *BuildKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildKernelRequest.ProtoReflect.Descriptor instead.
+func (*BuildKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{87}
+}
+
+func (x *BuildKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetKeyring() []byte {
+	if x != nil {
+		return x.Keyring
+	}
+	return nil
+}
+
+func (x *BuildKernelRequest) GetMirror() string {
+	if x != nil {
+		return x.Mirror
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetConfig() []byte {
+	if x != nil {
+		return x.Config
+	}
+	return nil
+}
+
+func (x *BuildKernelRequest) GetArchitecture() string {
+	if x != nil {
+		return x.Architecture
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetJobs() int32 {
+	if x != nil {
+		return x.Jobs
+	}
+	return 0
+}
+
+type BuildKernelResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*BuildKernelResponse_Transfer
+	//	*BuildKernelResponse_Line
+	//	*BuildKernelResponse_Kernel
+	Kind          isBuildKernelResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildKernelResponse) Reset() {
+	*x = BuildKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildKernelResponse) ProtoMessage() {}
+
+func (x *BuildKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildKernelResponse.ProtoReflect.Descriptor instead.
+func (*BuildKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{88}
+}
+
+func (x *BuildKernelResponse) GetKind() isBuildKernelResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *BuildKernelResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildKernelResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *BuildKernelResponse) GetLine() string {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildKernelResponse_Line); ok {
+			return x.Line
+		}
+	}
+	return ""
+}
+
+func (x *BuildKernelResponse) GetKernel() *Kernel {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildKernelResponse_Kernel); ok {
+			return x.Kernel
+		}
+	}
+	return nil
+}
+
+type isBuildKernelResponse_Kind interface {
+	isBuildKernelResponse_Kind()
+}
+
+type BuildKernelResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"`
+}
+
+type BuildKernelResponse_Line struct {
+	Line string `protobuf:"bytes,2,opt,name=line,proto3,oneof"` // for a person
+}
+
+type BuildKernelResponse_Kernel struct {
+	Kernel *Kernel `protobuf:"bytes,3,opt,name=kernel,proto3,oneof"` // the last message
+}
+
+func (*BuildKernelResponse_Transfer) isBuildKernelResponse_Kind() {}
+
+func (*BuildKernelResponse_Line) isBuildKernelResponse_Kind() {}
+
+func (*BuildKernelResponse_Kernel) isBuildKernelResponse_Kind() {}
+
+type RemoveKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveKernelRequest) Reset() {
+	*x = RemoveKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveKernelRequest) ProtoMessage() {}
+
+func (x *RemoveKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveKernelRequest.ProtoReflect.Descriptor instead.
+func (*RemoveKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{89}
+}
+
+func (x *RemoveKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type RemoveKernelResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveKernelResponse) Reset() {
+	*x = RemoveKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveKernelResponse) ProtoMessage() {}
+
+func (x *RemoveKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveKernelResponse.ProtoReflect.Descriptor instead.
+func (*RemoveKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{90}
+}
+
+type SetDefaultKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetDefaultKernelRequest) Reset() {
+	*x = SetDefaultKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetDefaultKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetDefaultKernelRequest) ProtoMessage() {}
+
+func (x *SetDefaultKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetDefaultKernelRequest.ProtoReflect.Descriptor instead.
+func (*SetDefaultKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{91}
+}
+
+func (x *SetDefaultKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type SetDefaultKernelResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetDefaultKernelResponse) Reset() {
+	*x = SetDefaultKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetDefaultKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetDefaultKernelResponse) ProtoMessage() {}
+
+func (x *SetDefaultKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetDefaultKernelResponse.ProtoReflect.Descriptor instead.
+func (*SetDefaultKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{92}
+}
+
 type ImportKernelRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // absolute
@@ -4065,7 +6705,7 @@ type ImportKernelRequest struct {
 
 func (x *ImportKernelRequest) Reset() {
 	*x = ImportKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4077,7 +6717,7 @@ func (x *ImportKernelRequest) String() string {
 func (*ImportKernelRequest) ProtoMessage() {}
 
 func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4090,7 +6730,7 @@ func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelRequest.ProtoReflect.Descriptor instead.
 func (*ImportKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ImportKernelRequest) GetPath() string {
@@ -4116,7 +6756,7 @@ type ImportKernelResponse struct {
 
 func (x *ImportKernelResponse) Reset() {
 	*x = ImportKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4128,7 +6768,7 @@ func (x *ImportKernelResponse) String() string {
 func (*ImportKernelResponse) ProtoMessage() {}
 
 func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4141,7 +6781,7 @@ func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelResponse.ProtoReflect.Descriptor instead.
 func (*ImportKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ImportKernelResponse) GetKernel() *Kernel {
@@ -4159,7 +6799,7 @@ type ListKernelsRequest struct {
 
 func (x *ListKernelsRequest) Reset() {
 	*x = ListKernelsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4171,7 +6811,7 @@ func (x *ListKernelsRequest) String() string {
 func (*ListKernelsRequest) ProtoMessage() {}
 
 func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4184,7 +6824,7 @@ func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsRequest.ProtoReflect.Descriptor instead.
 func (*ListKernelsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{95}
 }
 
 type ListKernelsResponse struct {
@@ -4196,7 +6836,7 @@ type ListKernelsResponse struct {
 
 func (x *ListKernelsResponse) Reset() {
 	*x = ListKernelsResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4208,7 +6848,7 @@ func (x *ListKernelsResponse) String() string {
 func (*ListKernelsResponse) ProtoMessage() {}
 
 func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4221,7 +6861,7 @@ func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsResponse.ProtoReflect.Descriptor instead.
 func (*ListKernelsResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *ListKernelsResponse) GetKernels() []*Kernel {
@@ -4240,7 +6880,7 @@ type GetKernelRequest struct {
 
 func (x *GetKernelRequest) Reset() {
 	*x = GetKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4252,7 +6892,7 @@ func (x *GetKernelRequest) String() string {
 func (*GetKernelRequest) ProtoMessage() {}
 
 func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4265,7 +6905,7 @@ func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelRequest.ProtoReflect.Descriptor instead.
 func (*GetKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *GetKernelRequest) GetName() string {
@@ -4284,7 +6924,7 @@ type GetKernelResponse struct {
 
 func (x *GetKernelResponse) Reset() {
 	*x = GetKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4296,7 +6936,7 @@ func (x *GetKernelResponse) String() string {
 func (*GetKernelResponse) ProtoMessage() {}
 
 func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4309,7 +6949,7 @@ func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelResponse.ProtoReflect.Descriptor instead.
 func (*GetKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *GetKernelResponse) GetKernel() *Kernel {
@@ -4321,16 +6961,17 @@ func (x *GetKernelResponse) GetKernel() *Kernel {
 
 type PullKernelRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // default: debian
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // default: debian; with a slash: the reference of a kernel in a registry
 	Mirror        string                 `protobuf:"bytes,2,opt,name=mirror,proto3" json:"mirror,omitempty"`
 	Architecture  string                 `protobuf:"bytes,3,opt,name=architecture,proto3" json:"architecture,omitempty"`
+	As            string                 `protobuf:"bytes,4,opt,name=as,proto3" json:"as,omitempty"` // the name here of a kernel from a registry; default: the one it had where it was pushed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PullKernelRequest) Reset() {
 	*x = PullKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4342,7 +6983,7 @@ func (x *PullKernelRequest) String() string {
 func (*PullKernelRequest) ProtoMessage() {}
 
 func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4355,7 +6996,7 @@ func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelRequest.ProtoReflect.Descriptor instead.
 func (*PullKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *PullKernelRequest) GetName() string {
@@ -4379,6 +7020,191 @@ func (x *PullKernelRequest) GetArchitecture() string {
 	return ""
 }
 
+func (x *PullKernelRequest) GetAs() string {
+	if x != nil {
+		return x.As
+	}
+	return ""
+}
+
+type PushKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // default: the default kernel
+	Reference     string                 `protobuf:"bytes,2,opt,name=reference,proto3" json:"reference,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushKernelRequest) Reset() {
+	*x = PushKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushKernelRequest) ProtoMessage() {}
+
+func (x *PushKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushKernelRequest.ProtoReflect.Descriptor instead.
+func (*PushKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{100}
+}
+
+func (x *PushKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PushKernelRequest) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+type PushKernelResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*PushKernelResponse_Transfer
+	//	*PushKernelResponse_Pushed
+	Kind          isPushKernelResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushKernelResponse) Reset() {
+	*x = PushKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushKernelResponse) ProtoMessage() {}
+
+func (x *PushKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushKernelResponse.ProtoReflect.Descriptor instead.
+func (*PushKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{101}
+}
+
+func (x *PushKernelResponse) GetKind() isPushKernelResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *PushKernelResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*PushKernelResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *PushKernelResponse) GetPushed() *PushedKernel {
+	if x != nil {
+		if x, ok := x.Kind.(*PushKernelResponse_Pushed); ok {
+			return x.Pushed
+		}
+	}
+	return nil
+}
+
+type isPushKernelResponse_Kind interface {
+	isPushKernelResponse_Kind()
+}
+
+type PushKernelResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"`
+}
+
+type PushKernelResponse_Pushed struct {
+	Pushed *PushedKernel `protobuf:"bytes,2,opt,name=pushed,proto3,oneof"` // the last message
+}
+
+func (*PushKernelResponse_Transfer) isPushKernelResponse_Kind() {}
+
+func (*PushKernelResponse_Pushed) isPushKernelResponse_Kind() {}
+
+type PushedKernel struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushedKernel) Reset() {
+	*x = PushedKernel{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[102]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushedKernel) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushedKernel) ProtoMessage() {}
+
+func (x *PushedKernel) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[102]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushedKernel.ProtoReflect.Descriptor instead.
+func (*PushedKernel) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{102}
+}
+
+func (x *PushedKernel) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
 type PullKernelResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Kind:
@@ -4392,7 +7218,7 @@ type PullKernelResponse struct {
 
 func (x *PullKernelResponse) Reset() {
 	*x = PullKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4404,7 +7230,7 @@ func (x *PullKernelResponse) String() string {
 func (*PullKernelResponse) ProtoMessage() {}
 
 func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4417,7 +7243,7 @@ func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelResponse.ProtoReflect.Descriptor instead.
 func (*PullKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *PullKernelResponse) GetKind() isPullKernelResponse_Kind {
@@ -4461,6 +7287,102 @@ func (*PullKernelResponse_Transfer) isPullKernelResponse_Kind() {}
 
 func (*PullKernelResponse_Kernel) isPullKernelResponse_Kind() {}
 
+type PruneSystemRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	All           bool                   `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"` // also images with names that no machine uses, and the builder's own records
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PruneSystemRequest) Reset() {
+	*x = PruneSystemRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[104]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneSystemRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneSystemRequest) ProtoMessage() {}
+
+func (x *PruneSystemRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[104]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneSystemRequest.ProtoReflect.Descriptor instead.
+func (*PruneSystemRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{104}
+}
+
+func (x *PruneSystemRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+type PruneSystemResponse struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Images          *PruneImagesResponse   `protobuf:"bytes,1,opt,name=images,proto3" json:"images,omitempty"`
+	BuildCacheBytes int64                  `protobuf:"varint,2,opt,name=build_cache_bytes,json=buildCacheBytes,proto3" json:"build_cache_bytes,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *PruneSystemResponse) Reset() {
+	*x = PruneSystemResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[105]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneSystemResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneSystemResponse) ProtoMessage() {}
+
+func (x *PruneSystemResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[105]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneSystemResponse.ProtoReflect.Descriptor instead.
+func (*PruneSystemResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{105}
+}
+
+func (x *PruneSystemResponse) GetImages() *PruneImagesResponse {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+func (x *PruneSystemResponse) GetBuildCacheBytes() int64 {
+	if x != nil {
+		return x.BuildCacheBytes
+	}
+	return 0
+}
+
 type VersionRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -4469,7 +7391,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4481,7 +7403,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4494,7 +7416,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{106}
 }
 
 type VersionResponse struct {
@@ -4511,7 +7433,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4523,7 +7445,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4536,7 +7458,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -4591,7 +7513,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4603,7 +7525,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4616,7 +7538,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *EventsRequest) GetSince() *timestamppb.Timestamp {
@@ -4648,7 +7570,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4660,7 +7582,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4673,7 +7595,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -4726,7 +7648,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4738,7 +7660,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4751,7 +7673,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{110}
 }
 
 type DoctorResponse struct {
@@ -4763,7 +7685,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4775,7 +7697,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4788,7 +7710,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *DoctorResponse) GetChecks() []*Check {
@@ -4810,7 +7732,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4822,7 +7744,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4835,7 +7757,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *Check) GetName() string {
@@ -4874,7 +7796,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4886,7 +7808,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4899,7 +7821,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{113}
 }
 
 type ShutdownResponse struct {
@@ -4910,7 +7832,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4922,7 +7844,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4935,7 +7857,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{114}
 }
 
 var File_api_atoll_v1_atoll_proto protoreflect.FileDescriptor
@@ -4944,7 +7866,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\n" +
 	"\x18api/atoll/v1/atoll.proto\x12\batoll.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1egoogle/protobuf/duration.proto\"\x1a\n" +
 	"\x04Hint\x12\x12\n" +
-	"\x04text\x18\x01 \x01(\tR\x04text\"\x87\x06\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\"\x9f\x06\n" +
 	"\vMachineSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x18\n" +
@@ -4974,8 +7896,9 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\bplatform\x18\x15 \x01(\tR\bplatform\x12\x1f\n" +
 	"\vstop_signal\x18\x16 \x01(\tR\n" +
 	"stopSignal\x12<\n" +
-	"\fstop_timeout\x18\x17 \x01(\v2\x19.google.protobuf.DurationR\vstopTimeout\x12\x12\n" +
-	"\x04init\x18( \x01(\tR\x04init\x1a9\n" +
+	"\fstop_timeout\x18\x17 \x01(\v2\x19.google.protobuf.DurationR\vstopTimeout\x12\x16\n" +
+	"\x06verity\x18\x18 \x01(\bR\x06verity\x12\x12\n" +
+	"\x04init\x18\x19 \x01(\tR\x04init\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x88\x01\n" +
@@ -5120,7 +8043,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06stdout\x18\x02 \x01(\fH\x00R\x06stdout\x12\x18\n" +
 	"\x06stderr\x18\x03 \x01(\fH\x00R\x06stderr\x123\n" +
 	"\x04exit\x18\x04 \x01(\v2\x1d.atoll.v1.WaitMachineResponseH\x00R\x04exitB\x06\n" +
-	"\x04kind\"\xf6\x02\n" +
+	"\x04kind\"\x89\x05\n" +
 	"\x05Image\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1e\n" +
 	"\n" +
@@ -5138,16 +8061,41 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06layers\x18\t \x03(\v2\x0f.atoll.v1.LayerR\x06layers\x12\x1b\n" +
 	"\troot_disk\x18\n" +
 	" \x01(\tR\brootDisk\x12&\n" +
-	"\x0froot_disk_bytes\x18\v \x01(\x03R\rrootDiskBytes\"]\n" +
+	"\x0froot_disk_bytes\x18\v \x01(\x03R\rrootDiskBytes\x12!\n" +
+	"\frepo_digests\x18\f \x03(\tR\vrepoDigests\x12!\n" +
+	"\findex_digest\x18\r \x01(\tR\vindexDigest\x122\n" +
+	"\bvariants\x18\x0e \x03(\v2\x16.atoll.v1.ImageVariantR\bvariants\x125\n" +
+	"\treferrers\x18\x0f \x03(\v2\x17.atoll.v1.ImageReferrerR\treferrers\x121\n" +
+	"\n" +
+	"root_disks\x18\x10 \x03(\v2\x12.atoll.v1.RootDiskR\trootDisks\x12-\n" +
+	"\x13root_disk_own_bytes\x18\x11 \x01(\x03R\x10rootDiskOwnBytes\"V\n" +
+	"\fImageVariant\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1a\n" +
+	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x12\n" +
+	"\x04here\x18\x03 \x01(\bR\x04here\"k\n" +
+	"\rImageReferrer\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12#\n" +
+	"\rartifact_type\x18\x02 \x01(\tR\fartifactType\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"\x9e\x01\n" +
+	"\bRootDisk\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x16\n" +
+	"\x06layers\x18\x03 \x03(\tR\x06layers\x12\x1b\n" +
+	"\troot_hash\x18\x04 \x01(\tR\brootHash\x12\x12\n" +
+	"\x04salt\x18\x05 \x01(\tR\x04salt\x12\x16\n" +
+	"\x06images\x18\x06 \x01(\rR\x06images\"]\n" +
 	"\x05Layer\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1d\n" +
 	"\n" +
 	"media_type\x18\x02 \x01(\tR\tmediaType\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"L\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"j\n" +
 	"\x10PullImageRequest\x12\x1c\n" +
 	"\treference\x18\x01 \x01(\tR\treference\x12\x1a\n" +
-	"\bplatform\x18\x02 \x01(\tR\bplatform\"r\n" +
+	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x1c\n" +
+	"\treferrers\x18\x03 \x03(\tR\treferrers\"r\n" +
 	"\bTransfer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06status\x18\x02 \x01(\tR\x06status\x12\x1d\n" +
@@ -5158,8 +8106,9 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x11PullImageResponse\x120\n" +
 	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12'\n" +
 	"\x05image\x18\x02 \x01(\v2\x0f.atoll.v1.ImageH\x00R\x05imageB\x06\n" +
-	"\x04kind\"\x13\n" +
-	"\x11ListImagesRequest\"=\n" +
+	"\x04kind\"-\n" +
+	"\x11ListImagesRequest\x12\x18\n" +
+	"\afilters\x18\x01 \x03(\tR\afilters\"=\n" +
 	"\x12ListImagesResponse\x12'\n" +
 	"\x06images\x18\x01 \x03(\v2\x0f.atoll.v1.ImageR\x06images\"/\n" +
 	"\x0fGetImageRequest\x12\x1c\n" +
@@ -5175,38 +8124,206 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"K\n" +
 	"\x13RemoveImageResponse\x12\x1a\n" +
 	"\buntagged\x18\x01 \x03(\tR\buntagged\x12\x18\n" +
-	"\adeleted\x18\x02 \x03(\tR\adeleted\"\xc1\x03\n" +
-	"\fBuildRequest\x12\x1f\n" +
+	"\adeleted\x18\x02 \x03(\tR\adeleted\"j\n" +
+	"\x10PushImageRequest\x12\x1c\n" +
+	"\treference\x18\x01 \x01(\tR\treference\x12\x1a\n" +
+	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x1c\n" +
+	"\treferrers\x18\x03 \x03(\tR\treferrers\"~\n" +
+	"\x11PushImageResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12/\n" +
+	"\x06pushed\x18\x02 \x01(\v2\x15.atoll.v1.PushedImageH\x00R\x06pushedB\x06\n" +
+	"\x04kind\"R\n" +
+	"\vPushedImage\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12+\n" +
+	"\x11missing_platforms\x18\x02 \x03(\tR\x10missingPlatforms\"g\n" +
+	"\x11SaveImagesRequest\x12\x1e\n" +
+	"\n" +
+	"references\x18\x01 \x03(\tR\n" +
+	"references\x12\x16\n" +
+	"\x06format\x18\x02 \x01(\tR\x06format\x12\x1a\n" +
+	"\bplatform\x18\x03 \x01(\tR\bplatform\"(\n" +
+	"\x12SaveImagesResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"'\n" +
+	"\x11LoadImagesRequest\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\x7f\n" +
+	"\x12LoadImagesResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12/\n" +
+	"\x06loaded\x18\x02 \x01(\v2\x15.atoll.v1.LoadedImageH\x00R\x06loadedB\x06\n" +
+	"\x04kind\"C\n" +
+	"\vLoadedImage\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1c\n" +
+	"\treference\x18\x02 \x01(\tR\treference\"a\n" +
+	"\x12ImportImageRequest\x12-\n" +
+	"\x05start\x18\x01 \x01(\v2\x15.atoll.v1.ImportStartH\x00R\x05start\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04dataB\x06\n" +
+	"\x04kind\"{\n" +
+	"\vImportStart\x12\x1c\n" +
+	"\treference\x18\x01 \x01(\tR\treference\x12\x1a\n" +
+	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\x12\x18\n" +
+	"\achanges\x18\x04 \x03(\tR\achanges\"x\n" +
+	"\x13ImportImageResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12'\n" +
+	"\x05image\x18\x02 \x01(\v2\x0f.atoll.v1.ImageH\x00R\x05imageB\x06\n" +
+	"\x04kind\"3\n" +
+	"\x13ImageHistoryRequest\x12\x1c\n" +
+	"\treference\x18\x01 \x01(\tR\treference\"A\n" +
+	"\x14ImageHistoryResponse\x12)\n" +
+	"\x05steps\x18\x01 \x03(\v2\x13.atoll.v1.ImageStepR\x05steps\"\xe4\x01\n" +
+	"\tImageStep\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05layer\x18\x02 \x01(\tR\x05layer\x129\n" +
+	"\n" +
+	"created_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x1d\n" +
+	"\n" +
+	"created_by\x18\x04 \x01(\tR\tcreatedBy\x12\x18\n" +
+	"\acomment\x18\x05 \x01(\tR\acomment\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x06 \x01(\x03R\tsizeBytes\x12\x1e\n" +
+	"\n" +
+	"references\x18\a \x03(\tR\n" +
+	"references\"Y\n" +
+	"\x12PruneImagesRequest\x12\x10\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\x12\x18\n" +
+	"\afilters\x18\x02 \x03(\tR\afilters\x12\x17\n" +
+	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"\x8a\x01\n" +
+	"\x13PruneImagesResponse\x12\x1a\n" +
+	"\buntagged\x18\x01 \x03(\tR\buntagged\x12\x18\n" +
+	"\adeleted\x18\x02 \x03(\tR\adeleted\x12'\n" +
+	"\x0freclaimed_bytes\x18\x03 \x01(\x03R\x0ereclaimedBytes\x12\x14\n" +
+	"\x05later\x18\x04 \x01(\bR\x05later\"b\n" +
+	"\fLoginRequest\x12\x1a\n" +
+	"\bregistry\x18\x01 \x01(\tR\bregistry\x12\x1a\n" +
+	"\busername\x18\x02 \x01(\tR\busername\x12\x1a\n" +
+	"\bpassword\x18\x03 \x01(\tR\bpassword\"\x0f\n" +
+	"\rLoginResponse\"\xb0\x01\n" +
+	"\fBuildRequest\x12,\n" +
+	"\x05start\x18\x01 \x01(\v2\x14.atoll.v1.BuildStartH\x00R\x05start\x12\x1a\n" +
+	"\acontext\x18\x02 \x01(\fH\x00R\acontext\x12!\n" +
+	"\vcontext_end\x18\x03 \x01(\bH\x00R\n" +
+	"contextEnd\x12+\n" +
+	"\x05agent\x18\x04 \x01(\v2\x13.atoll.v1.AgentDataH\x00R\x05agentB\x06\n" +
+	"\x04kind\"\xd7\t\n" +
+	"\n" +
+	"BuildStart\x12\x1f\n" +
 	"\vcontext_dir\x18\x01 \x01(\tR\n" +
-	"contextDir\x12\x1e\n" +
+	"contextDir\x12\x1f\n" +
+	"\vcontext_url\x18\x02 \x01(\tR\n" +
+	"contextUrl\x12%\n" +
+	"\x0econtext_stream\x18\x03 \x01(\bR\rcontextStream\x12\x1e\n" +
 	"\n" +
-	"dockerfile\x18\x02 \x01(\tR\n" +
-	"dockerfile\x12\x12\n" +
-	"\x04tags\x18\x03 \x03(\tR\x04tags\x12\x16\n" +
-	"\x06target\x18\x04 \x01(\tR\x06target\x12D\n" +
+	"dockerfile\x18\x04 \x01(\tR\n" +
+	"dockerfile\x12'\n" +
+	"\x0fdockerfile_text\x18\x05 \x01(\fR\x0edockerfileText\x12\x12\n" +
+	"\x04tags\x18\x06 \x03(\tR\x04tags\x12\x16\n" +
+	"\x06target\x18\a \x01(\tR\x06target\x12B\n" +
 	"\n" +
-	"build_args\x18\x05 \x03(\v2%.atoll.v1.BuildRequest.BuildArgsEntryR\tbuildArgs\x12:\n" +
-	"\x06labels\x18\x06 \x03(\v2\".atoll.v1.BuildRequest.LabelsEntryR\x06labels\x12\x19\n" +
-	"\bno_cache\x18\a \x01(\bR\anoCache\x12\x12\n" +
-	"\x04pull\x18\b \x01(\bR\x04pull\x12\x1a\n" +
-	"\bplatform\x18\t \x01(\tR\bplatform\x1a<\n" +
+	"build_args\x18\b \x03(\v2#.atoll.v1.BuildStart.BuildArgsEntryR\tbuildArgs\x128\n" +
+	"\x06labels\x18\t \x03(\v2 .atoll.v1.BuildStart.LabelsEntryR\x06labels\x12\x19\n" +
+	"\bno_cache\x18\n" +
+	" \x01(\bR\anoCache\x12&\n" +
+	"\x0fno_cache_stages\x18\v \x03(\tR\rnoCacheStages\x12\x12\n" +
+	"\x04pull\x18\f \x01(\bR\x04pull\x12\x1a\n" +
+	"\bplatform\x18\r \x01(\tR\bplatform\x12N\n" +
+	"\x0ebuild_contexts\x18\x0e \x03(\v2'.atoll.v1.BuildStart.BuildContextsEntryR\rbuildContexts\x12;\n" +
+	"\asecrets\x18\x0f \x03(\v2!.atoll.v1.BuildStart.SecretsEntryR\asecrets\x12\x10\n" +
+	"\x03ssh\x18\x10 \x03(\tR\x03ssh\x12\x18\n" +
+	"\anetwork\x18\x11 \x01(\tR\anetwork\x12\x1b\n" +
+	"\tadd_hosts\x18\x12 \x03(\tR\baddHosts\x12\x1b\n" +
+	"\tshm_bytes\x18\x13 \x01(\x03R\bshmBytes\x12\x18\n" +
+	"\aulimits\x18\x14 \x03(\tR\aulimits\x120\n" +
+	"\bcache_to\x18\x15 \x03(\v2\x15.atoll.v1.CacheOptionR\acacheTo\x124\n" +
+	"\n" +
+	"cache_from\x18\x16 \x03(\v2\x15.atoll.v1.CacheOptionR\tcacheFrom\x12/\n" +
+	"\aoutputs\x18\x17 \x03(\v2\x15.atoll.v1.BuildOutputR\aoutputs\x12\x12\n" +
+	"\x04call\x18\x18 \x01(\tR\x04call\x12\x14\n" +
+	"\x05quiet\x18\x19 \x01(\bR\x05quiet\x123\n" +
+	"\atimeout\x18\x1a \x01(\v2\x19.google.protobuf.DurationR\atimeout\x1a<\n" +
 	"\x0eBuildArgsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"b\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a@\n" +
+	"\x12BuildContextsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
+	"\fSecretsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"\xa7\x01\n" +
+	"\vCacheOption\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\tR\x04type\x12E\n" +
+	"\n" +
+	"attributes\x18\x02 \x03(\v2%.atoll.v1.CacheOption.AttributesEntryR\n" +
+	"attributes\x1a=\n" +
+	"\x0fAttributesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa7\x01\n" +
+	"\vBuildOutput\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\tR\x04type\x12E\n" +
+	"\n" +
+	"attributes\x18\x02 \x03(\v2%.atoll.v1.BuildOutput.AttributesEntryR\n" +
+	"attributes\x1a=\n" +
+	"\x0fAttributesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"e\n" +
+	"\tAgentData\x12\x1e\n" +
+	"\n" +
+	"connection\x18\x01 \x01(\rR\n" +
+	"connection\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\x12\x14\n" +
+	"\x05close\x18\x04 \x01(\bR\x05close\"\xf0\x01\n" +
 	"\rBuildResponse\x12\x18\n" +
 	"\x06status\x18\x01 \x01(\fH\x00R\x06status\x12/\n" +
-	"\x06result\x18\x02 \x01(\v2\x15.atoll.v1.BuildResultH\x00R\x06resultB\x06\n" +
-	"\x04kind\"\xae\x01\n" +
+	"\x06result\x18\x02 \x01(\v2\x15.atoll.v1.BuildResultH\x00R\x06result\x12+\n" +
+	"\x05agent\x18\x03 \x01(\v2\x13.atoll.v1.AgentDataH\x00R\x05agent\x12.\n" +
+	"\x06output\x18\x04 \x01(\v2\x14.atoll.v1.OutputDataH\x00R\x06output\x12/\n" +
+	"\x06report\x18\x05 \x01(\v2\x15.atoll.v1.BuildReportH\x00R\x06reportB\x06\n" +
+	"\x04kind\"6\n" +
+	"\n" +
+	"OutputData\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\rR\x05index\x12\x12\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\"R\n" +
+	"\vBuildReport\x12\x12\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\x12\x12\n" +
+	"\x04json\x18\x02 \x01(\fR\x04json\x12\x1b\n" +
+	"\texit_code\x18\x03 \x01(\x05R\bexitCode\"\xac\x02\n" +
 	"\vBuildResult\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1e\n" +
 	"\n" +
 	"references\x18\x02 \x03(\tR\n" +
 	"references\x12/\n" +
 	"\x05solve\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x05solve\x126\n" +
-	"\troot_disk\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\brootDisk\"\xc4\x01\n" +
+	"\troot_disk\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\brootDisk\x12?\n" +
+	"\bmetadata\x18\x05 \x03(\v2#.atoll.v1.BuildResult.MetadataEntryR\bmetadata\x1a;\n" +
+	"\rMetadataEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x17\n" +
+	"\x15BuildDiskUsageRequest\"N\n" +
+	"\x16BuildDiskUsageResponse\x124\n" +
+	"\arecords\x18\x01 \x03(\v2\x1a.atoll.v1.BuildCacheRecordR\arecords\"\x9f\x02\n" +
+	"\x10BuildCacheRecord\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04type\x18\x02 \x01(\tR\x04type\x12 \n" +
+	"\vdescription\x18\x03 \x01(\tR\vdescription\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x04 \x01(\x03R\tsizeBytes\x12\x15\n" +
+	"\x06in_use\x18\x05 \x01(\bR\x05inUse\x12\x16\n" +
+	"\x06shared\x18\x06 \x01(\bR\x06shared\x129\n" +
+	"\n" +
+	"created_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12<\n" +
+	"\flast_used_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"lastUsedAt\"~\n" +
+	"\x11PruneBuildRequest\x12\x10\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\x128\n" +
+	"\n" +
+	"unused_for\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\tunusedFor\x12\x1d\n" +
+	"\n" +
+	"keep_bytes\x18\x03 \x01(\x03R\tkeepBytes\"s\n" +
+	"\x12PruneBuildResponse\x124\n" +
+	"\arecords\x18\x01 \x03(\v2\x1a.atoll.v1.BuildCacheRecordR\arecords\x12'\n" +
+	"\x0freclaimed_bytes\x18\x02 \x01(\x03R\x0ereclaimedBytes\"\xc4\x01\n" +
 	"\x04Base\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x125\n" +
@@ -5245,7 +8362,28 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x04path\x18\n" +
 	" \x01(\tR\x04path\x12\x18\n" +
 	"\amodules\x18\v \x03(\tR\amodules\x12#\n" +
-	"\rconfig_digest\x18\f \x01(\tR\fconfigDigest\"=\n" +
+	"\rconfig_digest\x18\f \x01(\tR\fconfigDigest\"\xf4\x01\n" +
+	"\x12BuildKernelRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\tR\aversion\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\x12\x16\n" +
+	"\x06sha256\x18\x04 \x01(\tR\x06sha256\x12\x18\n" +
+	"\akeyring\x18\x05 \x01(\fR\akeyring\x12\x16\n" +
+	"\x06mirror\x18\x06 \x01(\tR\x06mirror\x12\x16\n" +
+	"\x06config\x18\a \x01(\fR\x06config\x12\"\n" +
+	"\farchitecture\x18\b \x01(\tR\farchitecture\x12\x12\n" +
+	"\x04jobs\x18\t \x01(\x05R\x04jobs\"\x91\x01\n" +
+	"\x13BuildKernelResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12\x14\n" +
+	"\x04line\x18\x02 \x01(\tH\x00R\x04line\x12*\n" +
+	"\x06kernel\x18\x03 \x01(\v2\x10.atoll.v1.KernelH\x00R\x06kernelB\x06\n" +
+	"\x04kind\")\n" +
+	"\x13RemoveKernelRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x16\n" +
+	"\x14RemoveKernelResponse\"-\n" +
+	"\x17SetDefaultKernelRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x1a\n" +
+	"\x18SetDefaultKernelResponse\"=\n" +
 	"\x13ImportKernelRequest\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"@\n" +
@@ -5257,15 +8395,30 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x10GetKernelRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"=\n" +
 	"\x11GetKernelResponse\x12(\n" +
-	"\x06kernel\x18\x01 \x01(\v2\x10.atoll.v1.KernelR\x06kernel\"c\n" +
+	"\x06kernel\x18\x01 \x01(\v2\x10.atoll.v1.KernelR\x06kernel\"s\n" +
 	"\x11PullKernelRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06mirror\x18\x02 \x01(\tR\x06mirror\x12\"\n" +
-	"\farchitecture\x18\x03 \x01(\tR\farchitecture\"z\n" +
+	"\farchitecture\x18\x03 \x01(\tR\farchitecture\x12\x0e\n" +
+	"\x02as\x18\x04 \x01(\tR\x02as\"E\n" +
+	"\x11PushKernelRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
+	"\treference\x18\x02 \x01(\tR\treference\"\x80\x01\n" +
+	"\x12PushKernelResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x120\n" +
+	"\x06pushed\x18\x02 \x01(\v2\x16.atoll.v1.PushedKernelH\x00R\x06pushedB\x06\n" +
+	"\x04kind\"&\n" +
+	"\fPushedKernel\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\"z\n" +
 	"\x12PullKernelResponse\x120\n" +
 	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12*\n" +
 	"\x06kernel\x18\x02 \x01(\v2\x10.atoll.v1.KernelH\x00R\x06kernelB\x06\n" +
-	"\x04kind\"\x10\n" +
+	"\x04kind\"&\n" +
+	"\x12PruneSystemRequest\x12\x10\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\"x\n" +
+	"\x13PruneSystemResponse\x125\n" +
+	"\x06images\x18\x01 \x01(\v2\x1d.atoll.v1.PruneImagesResponseR\x06images\x12*\n" +
+	"\x11build_cache_bytes\x18\x02 \x01(\x03R\x0fbuildCacheBytes\"\x10\n" +
 	"\x0eVersionRequest\"\xa4\x01\n" +
 	"\x0fVersionResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
@@ -5331,28 +8484,43 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x03Get\x12\x1b.atoll.v1.GetMachineRequest\x1a\x1c.atoll.v1.GetMachineResponse\x127\n" +
 	"\x04Logs\x12\x15.atoll.v1.LogsRequest\x1a\x16.atoll.v1.LogsResponse0\x01\x129\n" +
 	"\x04Exec\x12\x15.atoll.v1.ExecRequest\x1a\x16.atoll.v1.ExecResponse(\x010\x01\x12?\n" +
-	"\x06Attach\x12\x17.atoll.v1.AttachRequest\x1a\x18.atoll.v1.AttachResponse(\x010\x012\xd7\x02\n" +
+	"\x06Attach\x12\x17.atoll.v1.AttachRequest\x1a\x18.atoll.v1.AttachResponse(\x010\x012\xbb\x06\n" +
 	"\fImageService\x12A\n" +
 	"\x04Pull\x12\x1a.atoll.v1.PullImageRequest\x1a\x1b.atoll.v1.PullImageResponse0\x01\x12A\n" +
 	"\x04List\x12\x1b.atoll.v1.ListImagesRequest\x1a\x1c.atoll.v1.ListImagesResponse\x12<\n" +
 	"\x03Get\x12\x19.atoll.v1.GetImageRequest\x1a\x1a.atoll.v1.GetImageResponse\x12<\n" +
 	"\x03Tag\x12\x19.atoll.v1.TagImageRequest\x1a\x1a.atoll.v1.TagImageResponse\x12E\n" +
-	"\x06Remove\x12\x1c.atoll.v1.RemoveImageRequest\x1a\x1d.atoll.v1.RemoveImageResponse2J\n" +
-	"\fBuildService\x12:\n" +
-	"\x05Build\x12\x16.atoll.v1.BuildRequest\x1a\x17.atoll.v1.BuildResponse0\x012\x92\x01\n" +
+	"\x06Remove\x12\x1c.atoll.v1.RemoveImageRequest\x1a\x1d.atoll.v1.RemoveImageResponse\x12A\n" +
+	"\x04Push\x12\x1a.atoll.v1.PushImageRequest\x1a\x1b.atoll.v1.PushImageResponse0\x01\x12C\n" +
+	"\x04Save\x12\x1b.atoll.v1.SaveImagesRequest\x1a\x1c.atoll.v1.SaveImagesResponse0\x01\x12E\n" +
+	"\x04Load\x12\x1b.atoll.v1.LoadImagesRequest\x1a\x1c.atoll.v1.LoadImagesResponse(\x010\x01\x12I\n" +
+	"\x06Import\x12\x1c.atoll.v1.ImportImageRequest\x1a\x1d.atoll.v1.ImportImageResponse(\x010\x01\x12H\n" +
+	"\aHistory\x12\x1d.atoll.v1.ImageHistoryRequest\x1a\x1e.atoll.v1.ImageHistoryResponse\x12D\n" +
+	"\x05Prune\x12\x1c.atoll.v1.PruneImagesRequest\x1a\x1d.atoll.v1.PruneImagesResponse\x128\n" +
+	"\x05Login\x12\x16.atoll.v1.LoginRequest\x1a\x17.atoll.v1.LoginResponse2\xe0\x01\n" +
+	"\fBuildService\x12<\n" +
+	"\x05Build\x12\x16.atoll.v1.BuildRequest\x1a\x17.atoll.v1.BuildResponse(\x010\x01\x12N\n" +
+	"\tDiskUsage\x12\x1f.atoll.v1.BuildDiskUsageRequest\x1a .atoll.v1.BuildDiskUsageResponse\x12B\n" +
+	"\x05Prune\x12\x1b.atoll.v1.PruneBuildRequest\x1a\x1c.atoll.v1.PruneBuildResponse2\x92\x01\n" +
 	"\vBaseService\x12?\n" +
 	"\x04List\x12\x1a.atoll.v1.ListBasesRequest\x1a\x1b.atoll.v1.ListBasesResponse\x12B\n" +
-	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\xa2\x02\n" +
+	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\xcd\x04\n" +
 	"\rKernelService\x12C\n" +
 	"\x04List\x12\x1c.atoll.v1.ListKernelsRequest\x1a\x1d.atoll.v1.ListKernelsResponse\x12>\n" +
 	"\x03Get\x12\x1a.atoll.v1.GetKernelRequest\x1a\x1b.atoll.v1.GetKernelResponse\x12C\n" +
 	"\x04Pull\x12\x1b.atoll.v1.PullKernelRequest\x1a\x1c.atoll.v1.PullKernelResponse0\x01\x12G\n" +
-	"\x06Import\x12\x1d.atoll.v1.ImportKernelRequest\x1a\x1e.atoll.v1.ImportKernelResponse2\x85\x02\n" +
+	"\x06Import\x12\x1d.atoll.v1.ImportKernelRequest\x1a\x1e.atoll.v1.ImportKernelResponse\x12F\n" +
+	"\x05Build\x12\x1c.atoll.v1.BuildKernelRequest\x1a\x1d.atoll.v1.BuildKernelResponse0\x01\x12G\n" +
+	"\x06Remove\x12\x1d.atoll.v1.RemoveKernelRequest\x1a\x1e.atoll.v1.RemoveKernelResponse\x12S\n" +
+	"\n" +
+	"SetDefault\x12!.atoll.v1.SetDefaultKernelRequest\x1a\".atoll.v1.SetDefaultKernelResponse\x12C\n" +
+	"\x04Push\x12\x1b.atoll.v1.PushKernelRequest\x1a\x1c.atoll.v1.PushKernelResponse0\x012\xcb\x02\n" +
 	"\rSystemService\x12>\n" +
 	"\aVersion\x12\x18.atoll.v1.VersionRequest\x1a\x19.atoll.v1.VersionResponse\x124\n" +
 	"\x06Events\x12\x17.atoll.v1.EventsRequest\x1a\x0f.atoll.v1.Event0\x01\x12;\n" +
 	"\x06Doctor\x12\x17.atoll.v1.DoctorRequest\x1a\x18.atoll.v1.DoctorResponse\x12A\n" +
-	"\bShutdown\x12\x19.atoll.v1.ShutdownRequest\x1a\x1a.atoll.v1.ShutdownResponseB/Z-github.com/atollvm/atoll/api/atoll/v1;atollv1b\x06proto3"
+	"\bShutdown\x12\x19.atoll.v1.ShutdownRequest\x1a\x1a.atoll.v1.ShutdownResponse\x12D\n" +
+	"\x05Prune\x12\x1c.atoll.v1.PruneSystemRequest\x1a\x1d.atoll.v1.PruneSystemResponseB/Z-github.com/atollvm/atoll/api/atoll/v1;atollv1b\x06proto3"
 
 var (
 	file_api_atoll_v1_atoll_proto_rawDescOnce sync.Once
@@ -5367,207 +8535,319 @@ func file_api_atoll_v1_atoll_proto_rawDescGZIP() []byte {
 }
 
 var file_api_atoll_v1_atoll_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 76)
+var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 124)
 var file_api_atoll_v1_atoll_proto_goTypes = []any{
-	(MachineState)(0),             // 0: atoll.v1.MachineState
-	(Stream)(0),                   // 1: atoll.v1.Stream
-	(Check_Level)(0),              // 2: atoll.v1.Check.Level
-	(*Hint)(nil),                  // 3: atoll.v1.Hint
-	(*MachineSpec)(nil),           // 4: atoll.v1.MachineSpec
-	(*PortMapping)(nil),           // 5: atoll.v1.PortMapping
-	(*Machine)(nil),               // 6: atoll.v1.Machine
-	(*NetworkStatus)(nil),         // 7: atoll.v1.NetworkStatus
-	(*VMMStatus)(nil),             // 8: atoll.v1.VMMStatus
-	(*StepTime)(nil),              // 9: atoll.v1.StepTime
-	(*CreateMachineRequest)(nil),  // 10: atoll.v1.CreateMachineRequest
-	(*CreateMachineResponse)(nil), // 11: atoll.v1.CreateMachineResponse
-	(*StartMachineRequest)(nil),   // 12: atoll.v1.StartMachineRequest
-	(*StartMachineResponse)(nil),  // 13: atoll.v1.StartMachineResponse
-	(*StopMachineRequest)(nil),    // 14: atoll.v1.StopMachineRequest
-	(*StopMachineResponse)(nil),   // 15: atoll.v1.StopMachineResponse
-	(*KillMachineRequest)(nil),    // 16: atoll.v1.KillMachineRequest
-	(*KillMachineResponse)(nil),   // 17: atoll.v1.KillMachineResponse
-	(*RemoveMachineRequest)(nil),  // 18: atoll.v1.RemoveMachineRequest
-	(*RemoveMachineResponse)(nil), // 19: atoll.v1.RemoveMachineResponse
-	(*WaitMachineRequest)(nil),    // 20: atoll.v1.WaitMachineRequest
-	(*WaitMachineResponse)(nil),   // 21: atoll.v1.WaitMachineResponse
-	(*ListMachinesRequest)(nil),   // 22: atoll.v1.ListMachinesRequest
-	(*ListMachinesResponse)(nil),  // 23: atoll.v1.ListMachinesResponse
-	(*GetMachineRequest)(nil),     // 24: atoll.v1.GetMachineRequest
-	(*GetMachineResponse)(nil),    // 25: atoll.v1.GetMachineResponse
-	(*LogsRequest)(nil),           // 26: atoll.v1.LogsRequest
-	(*LogsResponse)(nil),          // 27: atoll.v1.LogsResponse
-	(*Size)(nil),                  // 28: atoll.v1.Size
-	(*ExecRequest)(nil),           // 29: atoll.v1.ExecRequest
-	(*ExecStart)(nil),             // 30: atoll.v1.ExecStart
-	(*ExecResponse)(nil),          // 31: atoll.v1.ExecResponse
-	(*ExecStarted)(nil),           // 32: atoll.v1.ExecStarted
-	(*AttachRequest)(nil),         // 33: atoll.v1.AttachRequest
-	(*AttachStart)(nil),           // 34: atoll.v1.AttachStart
-	(*AttachResponse)(nil),        // 35: atoll.v1.AttachResponse
-	(*Image)(nil),                 // 36: atoll.v1.Image
-	(*Layer)(nil),                 // 37: atoll.v1.Layer
-	(*PullImageRequest)(nil),      // 38: atoll.v1.PullImageRequest
-	(*Transfer)(nil),              // 39: atoll.v1.Transfer
-	(*PullImageResponse)(nil),     // 40: atoll.v1.PullImageResponse
-	(*ListImagesRequest)(nil),     // 41: atoll.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),    // 42: atoll.v1.ListImagesResponse
-	(*GetImageRequest)(nil),       // 43: atoll.v1.GetImageRequest
-	(*GetImageResponse)(nil),      // 44: atoll.v1.GetImageResponse
-	(*TagImageRequest)(nil),       // 45: atoll.v1.TagImageRequest
-	(*TagImageResponse)(nil),      // 46: atoll.v1.TagImageResponse
-	(*RemoveImageRequest)(nil),    // 47: atoll.v1.RemoveImageRequest
-	(*RemoveImageResponse)(nil),   // 48: atoll.v1.RemoveImageResponse
-	(*BuildRequest)(nil),          // 49: atoll.v1.BuildRequest
-	(*BuildResponse)(nil),         // 50: atoll.v1.BuildResponse
-	(*BuildResult)(nil),           // 51: atoll.v1.BuildResult
-	(*Base)(nil),                  // 52: atoll.v1.Base
-	(*ListBasesRequest)(nil),      // 53: atoll.v1.ListBasesRequest
-	(*ListBasesResponse)(nil),     // 54: atoll.v1.ListBasesResponse
-	(*BuildBaseRequest)(nil),      // 55: atoll.v1.BuildBaseRequest
-	(*BuildBaseResponse)(nil),     // 56: atoll.v1.BuildBaseResponse
-	(*Kernel)(nil),                // 57: atoll.v1.Kernel
-	(*ImportKernelRequest)(nil),   // 58: atoll.v1.ImportKernelRequest
-	(*ImportKernelResponse)(nil),  // 59: atoll.v1.ImportKernelResponse
-	(*ListKernelsRequest)(nil),    // 60: atoll.v1.ListKernelsRequest
-	(*ListKernelsResponse)(nil),   // 61: atoll.v1.ListKernelsResponse
-	(*GetKernelRequest)(nil),      // 62: atoll.v1.GetKernelRequest
-	(*GetKernelResponse)(nil),     // 63: atoll.v1.GetKernelResponse
-	(*PullKernelRequest)(nil),     // 64: atoll.v1.PullKernelRequest
-	(*PullKernelResponse)(nil),    // 65: atoll.v1.PullKernelResponse
-	(*VersionRequest)(nil),        // 66: atoll.v1.VersionRequest
-	(*VersionResponse)(nil),       // 67: atoll.v1.VersionResponse
-	(*EventsRequest)(nil),         // 68: atoll.v1.EventsRequest
-	(*Event)(nil),                 // 69: atoll.v1.Event
-	(*DoctorRequest)(nil),         // 70: atoll.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 71: atoll.v1.DoctorResponse
-	(*Check)(nil),                 // 72: atoll.v1.Check
-	(*ShutdownRequest)(nil),       // 73: atoll.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),      // 74: atoll.v1.ShutdownResponse
-	nil,                           // 75: atoll.v1.MachineSpec.LabelsEntry
-	nil,                           // 76: atoll.v1.BuildRequest.BuildArgsEntry
-	nil,                           // 77: atoll.v1.BuildRequest.LabelsEntry
-	nil,                           // 78: atoll.v1.Event.AttributesEntry
-	(*durationpb.Duration)(nil),   // 79: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 80: google.protobuf.Timestamp
+	(MachineState)(0),                // 0: atoll.v1.MachineState
+	(Stream)(0),                      // 1: atoll.v1.Stream
+	(Check_Level)(0),                 // 2: atoll.v1.Check.Level
+	(*Hint)(nil),                     // 3: atoll.v1.Hint
+	(*MachineSpec)(nil),              // 4: atoll.v1.MachineSpec
+	(*PortMapping)(nil),              // 5: atoll.v1.PortMapping
+	(*Machine)(nil),                  // 6: atoll.v1.Machine
+	(*NetworkStatus)(nil),            // 7: atoll.v1.NetworkStatus
+	(*VMMStatus)(nil),                // 8: atoll.v1.VMMStatus
+	(*StepTime)(nil),                 // 9: atoll.v1.StepTime
+	(*CreateMachineRequest)(nil),     // 10: atoll.v1.CreateMachineRequest
+	(*CreateMachineResponse)(nil),    // 11: atoll.v1.CreateMachineResponse
+	(*StartMachineRequest)(nil),      // 12: atoll.v1.StartMachineRequest
+	(*StartMachineResponse)(nil),     // 13: atoll.v1.StartMachineResponse
+	(*StopMachineRequest)(nil),       // 14: atoll.v1.StopMachineRequest
+	(*StopMachineResponse)(nil),      // 15: atoll.v1.StopMachineResponse
+	(*KillMachineRequest)(nil),       // 16: atoll.v1.KillMachineRequest
+	(*KillMachineResponse)(nil),      // 17: atoll.v1.KillMachineResponse
+	(*RemoveMachineRequest)(nil),     // 18: atoll.v1.RemoveMachineRequest
+	(*RemoveMachineResponse)(nil),    // 19: atoll.v1.RemoveMachineResponse
+	(*WaitMachineRequest)(nil),       // 20: atoll.v1.WaitMachineRequest
+	(*WaitMachineResponse)(nil),      // 21: atoll.v1.WaitMachineResponse
+	(*ListMachinesRequest)(nil),      // 22: atoll.v1.ListMachinesRequest
+	(*ListMachinesResponse)(nil),     // 23: atoll.v1.ListMachinesResponse
+	(*GetMachineRequest)(nil),        // 24: atoll.v1.GetMachineRequest
+	(*GetMachineResponse)(nil),       // 25: atoll.v1.GetMachineResponse
+	(*LogsRequest)(nil),              // 26: atoll.v1.LogsRequest
+	(*LogsResponse)(nil),             // 27: atoll.v1.LogsResponse
+	(*Size)(nil),                     // 28: atoll.v1.Size
+	(*ExecRequest)(nil),              // 29: atoll.v1.ExecRequest
+	(*ExecStart)(nil),                // 30: atoll.v1.ExecStart
+	(*ExecResponse)(nil),             // 31: atoll.v1.ExecResponse
+	(*ExecStarted)(nil),              // 32: atoll.v1.ExecStarted
+	(*AttachRequest)(nil),            // 33: atoll.v1.AttachRequest
+	(*AttachStart)(nil),              // 34: atoll.v1.AttachStart
+	(*AttachResponse)(nil),           // 35: atoll.v1.AttachResponse
+	(*Image)(nil),                    // 36: atoll.v1.Image
+	(*ImageVariant)(nil),             // 37: atoll.v1.ImageVariant
+	(*ImageReferrer)(nil),            // 38: atoll.v1.ImageReferrer
+	(*RootDisk)(nil),                 // 39: atoll.v1.RootDisk
+	(*Layer)(nil),                    // 40: atoll.v1.Layer
+	(*PullImageRequest)(nil),         // 41: atoll.v1.PullImageRequest
+	(*Transfer)(nil),                 // 42: atoll.v1.Transfer
+	(*PullImageResponse)(nil),        // 43: atoll.v1.PullImageResponse
+	(*ListImagesRequest)(nil),        // 44: atoll.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),       // 45: atoll.v1.ListImagesResponse
+	(*GetImageRequest)(nil),          // 46: atoll.v1.GetImageRequest
+	(*GetImageResponse)(nil),         // 47: atoll.v1.GetImageResponse
+	(*TagImageRequest)(nil),          // 48: atoll.v1.TagImageRequest
+	(*TagImageResponse)(nil),         // 49: atoll.v1.TagImageResponse
+	(*RemoveImageRequest)(nil),       // 50: atoll.v1.RemoveImageRequest
+	(*RemoveImageResponse)(nil),      // 51: atoll.v1.RemoveImageResponse
+	(*PushImageRequest)(nil),         // 52: atoll.v1.PushImageRequest
+	(*PushImageResponse)(nil),        // 53: atoll.v1.PushImageResponse
+	(*PushedImage)(nil),              // 54: atoll.v1.PushedImage
+	(*SaveImagesRequest)(nil),        // 55: atoll.v1.SaveImagesRequest
+	(*SaveImagesResponse)(nil),       // 56: atoll.v1.SaveImagesResponse
+	(*LoadImagesRequest)(nil),        // 57: atoll.v1.LoadImagesRequest
+	(*LoadImagesResponse)(nil),       // 58: atoll.v1.LoadImagesResponse
+	(*LoadedImage)(nil),              // 59: atoll.v1.LoadedImage
+	(*ImportImageRequest)(nil),       // 60: atoll.v1.ImportImageRequest
+	(*ImportStart)(nil),              // 61: atoll.v1.ImportStart
+	(*ImportImageResponse)(nil),      // 62: atoll.v1.ImportImageResponse
+	(*ImageHistoryRequest)(nil),      // 63: atoll.v1.ImageHistoryRequest
+	(*ImageHistoryResponse)(nil),     // 64: atoll.v1.ImageHistoryResponse
+	(*ImageStep)(nil),                // 65: atoll.v1.ImageStep
+	(*PruneImagesRequest)(nil),       // 66: atoll.v1.PruneImagesRequest
+	(*PruneImagesResponse)(nil),      // 67: atoll.v1.PruneImagesResponse
+	(*LoginRequest)(nil),             // 68: atoll.v1.LoginRequest
+	(*LoginResponse)(nil),            // 69: atoll.v1.LoginResponse
+	(*BuildRequest)(nil),             // 70: atoll.v1.BuildRequest
+	(*BuildStart)(nil),               // 71: atoll.v1.BuildStart
+	(*CacheOption)(nil),              // 72: atoll.v1.CacheOption
+	(*BuildOutput)(nil),              // 73: atoll.v1.BuildOutput
+	(*AgentData)(nil),                // 74: atoll.v1.AgentData
+	(*BuildResponse)(nil),            // 75: atoll.v1.BuildResponse
+	(*OutputData)(nil),               // 76: atoll.v1.OutputData
+	(*BuildReport)(nil),              // 77: atoll.v1.BuildReport
+	(*BuildResult)(nil),              // 78: atoll.v1.BuildResult
+	(*BuildDiskUsageRequest)(nil),    // 79: atoll.v1.BuildDiskUsageRequest
+	(*BuildDiskUsageResponse)(nil),   // 80: atoll.v1.BuildDiskUsageResponse
+	(*BuildCacheRecord)(nil),         // 81: atoll.v1.BuildCacheRecord
+	(*PruneBuildRequest)(nil),        // 82: atoll.v1.PruneBuildRequest
+	(*PruneBuildResponse)(nil),       // 83: atoll.v1.PruneBuildResponse
+	(*Base)(nil),                     // 84: atoll.v1.Base
+	(*ListBasesRequest)(nil),         // 85: atoll.v1.ListBasesRequest
+	(*ListBasesResponse)(nil),        // 86: atoll.v1.ListBasesResponse
+	(*BuildBaseRequest)(nil),         // 87: atoll.v1.BuildBaseRequest
+	(*BuildBaseResponse)(nil),        // 88: atoll.v1.BuildBaseResponse
+	(*Kernel)(nil),                   // 89: atoll.v1.Kernel
+	(*BuildKernelRequest)(nil),       // 90: atoll.v1.BuildKernelRequest
+	(*BuildKernelResponse)(nil),      // 91: atoll.v1.BuildKernelResponse
+	(*RemoveKernelRequest)(nil),      // 92: atoll.v1.RemoveKernelRequest
+	(*RemoveKernelResponse)(nil),     // 93: atoll.v1.RemoveKernelResponse
+	(*SetDefaultKernelRequest)(nil),  // 94: atoll.v1.SetDefaultKernelRequest
+	(*SetDefaultKernelResponse)(nil), // 95: atoll.v1.SetDefaultKernelResponse
+	(*ImportKernelRequest)(nil),      // 96: atoll.v1.ImportKernelRequest
+	(*ImportKernelResponse)(nil),     // 97: atoll.v1.ImportKernelResponse
+	(*ListKernelsRequest)(nil),       // 98: atoll.v1.ListKernelsRequest
+	(*ListKernelsResponse)(nil),      // 99: atoll.v1.ListKernelsResponse
+	(*GetKernelRequest)(nil),         // 100: atoll.v1.GetKernelRequest
+	(*GetKernelResponse)(nil),        // 101: atoll.v1.GetKernelResponse
+	(*PullKernelRequest)(nil),        // 102: atoll.v1.PullKernelRequest
+	(*PushKernelRequest)(nil),        // 103: atoll.v1.PushKernelRequest
+	(*PushKernelResponse)(nil),       // 104: atoll.v1.PushKernelResponse
+	(*PushedKernel)(nil),             // 105: atoll.v1.PushedKernel
+	(*PullKernelResponse)(nil),       // 106: atoll.v1.PullKernelResponse
+	(*PruneSystemRequest)(nil),       // 107: atoll.v1.PruneSystemRequest
+	(*PruneSystemResponse)(nil),      // 108: atoll.v1.PruneSystemResponse
+	(*VersionRequest)(nil),           // 109: atoll.v1.VersionRequest
+	(*VersionResponse)(nil),          // 110: atoll.v1.VersionResponse
+	(*EventsRequest)(nil),            // 111: atoll.v1.EventsRequest
+	(*Event)(nil),                    // 112: atoll.v1.Event
+	(*DoctorRequest)(nil),            // 113: atoll.v1.DoctorRequest
+	(*DoctorResponse)(nil),           // 114: atoll.v1.DoctorResponse
+	(*Check)(nil),                    // 115: atoll.v1.Check
+	(*ShutdownRequest)(nil),          // 116: atoll.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 117: atoll.v1.ShutdownResponse
+	nil,                              // 118: atoll.v1.MachineSpec.LabelsEntry
+	nil,                              // 119: atoll.v1.BuildStart.BuildArgsEntry
+	nil,                              // 120: atoll.v1.BuildStart.LabelsEntry
+	nil,                              // 121: atoll.v1.BuildStart.BuildContextsEntry
+	nil,                              // 122: atoll.v1.BuildStart.SecretsEntry
+	nil,                              // 123: atoll.v1.CacheOption.AttributesEntry
+	nil,                              // 124: atoll.v1.BuildOutput.AttributesEntry
+	nil,                              // 125: atoll.v1.BuildResult.MetadataEntry
+	nil,                              // 126: atoll.v1.Event.AttributesEntry
+	(*durationpb.Duration)(nil),      // 127: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 128: google.protobuf.Timestamp
 }
 var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
-	5,  // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
-	75, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
-	79, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
-	4,  // 3: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
-	0,  // 4: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
-	80, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
-	80, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
-	80, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
-	7,  // 8: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
-	8,  // 9: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
-	9,  // 10: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
-	5,  // 11: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
-	79, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
-	4,  // 13: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
-	6,  // 14: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
-	6,  // 15: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
-	79, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
-	6,  // 17: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
-	6,  // 18: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
-	6,  // 19: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
-	80, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
-	1,  // 21: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
-	80, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
-	30, // 23: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
-	28, // 24: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
-	28, // 25: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
-	32, // 26: atoll.v1.ExecResponse.started:type_name -> atoll.v1.ExecStarted
-	34, // 27: atoll.v1.AttachRequest.start:type_name -> atoll.v1.AttachStart
-	28, // 28: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
-	28, // 29: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
-	21, // 30: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
-	80, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
-	37, // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
-	39, // 33: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
-	36, // 34: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
-	36, // 35: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
-	36, // 36: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
-	76, // 37: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
-	77, // 38: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
-	51, // 39: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
-	79, // 40: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
-	79, // 41: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
-	80, // 42: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
-	52, // 43: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
-	39, // 44: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
-	52, // 45: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
-	80, // 46: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
-	57, // 47: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	57, // 48: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
-	57, // 49: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	39, // 50: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	57, // 51: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	80, // 52: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	80, // 53: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
-	78, // 54: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
-	72, // 55: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
-	2,  // 56: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
-	10, // 57: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
-	12, // 58: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
-	14, // 59: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
-	16, // 60: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
-	18, // 61: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
-	20, // 62: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
-	22, // 63: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
-	24, // 64: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
-	26, // 65: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
-	29, // 66: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
-	33, // 67: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
-	38, // 68: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
-	41, // 69: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
-	43, // 70: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
-	45, // 71: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
-	47, // 72: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
-	49, // 73: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
-	53, // 74: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
-	55, // 75: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
-	60, // 76: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
-	62, // 77: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
-	64, // 78: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
-	58, // 79: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
-	66, // 80: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
-	68, // 81: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
-	70, // 82: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
-	73, // 83: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
-	11, // 84: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
-	13, // 85: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
-	15, // 86: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
-	17, // 87: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
-	19, // 88: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
-	21, // 89: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
-	23, // 90: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
-	25, // 91: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
-	27, // 92: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
-	31, // 93: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
-	35, // 94: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
-	40, // 95: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
-	42, // 96: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
-	44, // 97: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
-	46, // 98: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
-	48, // 99: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
-	50, // 100: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
-	54, // 101: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
-	56, // 102: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
-	61, // 103: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
-	63, // 104: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
-	65, // 105: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
-	59, // 106: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
-	67, // 107: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
-	69, // 108: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
-	71, // 109: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
-	74, // 110: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
-	84, // [84:111] is the sub-list for method output_type
-	57, // [57:84] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	5,   // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
+	118, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
+	127, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
+	4,   // 3: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
+	0,   // 4: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
+	128, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
+	128, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
+	128, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
+	7,   // 8: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
+	8,   // 9: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
+	9,   // 10: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
+	5,   // 11: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
+	127, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
+	4,   // 13: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
+	6,   // 14: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
+	6,   // 15: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
+	127, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
+	6,   // 17: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
+	6,   // 18: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
+	6,   // 19: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
+	128, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	1,   // 21: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
+	128, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	30,  // 23: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
+	28,  // 24: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
+	28,  // 25: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
+	32,  // 26: atoll.v1.ExecResponse.started:type_name -> atoll.v1.ExecStarted
+	34,  // 27: atoll.v1.AttachRequest.start:type_name -> atoll.v1.AttachStart
+	28,  // 28: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
+	28,  // 29: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
+	21,  // 30: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
+	128, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	40,  // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
+	37,  // 33: atoll.v1.Image.variants:type_name -> atoll.v1.ImageVariant
+	38,  // 34: atoll.v1.Image.referrers:type_name -> atoll.v1.ImageReferrer
+	39,  // 35: atoll.v1.Image.root_disks:type_name -> atoll.v1.RootDisk
+	42,  // 36: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
+	36,  // 37: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
+	36,  // 38: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
+	36,  // 39: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
+	42,  // 40: atoll.v1.PushImageResponse.transfer:type_name -> atoll.v1.Transfer
+	54,  // 41: atoll.v1.PushImageResponse.pushed:type_name -> atoll.v1.PushedImage
+	42,  // 42: atoll.v1.LoadImagesResponse.transfer:type_name -> atoll.v1.Transfer
+	59,  // 43: atoll.v1.LoadImagesResponse.loaded:type_name -> atoll.v1.LoadedImage
+	61,  // 44: atoll.v1.ImportImageRequest.start:type_name -> atoll.v1.ImportStart
+	42,  // 45: atoll.v1.ImportImageResponse.transfer:type_name -> atoll.v1.Transfer
+	36,  // 46: atoll.v1.ImportImageResponse.image:type_name -> atoll.v1.Image
+	65,  // 47: atoll.v1.ImageHistoryResponse.steps:type_name -> atoll.v1.ImageStep
+	128, // 48: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
+	71,  // 49: atoll.v1.BuildRequest.start:type_name -> atoll.v1.BuildStart
+	74,  // 50: atoll.v1.BuildRequest.agent:type_name -> atoll.v1.AgentData
+	119, // 51: atoll.v1.BuildStart.build_args:type_name -> atoll.v1.BuildStart.BuildArgsEntry
+	120, // 52: atoll.v1.BuildStart.labels:type_name -> atoll.v1.BuildStart.LabelsEntry
+	121, // 53: atoll.v1.BuildStart.build_contexts:type_name -> atoll.v1.BuildStart.BuildContextsEntry
+	122, // 54: atoll.v1.BuildStart.secrets:type_name -> atoll.v1.BuildStart.SecretsEntry
+	72,  // 55: atoll.v1.BuildStart.cache_to:type_name -> atoll.v1.CacheOption
+	72,  // 56: atoll.v1.BuildStart.cache_from:type_name -> atoll.v1.CacheOption
+	73,  // 57: atoll.v1.BuildStart.outputs:type_name -> atoll.v1.BuildOutput
+	127, // 58: atoll.v1.BuildStart.timeout:type_name -> google.protobuf.Duration
+	123, // 59: atoll.v1.CacheOption.attributes:type_name -> atoll.v1.CacheOption.AttributesEntry
+	124, // 60: atoll.v1.BuildOutput.attributes:type_name -> atoll.v1.BuildOutput.AttributesEntry
+	78,  // 61: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
+	74,  // 62: atoll.v1.BuildResponse.agent:type_name -> atoll.v1.AgentData
+	76,  // 63: atoll.v1.BuildResponse.output:type_name -> atoll.v1.OutputData
+	77,  // 64: atoll.v1.BuildResponse.report:type_name -> atoll.v1.BuildReport
+	127, // 65: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
+	127, // 66: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
+	125, // 67: atoll.v1.BuildResult.metadata:type_name -> atoll.v1.BuildResult.MetadataEntry
+	81,  // 68: atoll.v1.BuildDiskUsageResponse.records:type_name -> atoll.v1.BuildCacheRecord
+	128, // 69: atoll.v1.BuildCacheRecord.created_at:type_name -> google.protobuf.Timestamp
+	128, // 70: atoll.v1.BuildCacheRecord.last_used_at:type_name -> google.protobuf.Timestamp
+	127, // 71: atoll.v1.PruneBuildRequest.unused_for:type_name -> google.protobuf.Duration
+	81,  // 72: atoll.v1.PruneBuildResponse.records:type_name -> atoll.v1.BuildCacheRecord
+	128, // 73: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
+	84,  // 74: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
+	42,  // 75: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
+	84,  // 76: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
+	128, // 77: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
+	42,  // 78: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	89,  // 79: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	89,  // 80: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	89,  // 81: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
+	89,  // 82: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	42,  // 83: atoll.v1.PushKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	105, // 84: atoll.v1.PushKernelResponse.pushed:type_name -> atoll.v1.PushedKernel
+	42,  // 85: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	89,  // 86: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	67,  // 87: atoll.v1.PruneSystemResponse.images:type_name -> atoll.v1.PruneImagesResponse
+	128, // 88: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	128, // 89: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
+	126, // 90: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
+	115, // 91: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
+	2,   // 92: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
+	10,  // 93: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
+	12,  // 94: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
+	14,  // 95: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
+	16,  // 96: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
+	18,  // 97: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
+	20,  // 98: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
+	22,  // 99: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
+	24,  // 100: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
+	26,  // 101: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
+	29,  // 102: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
+	33,  // 103: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
+	41,  // 104: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
+	44,  // 105: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
+	46,  // 106: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
+	48,  // 107: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
+	50,  // 108: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
+	52,  // 109: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
+	55,  // 110: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
+	57,  // 111: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
+	60,  // 112: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
+	63,  // 113: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
+	66,  // 114: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
+	68,  // 115: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
+	70,  // 116: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
+	79,  // 117: atoll.v1.BuildService.DiskUsage:input_type -> atoll.v1.BuildDiskUsageRequest
+	82,  // 118: atoll.v1.BuildService.Prune:input_type -> atoll.v1.PruneBuildRequest
+	85,  // 119: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
+	87,  // 120: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
+	98,  // 121: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
+	100, // 122: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
+	102, // 123: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
+	96,  // 124: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
+	90,  // 125: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
+	92,  // 126: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
+	94,  // 127: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
+	103, // 128: atoll.v1.KernelService.Push:input_type -> atoll.v1.PushKernelRequest
+	109, // 129: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
+	111, // 130: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
+	113, // 131: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
+	116, // 132: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
+	107, // 133: atoll.v1.SystemService.Prune:input_type -> atoll.v1.PruneSystemRequest
+	11,  // 134: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
+	13,  // 135: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
+	15,  // 136: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
+	17,  // 137: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
+	19,  // 138: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
+	21,  // 139: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
+	23,  // 140: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
+	25,  // 141: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
+	27,  // 142: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
+	31,  // 143: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
+	35,  // 144: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
+	43,  // 145: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
+	45,  // 146: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
+	47,  // 147: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
+	49,  // 148: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
+	51,  // 149: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
+	53,  // 150: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
+	56,  // 151: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
+	58,  // 152: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
+	62,  // 153: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
+	64,  // 154: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
+	67,  // 155: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
+	69,  // 156: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
+	75,  // 157: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
+	80,  // 158: atoll.v1.BuildService.DiskUsage:output_type -> atoll.v1.BuildDiskUsageResponse
+	83,  // 159: atoll.v1.BuildService.Prune:output_type -> atoll.v1.PruneBuildResponse
+	86,  // 160: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
+	88,  // 161: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
+	99,  // 162: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
+	101, // 163: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
+	106, // 164: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
+	97,  // 165: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
+	91,  // 166: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
+	93,  // 167: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
+	95,  // 168: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
+	104, // 169: atoll.v1.KernelService.Push:output_type -> atoll.v1.PushKernelResponse
+	110, // 170: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
+	112, // 171: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
+	114, // 172: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
+	117, // 173: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
+	108, // 174: atoll.v1.SystemService.Prune:output_type -> atoll.v1.PruneSystemResponse
+	134, // [134:175] is the sub-list for method output_type
+	93,  // [93:134] is the sub-list for method input_type
+	93,  // [93:93] is the sub-list for extension type_name
+	93,  // [93:93] is the sub-list for extension extendee
+	0,   // [0:93] is the sub-list for field type_name
 }
 
 func init() { file_api_atoll_v1_atoll_proto_init() }
@@ -5602,20 +8882,54 @@ func file_api_atoll_v1_atoll_proto_init() {
 		(*AttachResponse_Stderr)(nil),
 		(*AttachResponse_Exit)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[37].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[40].OneofWrappers = []any{
 		(*PullImageResponse_Transfer)(nil),
 		(*PullImageResponse_Image)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[47].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[50].OneofWrappers = []any{
+		(*PushImageResponse_Transfer)(nil),
+		(*PushImageResponse_Pushed)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[55].OneofWrappers = []any{
+		(*LoadImagesResponse_Transfer)(nil),
+		(*LoadImagesResponse_Loaded)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[57].OneofWrappers = []any{
+		(*ImportImageRequest_Start)(nil),
+		(*ImportImageRequest_Data)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[59].OneofWrappers = []any{
+		(*ImportImageResponse_Transfer)(nil),
+		(*ImportImageResponse_Image)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[67].OneofWrappers = []any{
+		(*BuildRequest_Start)(nil),
+		(*BuildRequest_Context)(nil),
+		(*BuildRequest_ContextEnd)(nil),
+		(*BuildRequest_Agent)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[72].OneofWrappers = []any{
 		(*BuildResponse_Status)(nil),
 		(*BuildResponse_Result)(nil),
+		(*BuildResponse_Agent)(nil),
+		(*BuildResponse_Output)(nil),
+		(*BuildResponse_Report)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[53].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[85].OneofWrappers = []any{
 		(*BuildBaseResponse_Line)(nil),
 		(*BuildBaseResponse_Transfer)(nil),
 		(*BuildBaseResponse_Base)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[62].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[88].OneofWrappers = []any{
+		(*BuildKernelResponse_Transfer)(nil),
+		(*BuildKernelResponse_Line)(nil),
+		(*BuildKernelResponse_Kernel)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[101].OneofWrappers = []any{
+		(*PushKernelResponse_Transfer)(nil),
+		(*PushKernelResponse_Pushed)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[103].OneofWrappers = []any{
 		(*PullKernelResponse_Transfer)(nil),
 		(*PullKernelResponse_Kernel)(nil),
 	}
@@ -5625,7 +8939,7 @@ func file_api_atoll_v1_atoll_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_atoll_v1_atoll_proto_rawDesc), len(file_api_atoll_v1_atoll_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   76,
+			NumMessages:   124,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 	"unsafe"
@@ -131,6 +132,11 @@ func loadFeatures(names []string) error {
 }
 
 func (a *Agent) mountRoot(r *agentv1.Root) error {
+	if slices.ContainsFunc(r.GetDisks(), func(d *agentv1.RootDisk) bool { return d.GetVerity() != nil }) {
+		if err := mounts.WatchVerity(func(detail string) { a.goDownFor(agentv1.GoingDown_REASON_VERITY, detail) }); err != nil {
+			return err
+		}
+	}
 	root, err := mounts.Mount(r)
 	if err != nil {
 		return err

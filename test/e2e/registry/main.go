@@ -1,40 +1,48 @@
-// Command registry is the scripts' registry on loopback, holding one small image for several platforms.
+// Command registry is the scripts' registry on loopback, holding one small image for several platforms. With -login it lets nobody in
+// without; the layer of an image whose specification ends in =zstd is compressed so.
 package main
 
 import (
 	"archive/tar"
 	"bytes"
+	"flag"
 	"fmt"
 	"io"
 	"log"
 	"net"
 	"net/http"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/compression"
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
-	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
 func main() {
-	if len(os.Args) < 2 {
-		log.Fatal("usage: registry ADDRESS [REPOSITORY:TAG=OS/ARCH | REPOSITORY:TAG=LAYOUT-DIRECTORY]...")
+	login := flag.String("login", "", "USER:PASSWORD that everybody needs")
+	flag.Parse()
+	if flag.NArg() < 1 {
+		log.Fatal("usage: registry [-login USER:PASSWORD] ADDRESS [REPOSITORY:TAG=OS/ARCH[=zstd]...]")
 	}
-	l, err := net.Listen("tcp", os.Args[1])
+	l, err := net.Listen("tcp", flag.Arg(0))
 	if err != nil {
 		log.Fatal(err)
 	}
-	server := &http.Server{Handler: registry.New(registry.Logger(log.New(io.Discard, "", 0))), ReadHeaderTimeout: time.Minute}
+	var handler http.Handler = registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	if *login != "" {
+		handler = guard(handler, *login)
+	}
+	server := &http.Server{Handler: handler, ReadHeaderTimeout: time.Minute}
 	go func() { log.Fatal(server.Serve(l)) }()
-	for _, spec := range os.Args[2:] {
+	for _, spec := range flag.Args()[1:] {
 		if err := push(l.Addr().String(), spec); err != nil {
 			log.Fatal(err)
 		}
@@ -44,32 +52,20 @@ func main() {
 	time.Sleep(5 * time.Minute) // the script ends it
 }
 
-// pushLayout pushes the one image of an OCI layout.
-func pushLayout(addr, repository, dir string) error {
-	index, err := layout.ImageIndexFromPath(dir)
-	if err != nil {
-		return err
-	}
-	manifest, err := index.IndexManifest()
-	if err != nil {
-		return err
-	}
-	img, err := index.Image(manifest.Manifests[0].Digest)
-	if err != nil {
-		return err
-	}
-	ref, err := name.ParseReference(addr + "/" + repository)
-	if err != nil {
-		return err
-	}
-	return remote.Write(ref, img)
+// guard lets in who gives the login, by HTTP's basic authentication.
+func guard(next http.Handler, login string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if user, password, _ := r.BasicAuth(); user+":"+password != login {
+			w.Header().Set("WWW-Authenticate", `Basic realm="test"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 func push(addr, spec string) error {
 	parts := strings.Split(spec, "=")
-	if filepath.IsAbs(parts[1]) {
-		return pushLayout(addr, parts[0], parts[1])
-	}
 	osName, arch, _ := strings.Cut(parts[1], "/")
 	img := empty.Image
 	cfg := &v1.ConfigFile{OS: osName, Architecture: arch, Config: v1.Config{Cmd: []string{"/bin/busybox", "echo", "from the registry"}, Env: []string{"FROM_REGISTRY=yes"}}}
@@ -94,7 +90,12 @@ func push(addr, spec string) error {
 		}
 	}
 	w.Close()
-	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layer.Bytes())), nil })
+	var options []tarball.LayerOption
+	if len(parts) > 2 && parts[2] == "zstd" {
+		options = []tarball.LayerOption{tarball.WithCompression(compression.ZStd), tarball.WithMediaType(types.OCILayerZStd)}
+		img = mutate.ConfigMediaType(mutate.MediaType(img, types.OCIManifestSchema1), types.OCIConfigJSON)
+	}
+	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layer.Bytes())), nil }, options...)
 	if err != nil {
 		return err
 	}
