@@ -32,6 +32,8 @@ type instance struct {
 	pidfd *os.File
 	child *os.Process // nil: started by an earlier process of ours
 
+	shares []*os.Process // the virtiofsd of each share; none when started by an earlier process of ours
+
 	closing context.Context // ends with Close
 	close   context.CancelFunc
 	control chan struct{} // closed when QMP answers
@@ -52,7 +54,7 @@ type shutdown struct {
 }
 
 // watch takes charge of a running process.
-func (d *Driver) watch(spec vmm.Spec, pid int, argv []string, child *os.Process) (*instance, error) {
+func (d *Driver) watch(spec vmm.Spec, pid int, argv []string, child *os.Process, shares []*os.Process) (*instance, error) {
 	pidfd, err := openPID(pid)
 	if err != nil {
 		return nil, err
@@ -62,7 +64,7 @@ func (d *Driver) watch(spec vmm.Spec, pid int, argv []string, child *os.Process)
 		return nil, errors.Join(fmt.Errorf("process %d has ended: %w", pid, errdefs.ErrNotFound), clean(spec))
 	}
 	i := &instance{
-		spec: spec, argv: argv, log: d.opts.Log.With("instance", spec.ID), pid: pid, pidfd: pidfd, child: child,
+		spec: spec, argv: argv, log: d.opts.Log.With("instance", spec.ID), pid: pid, pidfd: pidfd, child: child, shares: shares,
 		control: make(chan struct{}), silent: make(chan struct{}), done: make(chan struct{}),
 	}
 	i.closing, i.close = context.WithCancel(context.Background())
@@ -107,6 +109,9 @@ func (i *instance) wait() {
 	var state *os.ProcessState
 	if i.child != nil {
 		state, _ = i.child.Wait()
+	}
+	if ended == nil || i.child != nil {
+		endShares(i.shares)
 	}
 	if ended != nil || i.closing.Err() != nil {
 		return // closed: another may have taken over the directory by now
