@@ -18,6 +18,7 @@ import (
 	"time"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
+	"github.com/atollvm/atoll/internal/agent/guest/container"
 	"github.com/atollvm/atoll/internal/agent/guest/mounts"
 	"github.com/atollvm/atoll/internal/agent/guest/process"
 	"github.com/atollvm/atoll/internal/agent/transport"
@@ -41,6 +42,8 @@ type Agent struct {
 
 	mu         sync.Mutex // guards what follows
 	configured bool
+	waiting    bool                            // configured without an entrypoint: for Exec and Container
+	containers map[string]*container.Container // by their ids, while they run
 	root       *mounts.Root
 	entrypoint *entrypoint
 	reason     agentv1.GoingDown_Reason // why the machine will go down, once that is known
@@ -49,7 +52,7 @@ type Agent struct {
 
 // Run is the agent's life. It returns only when the agent cannot reach the host.
 func Run(version string) error {
-	a := &Agent{version: version, started: uptime(), output: newRing(ringSize), log: console}
+	a := &Agent{version: version, started: uptime(), output: newRing(ringSize), log: console, containers: map[string]*container.Container{}}
 	if err := mounts.Early(); err != nil {
 		return err
 	}
@@ -132,6 +135,8 @@ func (a *Agent) serve(s net.Conn) {
 		a.watch(s)
 	case *agentv1.Request_Exec:
 		a.exec(s, k.Exec)
+	case *agentv1.Request_Container:
+		a.container(s, k.Container)
 	case *agentv1.Request_Stdin:
 		a.stdin(s)
 	case *agentv1.Request_Signal:

@@ -39,6 +39,7 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 		{"modules", func() error { return loadFeatures(c.GetModules()) }},
 		{"root", func() error { return a.mountRoot(c.GetRoot()) }},
 		{"file systems", mounts.System},
+		{"shares", func() error { return mounts.Shares(c.GetShares()) }},
 		{"control groups", process.SetUpCgroups},
 		{"hostname", func() error { return setHostname(c) }},
 		{"network", func() error { return netconf.Set(c.GetInterfaces()) }},
@@ -118,6 +119,9 @@ func loadFeatures(names []string) error {
 }
 
 func (a *Agent) mountRoot(r *agentv1.Root) error {
+	if r == nil {
+		return nil
+	}
 	root, err := mounts.Mount(r)
 	if err != nil {
 		return err

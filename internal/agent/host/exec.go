@@ -157,7 +157,7 @@ func (i *input) Close() error {
 	return i.stream.Close()
 }
 
-// Exec is a process beside the entrypoint. Closing it while the process runs kills the process, unless it was detached.
+// Exec is a process beside the entrypoint, or in a container. Closing it while the process runs kills the process, unless it was detached.
 // Write, CloseStdin, Resize and Signal may be called while another goroutine is in Recv; Write needs that one to go on.
 type Exec struct {
 	*input
@@ -167,7 +167,17 @@ type Exec struct {
 
 // Exec starts a process and waits for its start; a *Failure says why there was none. The stream ends with ctx.
 func (c *Client) Exec(ctx context.Context, req *agentv1.Exec) (*Exec, error) {
-	s, err := c.open(ctx, &agentv1.Request{Kind: &agentv1.Request_Exec{Exec: req}})
+	return c.start(ctx, &agentv1.Request{Kind: &agentv1.Request_Exec{Exec: req}})
+}
+
+// Container starts a process in a container of its own, as Exec. Its exit comes when the guest holds nothing of the container's root
+// and mounts any more.
+func (c *Client) Container(ctx context.Context, req *agentv1.Container) (*Exec, error) {
+	return c.start(ctx, &agentv1.Request{Kind: &agentv1.Request_Container{Container: req}})
+}
+
+func (c *Client) start(ctx context.Context, req *agentv1.Request) (*Exec, error) {
+	s, err := c.open(ctx, req)
 	if err != nil {
 		return nil, err
 	}
