@@ -37,7 +37,9 @@ type Options struct {
 	Registry        http.Handler               // the image store as an OCI distribution API; the registry's name is in ns=
 	KnownBase       func(reference.Named) bool // whether `atoll base build` can make it; nil: none
 	DockerConfigDir string                     // credentials for registries; empty: Docker's own default
-	Log             *slog.Logger
+	// VM describes the virtual machine of a build that asks for one, or says why there can be none; nil: there is none.
+	VM  func(context.Context) (child.Isolation, error)
+	Log *slog.Logger
 }
 
 // Builder runs builds in one child.
@@ -62,6 +64,7 @@ type Request struct {
 	NoCache    bool
 	Pull       bool   // ask the registry what tags in FROM stand for, not the image store
 	Platform   string // empty: the host's
+	Isolation  string // where RUN steps run: IsolationHost (or empty), IsolationVM
 }
 
 // Result is an image in the content store.
@@ -87,6 +90,9 @@ func (b *Builder) Build(ctx context.Context, r Request, status func(*Status)) (R
 func (b *Builder) build(ctx context.Context, r Request, status func(*client.SolveStatus)) (Result, error) {
 	opt, err := b.solveOpt(r)
 	if err != nil {
+		return Result{}, err
+	}
+	if err := b.isolate(ctx, r.Isolation, &opt); err != nil {
 		return Result{}, err
 	}
 	p, err := b.process(ctx)

@@ -32,6 +32,11 @@ print its digest. FROM takes an image that is here, else one from its registry.`
 			if quiet {
 				mode = "quiet"
 			}
+			switch req.Isolation {
+			case "", "host", "vm":
+			default:
+				return usagef("--isolation %q: want host or vm", req.Isolation)
+			}
 			switch mode {
 			case "auto", "plain", "tty", "quiet", "rawjson":
 			default:
@@ -56,8 +61,10 @@ print its digest. FROM takes an image that is here, else one from its registry.`
 	f.StringArrayVar(&labels, "label", nil, "add a label to the image: `KEY=VALUE`")
 	f.BoolVar(&req.NoCache, "no-cache", false, "run every step again")
 	f.BoolVar(&req.Pull, "pull", false, "look for newer base images in their registries")
+	f.StringVar(&req.Isolation, "isolation", "", "where RUN steps run: host, or vm for a virtual machine of the build's own (default: the daemon's setting, host)")
 	f.StringVar(&mode, "progress", "auto", "auto, plain, tty, quiet or rawjson")
 	f.BoolVarP(&quiet, "quiet", "q", false, "the digest only; the same as --progress quiet")
+	complete(cmd, "isolation", "host", "vm")
 	complete(cmd, "progress", "auto", "plain", "tty", "quiet", "rawjson")
 	return cmd
 }

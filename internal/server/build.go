@@ -3,6 +3,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -35,6 +36,7 @@ func (s *builds) Build(ctx context.Context, req *connect.Request[atollv1.BuildRe
 	res, err := s.Builds.Build(ctx, build.Request{
 		ContextDir: r.GetContextDir(), Dockerfile: r.GetDockerfile(), Target: r.GetTarget(), BuildArgs: r.GetBuildArgs(), Labels: r.GetLabels(),
 		NoCache: r.GetNoCache(), Pull: r.GetPull(), Platform: r.GetPlatform(),
+		Isolation: cmp.Or(r.GetIsolation(), s.Isolation),
 	}, func(status *build.Status) {
 		data, err := json.Marshal(status)
 		if err == nil {

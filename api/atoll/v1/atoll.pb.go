@@ -3322,6 +3322,7 @@ type BuildRequest struct {
 	NoCache       bool                   `protobuf:"varint,7,opt,name=no_cache,json=noCache,proto3" json:"no_cache,omitempty"`
 	Pull          bool                   `protobuf:"varint,8,opt,name=pull,proto3" json:"pull,omitempty"`
 	Platform      string                 `protobuf:"bytes,9,opt,name=platform,proto3" json:"platform,omitempty"`
+	Isolation     string                 `protobuf:"bytes,30,opt,name=isolation,proto3" json:"isolation,omitempty"` // where RUN steps run: host or vm; default: the daemon's setting
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3415,6 +3416,13 @@ func (x *BuildRequest) GetPull() bool {
 func (x *BuildRequest) GetPlatform() string {
 	if x != nil {
 		return x.Platform
+	}
+	return ""
+}
+
+func (x *BuildRequest) GetIsolation() string {
+	if x != nil {
+		return x.Isolation
 	}
 	return ""
 }
@@ -5118,7 +5126,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"K\n" +
 	"\x13RemoveImageResponse\x12\x1a\n" +
 	"\buntagged\x18\x01 \x03(\tR\buntagged\x12\x18\n" +
-	"\adeleted\x18\x02 \x03(\tR\adeleted\"\xc1\x03\n" +
+	"\adeleted\x18\x02 \x03(\tR\adeleted\"\xdf\x03\n" +
 	"\fBuildRequest\x12\x1f\n" +
 	"\vcontext_dir\x18\x01 \x01(\tR\n" +
 	"contextDir\x12\x1e\n" +
@@ -5132,7 +5140,8 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06labels\x18\x06 \x03(\v2\".atoll.v1.BuildRequest.LabelsEntryR\x06labels\x12\x19\n" +
 	"\bno_cache\x18\a \x01(\bR\anoCache\x12\x12\n" +
 	"\x04pull\x18\b \x01(\bR\x04pull\x12\x1a\n" +
-	"\bplatform\x18\t \x01(\tR\bplatform\x1a<\n" +
+	"\bplatform\x18\t \x01(\tR\bplatform\x12\x1c\n" +
+	"\tisolation\x18\x1e \x01(\tR\tisolation\x1a<\n" +
 	"\x0eBuildArgsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +

@@ -11,6 +11,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"os/signal"
@@ -61,7 +62,7 @@ func run(ctx context.Context, args []string) (err error) {
 	flags := flag.NewFlagSet("build-child", flag.ContinueOnError)
 	flags.StringVar(&dir, "dir", "", "state directory")
 	flags.StringVar(&contentDir, "content", "", "root of the image store's content")
-	flags.StringVar(&runc, "runc", "", "path of runc")
+	flags.StringVar(&runc, "runc", "", "path of runc; empty: there is none")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -98,7 +99,9 @@ func run(ctx context.Context, args []string) (err error) {
 	}
 	defer session.Close()
 
-	c, err := newController(ctx, dir, contentDir, runc, newStore(session))
+	vms := newVMs(dir, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	defer vms.wait()
+	c, err := newController(ctx, dir, contentDir, runc, newStore(session), vms)
 	if err != nil {
 		return fmt.Errorf("opening the build cache in %s: %w", dir, err)
 	}

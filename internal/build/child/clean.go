@@ -22,6 +22,9 @@ func clean(ctx context.Context, dir, tmp, runc string) error {
 	if err != nil {
 		return err
 	}
+	if runc == "" {
+		bundles = nil // none without it
+	}
 	for _, config := range bundles {
 		bundle := filepath.Dir(config)
 		if out, err := exec.CommandContext(ctx, runc, "delete", "--force", filepath.Base(bundle)).CombinedOutput(); err != nil {
@@ -31,8 +34,11 @@ func clean(ctx context.Context, dir, tmp, runc string) error {
 			return err
 		}
 	}
-	if err := os.RemoveAll(tmp); err != nil {
-		return err
+	// Its virtual machines have ended with it.
+	for _, left := range []string{tmp, vmDir(dir)} {
+		if err := os.RemoveAll(left); err != nil {
+			return err
+		}
 	}
 	return os.MkdirAll(tmp, 0o700)
 }

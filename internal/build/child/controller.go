@@ -20,6 +20,7 @@ import (
 	cachemetadata "github.com/moby/buildkit/cache/metadata"
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/control"
+	"github.com/moby/buildkit/executor"
 	"github.com/moby/buildkit/executor/oci"
 	"github.com/moby/buildkit/executor/resources"
 	"github.com/moby/buildkit/executor/runcexecutor"
@@ -46,8 +47,8 @@ import (
 const namespace = "buildkit"
 
 // newController puts a BuildKit together in dir. Its Close closes everything in it.
-func newController(ctx context.Context, dir, contentDir, runc string, s *store) (*control.Controller, error) {
-	w, err := newWorker(ctx, dir, contentDir, runc, s)
+func newController(ctx context.Context, dir, contentDir, runc string, s *store, vms *vms) (*control.Controller, error) {
+	w, err := newWorker(ctx, dir, contentDir, runc, s, vms)
 	if err != nil {
 		return nil, err
 	}
@@ -88,6 +89,7 @@ func newController(ctx context.Context, dir, contentDir, runc string, s *store) 
 type imageWorker struct {
 	*base.Worker
 	exporter *imageExporter
+	vms      *vms
 }
 
 func (w *imageWorker) Exporter(name string, sm *session.Manager) (exporter.Exporter, error) {
@@ -97,21 +99,14 @@ func (w *imageWorker) Exporter(name string, sm *session.Manager) (exporter.Expor
 	return w.Worker.Exporter(name, sm)
 }
 
-func newWorker(ctx context.Context, dir, contentDir, runc string, s *store) (*imageWorker, error) {
+func newWorker(ctx context.Context, dir, contentDir, runc string, s *store, vms *vms) (*imageWorker, error) {
 	hostNetwork := network.NewHostProvider()
 	networks := map[pb.NetMode]network.Provider{
 		pb.NetMode_UNSET: hostNetwork,
 		pb.NetMode_HOST:  hostNetwork,
 		pb.NetMode_NONE:  network.NewNoneProvider(),
 	}
-	executor, err := runcexecutor.New(runcexecutor.Opt{
-		Root:                executorDir(dir),
-		CommandCandidates:   []string{runc},
-		ProcessMode:         oci.ProcessSandbox,
-		DefaultCgroupParent: "atoll-build",
-		// The zero monitor records nothing. One made by NewMonitor would move the processes of our own cgroup about.
-		ResourceMonitor: &resources.Monitor{},
-	}, networks)
+	executor, err := newExecutor(dir, runc, networks)
 	if err != nil {
 		return nil, err
 	}
@@ -180,7 +175,22 @@ func newWorker(ctx context.Context, dir, contentDir, runc string, s *store) (*im
 	if err != nil {
 		return nil, err
 	}
-	return &imageWorker{w, &imageExporter{writer: writer, leases: leases, from: blobs, to: contentDir}}, nil
+	return &imageWorker{w, &imageExporter{writer: writer, leases: leases, from: blobs, to: contentDir}, vms}, nil
+}
+
+// newExecutor runs steps on this host. Without runc there are only the VMs.
+func newExecutor(dir, runc string, networks map[pb.NetMode]network.Provider) (executor.Executor, error) {
+	if runc == "" {
+		return noExecutor{}, nil
+	}
+	return runcexecutor.New(runcexecutor.Opt{
+		Root:                executorDir(dir),
+		CommandCandidates:   []string{runc},
+		ProcessMode:         oci.ProcessSandbox,
+		DefaultCgroupParent: "atoll-build",
+		// The zero monitor records nothing. One made by NewMonitor would move the processes of our own cgroup about.
+		ResourceMonitor: &resources.Monitor{},
+	}, networks)
 }
 
 // newSnapshotter prefers overlay; the native one copies whole trees but works where overlay cannot be stacked.
