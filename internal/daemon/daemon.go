@@ -119,7 +119,9 @@ func assemble(c Config, db *state.DB) (*system, error) {
 	s.builder = build.New(build.Options{
 		Dir: at("build"), Child: []string{c.Exe, BuildChild}, ContentDir: at("images"), Registry: s.images.Handler(),
 		KnownBase: func(r reference.Named) bool { return isBase(reference.FamiliarString(r)) }, DockerConfigDir: c.DockerConfigDir, Log: c.Log,
-		VM: func(ctx context.Context) (child.Isolation, error) { return s.buildVM(ctx, c.Settings.Build, at("qemu")) },
+		VM: func(ctx context.Context) (child.Isolation, error) {
+			return s.buildVM(ctx, c.Settings.Build, at("qemu"))
+		},
 	})
 	s.userNet = user.New(user.Options{Dir: at("net"), Helper: []string{c.Exe, NetworkHelper}, ResolvConf: "/etc/resolv.conf", Log: c.Log})
 	if s.networks, err = network.Open(db, s.userNet); err != nil {
