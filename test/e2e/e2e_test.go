@@ -66,7 +66,7 @@ func prepare() error {
 	if err != nil {
 		return err
 	}
-	build := exec.Command("go", "build", "-o", helperDir+"/", "./netcheck", "./registry")
+	build := exec.Command("go", "build", "-o", helperDir+"/", "./netcheck", "./registry", "./fscheck")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("building the scripts' helpers: %w\n%s", err, out)

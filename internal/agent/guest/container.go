@@ -3,6 +3,7 @@ package guest
 import (
 	"fmt"
 	"net"
+	"os"
 	"strconv"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
@@ -19,16 +20,17 @@ func (a *Agent) container(s net.Conn, req *agentv1.Container) {
 		in.send(execError(errNotReady))
 		return
 	}
-	last, err := a.runContainer(in, req)
+	sp := spec(req.GetProcess(), "container-"+strconv.FormatUint(a.execs.Add(1), 10))
+	sp.MakeDir = true
+	last, err := a.runContainer(in, req, sp)
 	if err != nil {
 		last = execError(err)
 	}
 	in.send(last)
+	os.Remove(sp.Cgroup)
 }
 
-func (a *Agent) runContainer(in *input, req *agentv1.Container) (*agentv1.ExecOutput, error) {
-	sp := spec(req.GetProcess(), "container-"+strconv.FormatUint(a.execs.Add(1), 10))
-	sp.MakeDir = true
+func (a *Agent) runContainer(in *input, req *agentv1.Container, sp process.Spec) (*agentv1.ExecOutput, error) {
 	group, err := process.OpenCgroup(sp.Cgroup)
 	if err != nil {
 		return nil, err
@@ -77,7 +79,11 @@ func (a *Agent) startInside(id string, sp process.Spec) (*process.Process, error
 	}
 	defer group.Close()
 	sp.CgroupFile = group
-	return startIn(c, a.processes, sp)
+	p, err := startIn(c, a.processes, sp)
+	if err != nil {
+		os.Remove(sp.Cgroup) // Start cannot, in there
+	}
+	return p, err
 }
 
 func (a *Agent) setContainer(id string, c *container.Container) {

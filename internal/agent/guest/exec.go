@@ -39,6 +39,7 @@ func (a *Agent) exec(s net.Conn, req *agentv1.Exec) {
 	}
 	if !req.GetDetach() {
 		in.send(attend(in, p))
+		p.Release()
 		return
 	}
 	in.send(started(p))
@@ -70,9 +71,7 @@ func attend(in *input, p *process.Process) *agentv1.ExecOutput {
 	if p.Stdin != nil {
 		p.Stdin.Close()
 	}
-	exit := p.Exit()
-	p.Release()
-	return &agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Exit{Exit: exit}}
+	return &agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Exit{Exit: p.Exit()}}
 }
 
 // carry copies both outputs and returns when the process has ended and all it wrote was given.

@@ -160,14 +160,13 @@ func (v *VM) notStarted(vm *started, p executor.ProcessInfo, err error) error {
 	if p.Stderr != nil {
 		fmt.Fprintln(p.Stderr, f.Message)
 	}
-	exit := &gatewayapi.ExitError{ExitCode: gatewayapi.UnknownExitStatus, Err: f}
 	switch f.Class {
 	case agentv1.FailureClass_FAILURE_CLASS_NOT_FOUND:
-		exit.ExitCode = exitNotFound
+		return &gatewayapi.ExitError{ExitCode: exitNotFound}
 	case agentv1.FailureClass_FAILURE_CLASS_NOT_EXECUTABLE:
-		exit.ExitCode = exitNoExec
+		return &gatewayapi.ExitError{ExitCode: exitNoExec}
 	}
-	return exit
+	return f
 }
 
 // follow carries between a process and BuildKit until the process has ended.

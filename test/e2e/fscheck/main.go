@@ -217,14 +217,14 @@ func readdir() error {
 	if err := os.Mkdir("many", 0o755); err != nil {
 		return err
 	}
-	for i := range 500 {
+	for i := range 100 {
 		if err := os.WriteFile(fmt.Sprintf("many/%d", i), nil, 0o644); err != nil {
 			return err
 		}
 	}
 	entries, err := os.ReadDir("many")
 	fmt.Println("  entries", len(entries))
-	for _, e := range entries[:250] {
+	for _, e := range entries[:50] {
 		err = errors.Join(err, os.Remove("many/"+e.Name()))
 	}
 	entries, readErr := os.ReadDir("many")

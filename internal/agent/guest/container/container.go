@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"time"
 
@@ -261,20 +262,13 @@ func (o *overlay) mount() error {
 	return unix.MoveMount(o.tree, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH)
 }
 
-// makeTarget makes a mount point, also where a link leads to nothing, and returns its path without such a link.
+// makeTarget makes a mount point, also where links lead to nothing, and returns its path without links.
 func makeTarget(path string, dir bool) (string, error) {
-	const maxLinks = 40 // as the kernel's own
-	for range maxLinks {
-		to, err := os.Readlink(path)
-		if err != nil {
-			break
-		}
-		if !filepath.IsAbs(to) {
-			to = filepath.Join(filepath.Dir(path), to)
-		}
-		path = to
+	path, err := resolve(path)
+	if err != nil {
+		return "", err
 	}
-	if _, err := os.Stat(path); err == nil {
+	if _, err := os.Lstat(path); err == nil {
 		return path, nil
 	}
 	if dir {
@@ -288,6 +282,37 @@ func makeTarget(path string, dir bool) (string, error) {
 		return "", err
 	}
 	return path, f.Close()
+}
+
+// resolve follows the links in a path, of which any part may be missing.
+func resolve(path string) (string, error) {
+	const maxLinks = 40 // as the kernel's own
+	done, rest := "/", strings.Split(path, "/")
+	for links := 0; len(rest) > 0; {
+		name := rest[0]
+		rest = rest[1:]
+		switch name {
+		case "", ".":
+			continue
+		case "..":
+			done = filepath.Dir(done)
+			continue
+		}
+		next := filepath.Join(done, name)
+		to, err := os.Readlink(next)
+		if err != nil { // no link, or not there
+			done = next
+			continue
+		}
+		if links++; links > maxLinks {
+			return "", &os.PathError{Op: "resolving", Path: path, Err: unix.ELOOP}
+		}
+		if filepath.IsAbs(to) {
+			done = "/"
+		}
+		rest = append(strings.Split(to, "/"), rest...)
+	}
+	return done, nil
 }
 
 // mountSystem mounts what the OCI runtimes give every container, but /proc, which its init has mounted.
@@ -346,7 +371,7 @@ func makeDevices() error {
 		}
 	}
 	for name, target := range map[string]string{
-		"ptmx": "pts/ptmx", "core": "/proc/kcore", "fd": "/proc/self/fd",
+		"ptmx": "pts/ptmx", "fd": "/proc/self/fd",
 		"stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2",
 	} {
 		if err := os.Symlink(target, "/dev/"+name); err != nil {

@@ -148,7 +148,7 @@ func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
 	attr := &syscall.ProcAttr{Dir: dir, Env: env, Sys: &syscall.SysProcAttr{
 		Setsid:     true,
 		Setctty:    spec.TTY,
-		Credential: &syscall.Credential{Uid: user.uid, Gid: user.gid, Groups: user.groups},
+		Credential: &syscall.Credential{Uid: user.uid, Gid: user.gid, Groups: user.allGroups()},
 	}}
 	theirs, err := p.openStreams(spec, user)
 	defer closeAll(theirs)
