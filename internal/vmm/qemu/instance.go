@@ -147,8 +147,10 @@ func (i *instance) reason(state *os.ProcessState) vmm.Exit {
 	if state != nil {
 		words = append(words, state.String())
 	}
-	if text, err := tail(filepath.Join(i.spec.Dir, stderrFile)); err == nil && len(bytes.TrimSpace(text)) > 0 {
-		words = append(words, strings.TrimSpace(string(text)))
+	for _, name := range []string{stderrFile, shareLog} {
+		if text, err := tail(filepath.Join(i.spec.Dir, name)); err == nil && len(bytes.TrimSpace(text)) > 0 {
+			words = append(words, strings.TrimSpace(string(text)))
+		}
 	}
 	return vmm.Exit{Reason: vmm.ReasonDied, Detail: strings.Join(words, ": ")}
 }

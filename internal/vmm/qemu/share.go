@@ -85,7 +85,7 @@ func startShare(binary string, spec vmm.Spec, i int, log *os.File) (*os.Process,
 			return nil, fmt.Errorf("making it read-only: %w", err)
 		}
 		defer tree.Close()
-		files, source = append(files, tree), "/proc/self/fd/4"
+		files, source = append(files, tree), "/proc/self/fd/4/." // virtiofsd takes no link
 	}
 	// The options are those of the C virtiofsd (QEMU 7), which its successor in Rust takes too. The sandbox is a chroot and not a mount
 	// namespace, so that later mounts are seen. Nobody but this guest changes what it works on, so it may cache.
