@@ -14,6 +14,10 @@ var version = "dev" // set by the linker
 func init() { runtime.LockOSThread() }
 
 func main() {
+	if os.Args[0] == guest.BesideName {
+		println("atoll-agent: " + guest.Beside(version).Error())
+		os.Exit(1)
+	}
 	if os.Getpid() != 1 {
 		println("atoll-agent: this is the init of Atoll's guests and runs nowhere else")
 		os.Exit(2)

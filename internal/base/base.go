@@ -1,15 +1,18 @@
-// Package base makes base images from Debian's own signed packages, so that FROM works without any registry: a Debian by mmdebstrap,
-// a busybox from one package. It writes OCI content and names nothing: the caller tags what it gets, and keeps it from
-// being collected until then. A Builder may be used from several goroutines; it builds one image at a time.
+// Package base makes base images from distributions' own signed packages, so that FROM works without any registry: Debian and Ubuntu by
+// mmdebstrap, Alpine by reading its packages, a busybox from one package; Red Hat's UBI comes from its registry. It writes OCI content and
+// names nothing: the caller tags what it gets, and keeps it from being collected until then.
+// A Builder may be used from several goroutines; it builds one image at a time.
 package base
 
 import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"regexp"
 	"runtime"
 	"time"
 
@@ -20,7 +23,6 @@ import (
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/atollvm/atoll/internal/debian"
 	"github.com/atollvm/atoll/internal/hint"
 )
 
@@ -30,43 +32,26 @@ type Base struct {
 	Aliases     []string
 	Description string
 
-	suite string // the Debian release it is made from
-	slim  bool   // without documentation
-	write func(b *Builder, ctx context.Context, base Base, in inputs, layer io.Writer) error
-	cmd   string
+	family  family
+	release string // in the distribution's own words: bookworm, v3.22
+	slim    bool   // without documentation
+	init    bool   // boots with an init as PID 1
 }
 
-// inputs is what a build starts from.
-type inputs struct {
-	suites   debian.Archives
-	mirror   string
-	epoch    time.Time // of the suite's release: the date of everything in the image
-	progress func(line string)
+// family is the bases of one distribution.
+type family interface {
+	// plan checks the options and finds the archive; nothing is made yet.
+	plan(ctx context.Context, b *Builder, base Base, o Options, progress func(string)) (*plan, error)
 }
 
-// List returns the images that Build knows.
-func List() []Base {
-	return []Base{
-		{Name: "debian:bookworm", Aliases: []string{"debian:12"}, Description: "Debian 12, minimal", suite: "bookworm", write: (*Builder).bootstrap, cmd: "bash"},
-		{Name: "debian:bookworm-slim", Aliases: []string{"debian:12-slim"}, Description: "Debian 12, minimal, without documentation", suite: "bookworm", slim: true, write: (*Builder).bootstrap, cmd: "bash"},
-		{Name: "debian:trixie", Aliases: []string{"debian:13"}, Description: "Debian 13, minimal", suite: "trixie", write: (*Builder).bootstrap, cmd: "bash"},
-		{Name: "debian:trixie-slim", Aliases: []string{"debian:13-slim"}, Description: "Debian 13, minimal, without documentation", suite: "trixie", slim: true, write: (*Builder).bootstrap, cmd: "bash"},
-		{Name: "busybox", Aliases: []string{"busybox:latest"}, Description: "Busybox of Debian 12, one static program", suite: "bookworm", write: (*Builder).busybox, cmd: "sh"},
-	}
-}
+// plan is how one image is made: by writing its one layer, or, where manifest is set, elsewhere already.
+type plan struct {
+	origin string    // for the image's history
+	epoch  time.Time // the date of the image, and of all in it that has none of its own
+	config ocispec.ImageConfig
+	write  func(ctx context.Context, layer io.Writer) error
 
-// Find returns the base with that name or alias, or errdefs.ErrNotFound.
-func Find(name string) (Base, error) {
-	known := ""
-	for _, b := range List() {
-		for _, n := range append([]string{b.Name}, b.Aliases...) {
-			if n == name {
-				return b, nil
-			}
-		}
-		known += " " + b.Name
-	}
-	return Base{}, hint.With(fmt.Errorf("base %q: %w", name, errdefs.ErrNotFound), "the bases are:%s", known)
+	manifest *ocispec.Descriptor
 }
 
 // Config is what a builder works with. All must be set.
@@ -75,6 +60,8 @@ type Config struct {
 	TempDir string // for file systems in the making; nobody else's
 	Cache   string // for packages; may be emptied at any time
 	Log     *slog.Logger
+	// Pull brings an image from a registry and returns its manifest for the host's architecture.
+	Pull func(ctx context.Context, reference string, progress func(line string)) (ocispec.Descriptor, error)
 }
 
 // Builder builds base images.
@@ -86,9 +73,12 @@ type Builder struct {
 // New returns a builder.
 func New(c Config) *Builder { return &Builder{c, make(chan struct{}, 1)} }
 
-// Options of one build.
+// Options of one build. The zero value is the distribution's packages of today.
 type Options struct {
-	Mirror string // default: debian.DefaultMirror
+	Mirror   string
+	Keyring  []byte   // instead of the distribution's keys
+	Packages []string // beside the base's own
+	Snapshot string   // the archive as it was, by a date
 }
 
 // Build makes the base with that name for the host's architecture and returns the descriptor of its manifest. The same packages
@@ -115,28 +105,26 @@ func (b *Builder) Build(ctx context.Context, name string, o Options, progress fu
 }
 
 func (b *Builder) build(ctx context.Context, base Base, o Options, progress func(string)) (ocispec.Descriptor, error) {
-	suites, err := debian.Suites(o.Mirror, base.suite, b.Cache, b.Log)
+	if err := checkPackages(o.Packages); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	p, err := base.family.plan(ctx, b, base, o, progress)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	release, err := suites[0].Release(ctx)
-	if err != nil {
-		return ocispec.Descriptor{}, err
+	if p.manifest != nil {
+		return *p.manifest, nil
 	}
-	in := inputs{suites, suites[0].Mirror, release.Date, progress}
-	layer, diffID, err := b.writeLayer(ctx, base.Name, func(w io.Writer) error { return base.write(b, ctx, base, in, w) })
+	layer, diffID, err := b.writeLayer(ctx, base.Name, func(w io.Writer) error { return p.write(ctx, w) })
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
 	config, err := b.writeJSON(ctx, ocispec.MediaTypeImageConfig, ocispec.Image{
-		Created:  &in.epoch,
+		Created:  &p.epoch,
 		Platform: ocispec.Platform{OS: "linux", Architecture: runtime.GOARCH},
-		Config: ocispec.ImageConfig{
-			Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
-			Cmd: []string{base.cmd},
-		},
-		RootFS:  ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{diffID}},
-		History: []ocispec.History{{Created: &in.epoch, CreatedBy: "atoll base build " + base.Name, Comment: fmt.Sprintf("Debian %s (%s) from %s", release.Version, base.suite, in.mirror)}},
+		Config:   p.config,
+		RootFS:   ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{diffID}},
+		History:  []ocispec.History{{Created: &p.epoch, CreatedBy: "atoll base build " + base.Name, Comment: p.origin}},
 	})
 	if err != nil {
 		return ocispec.Descriptor{}, err
@@ -150,6 +138,33 @@ func (b *Builder) build(ctx context.Context, base Base, o Options, progress func
 	}
 	manifest.Platform = &ocispec.Platform{OS: "linux", Architecture: runtime.GOARCH}
 	return manifest, nil
+}
+
+// packageForm is a name in Debian's and Alpine's archives, which so is no option of any tool.
+var packageForm = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9+._-]*$`)
+
+func checkPackages(names []string) error {
+	var faults []error
+	for _, n := range names {
+		if !packageForm.MatchString(n) {
+			faults = append(faults, hint.With(fmt.Errorf("package name %q: %w", n, errdefs.ErrInvalidArgument), "give names as the distribution has them, one per --package"))
+		}
+	}
+	return errors.Join(faults...)
+}
+
+// noSuchPackages is the error for packages that the archive does not have.
+func noSuchPackages(names, where string) error {
+	return hint.With(fmt.Errorf("%s has no package %s: %w", where, names, errdefs.ErrNotFound), "check the name with the distribution's package search")
+}
+
+// imageConfig is what the images have in common.
+func imageConfig(base Base, command string) ocispec.ImageConfig {
+	c := ocispec.ImageConfig{Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}, Cmd: []string{command}}
+	if base.init {
+		c.Cmd = []string{"/sbin/init"}
+	}
+	return c
 }
 
 // writeLayer stores as a zstd layer what write writes, packing and hashing on the way: the file system lies nowhere twice.

@@ -9,10 +9,12 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 
 	"github.com/atollvm/atoll/internal/debian"
+	"github.com/atollvm/atoll/internal/hint"
 )
 
 // applets are the programs that Debian 12's busybox-static contains (busybox --list), without dpkg, rpm and the like that would
@@ -29,14 +31,33 @@ swapon switch_root sync sysctl syslogd tac tail tar taskset tc tee telnet telnet
 true truncate ts tty tunctl udhcpc udhcpd umount uname uncompress unexpand uniq unix2dos unlink unlzma unshare unxz unzip uptime usleep
 uudecode uuencode vconfig vi w watch watchdog wc wget which who whoami xargs xxd xz xzcat yes zcat`
 
-// busybox writes a small system of one program.
-func (b *Builder) busybox(ctx context.Context, _ Base, in inputs, layer io.Writer) error {
-	in.progress("Reading package index")
-	pkg, err := in.suites.Get(ctx, runtime.GOARCH, "busybox-static")
-	if err != nil {
-		return err
+// busybox is a small system of one program, from Debian's package.
+type busybox struct{}
+
+func (busybox) plan(ctx context.Context, b *Builder, base Base, o Options, progress func(string)) (*plan, error) {
+	if len(o.Packages) > 0 {
+		return nil, hint.With(fmt.Errorf("packages for busybox: it has no package manager: %w", errdefs.ErrInvalidArgument), "choose another base, such as debian:bookworm-slim")
 	}
-	in.progress(fmt.Sprintf("Fetching %s %s", pkg.Name, pkg.Version))
+	suites, release, err := sourceOf(ctx, b, debian.Debian(), base, o)
+	if err != nil {
+		return nil, err
+	}
+	progress("Reading package index")
+	pkg, err := suites.Get(ctx, runtime.GOARCH, "busybox-static")
+	if err != nil {
+		return nil, err
+	}
+	return &plan{
+		origin: fmt.Sprintf("Debian %s (%s) from %s", release.Version, base.release, suites[0].Mirror),
+		epoch:  release.Date, config: imageConfig(base, "sh"),
+		write: func(ctx context.Context, layer io.Writer) error {
+			progress(fmt.Sprintf("Fetching %s %s", pkg.Name, pkg.Version))
+			return writeBusybox(ctx, pkg, release.Date, layer)
+		},
+	}, nil
+}
+
+func writeBusybox(ctx context.Context, pkg debian.Package, epoch time.Time, layer io.Writer) error {
 	deb, err := pkg.Fetch(ctx, nil)
 	if err != nil {
 		return err
@@ -63,20 +84,20 @@ func (b *Builder) busybox(ctx context.Context, _ Base, in inputs, layer io.Write
 		{"bin", 0o755}, {"dev", 0o755}, {"etc", 0o755}, {"home", 0o755}, {"proc", 0o755}, {"root", 0o700}, {"run", 0o755}, {"sys", 0o755}, {"tmp", 0o1777},
 		{"usr", 0o755}, {"usr/bin", 0o755}, {"usr/sbin", 0o755}, {"sbin", 0o755}, {"var", 0o755}, {"var/tmp", 0o1777}, {"var/log", 0o755},
 	} {
-		if err := tw.WriteHeader(&tar.Header{Name: dir.name + "/", Typeflag: tar.TypeDir, Mode: dir.mode, ModTime: in.epoch}); err != nil {
+		if err := tw.WriteHeader(&tar.Header{Name: dir.name + "/", Typeflag: tar.TypeDir, Mode: dir.mode, ModTime: epoch}); err != nil {
 			return err
 		}
 	}
-	if err := writeFile(tw, "bin/busybox", 0o755, in.epoch, binary); err != nil {
+	if err := writeFile(tw, "bin/busybox", 0o755, epoch, binary); err != nil {
 		return err
 	}
 	for name := range strings.FieldsSeq(applets) {
-		if err := tw.WriteHeader(&tar.Header{Name: "bin/" + name, Typeflag: tar.TypeSymlink, Linkname: "busybox", Mode: 0o777, ModTime: in.epoch}); err != nil {
+		if err := tw.WriteHeader(&tar.Header{Name: "bin/" + name, Typeflag: tar.TypeSymlink, Linkname: "busybox", Mode: 0o777, ModTime: epoch}); err != nil {
 			return err
 		}
 	}
 	// Scripts begin with #!/usr/bin/env.
-	if err := tw.WriteHeader(&tar.Header{Name: "usr/bin/env", Typeflag: tar.TypeSymlink, Linkname: "../../bin/busybox", Mode: 0o777, ModTime: in.epoch}); err != nil {
+	if err := tw.WriteHeader(&tar.Header{Name: "usr/bin/env", Typeflag: tar.TypeSymlink, Linkname: "../../bin/busybox", Mode: 0o777, ModTime: epoch}); err != nil {
 		return err
 	}
 	etc := map[string]string{
@@ -85,11 +106,11 @@ func (b *Builder) busybox(ctx context.Context, _ Base, in inputs, layer io.Write
 		"etc/shells": "/bin/sh\n/bin/ash\n",
 	}
 	for _, name := range sorted(etc) {
-		if err := writeFile(tw, name, 0o644, in.epoch, []byte(etc[name])); err != nil {
+		if err := writeFile(tw, name, 0o644, epoch, []byte(etc[name])); err != nil {
 			return err
 		}
 	}
-	if err := writeFile(tw, "etc/shadow", 0o640, in.epoch, []byte("root:*:::::::\n")); err != nil {
+	if err := writeFile(tw, "etc/shadow", 0o640, epoch, []byte("root:*:::::::\n")); err != nil {
 		return err
 	}
 	return tw.Close()

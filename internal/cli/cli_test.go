@@ -103,7 +103,7 @@ func TestExitCodes(t *testing.T) {
 		{name: "exec, no command", args: "exec up", code: 2, err: "Error: requires at least 2 arg(s), only received 1"},
 		{name: "attach, not running", args: "attach down", code: 1, err: `Error: attaching to machine "down": it is created: failed precondition`},
 		{name: "unknown command", args: "strat", code: 2, err: `Error: unknown command "strat" for "atoll"; did you mean start?`},
-		{name: "unknown subcommand", args: "image pul", code: 2, err: `Error: unknown command "pul" for "atoll image"; did you mean pull?`},
+		{name: "unknown subcommand", args: "image pul", code: 2, err: `Error: unknown command "pul" for "atoll image"; did you mean pull or push?`},
 		{name: "too many arguments", args: "ps x", code: 2, err: `Error: unknown command "x" for "atoll ps"`},
 		{name: "https", args: "--host https://x ps", code: 1, err: `Error: daemon address "https://x": https is not supported yet: not implemented`},
 		{name: "chosen host that is not there", args: "--host unix:///nowhere/s ps", code: 1, err: "Error: connecting to the daemon at unix:///nowhere/s: dial unix /nowhere/s: connect: no such file or directory: unavailable"},

@@ -44,6 +44,20 @@ func (e *environment) completeImages(n int) completer {
 	})
 }
 
+// completeKernels offers names of kernels.
+func (e *environment) completeKernels(n int) completer {
+	return e.completeFrom(n, func(ctx context.Context, c *client.Client) (names []string) {
+		res, err := c.Kernels.List(ctx, connect.NewRequest(&atollv1.ListKernelsRequest{}))
+		if err != nil {
+			return nil
+		}
+		for _, k := range res.Msg.GetKernels() {
+			names = append(names, k.GetName())
+		}
+		return names
+	})
+}
+
 // completeFrom asks a daemon that runs; a Tab starts none.
 func (e *environment) completeFrom(n int, names func(context.Context, *client.Client) []string) completer {
 	return func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,25 +17,35 @@ import (
 
 func newImageCmd(e *environment) *cobra.Command {
 	ls, rm := newImagesCmd(e), newRmiCmd(e)
-	ls.Use, ls.Aliases, ls.Example = "ls [OPTIONS]", []string{"list"}, `  atoll image ls --format '{{.Reference}} {{.SizeBytes}}'`
+	ls.Use, ls.Aliases, ls.Example = "ls [OPTIONS] [REFERENCE]", []string{"list"}, `  atoll image ls --format '{{.Reference}} {{.SizeBytes}}'`
 	rm.Use, rm.Aliases, rm.Example = "rm [OPTIONS] IMAGE...", []string{"remove"}, `  atoll image rm hello:old`
-	return newGroup("image", "Images", `  atoll image ls`, ls, newPullCmd(e), rm, newTagCmd(e), newImageInspectCmd(e))
+	return newGroup("image", "Images", `  atoll image ls`, ls, newPullCmd(e), newPushCmd(e), rm, newTagCmd(e), newImageInspectCmd(e),
+		newHistoryCmd(e), newSaveCmd(e), newLoadCmd(e), newImportCmd(e), newImagePruneCmd(e))
 }
 
 func newImagesCmd(e *environment) *cobra.Command {
-	var quiet, noTrunc bool
+	var quiet, noTrunc, digests, all bool
 	var format string
+	var filters []string
 	cmd := &cobra.Command{
-		Use:   "images [OPTIONS]",
+		Use:   "images [OPTIONS] [REFERENCE]",
 		Short: "List images",
 		Long: `List images, one row for each reference. SIZE is that of the compressed layers.
+REFERENCE chooses by name, as debian, or by pattern, as 'team/*:1.*'.
+
+The filters are reference=PATTERN, dangling=BOOL (without a name),
+label=KEY[=VALUE], label!=KEY[=VALUE], before=IMAGE, since=IMAGE and until=TIME
+(made before it; also a duration, as 24h). An image must meet all of them, and
+one of several references.
 
 --format json prints one array; templates and JSON have whole IDs. The fields
-are ID, Repository, Tag, Reference, CreatedAt, SizeBytes, RootDiskBytes and
-Platform.`,
+are ID, Repository, Tag, Reference, Digest (as its registry has it), CreatedAt,
+SizeBytes, RootDiskBytes and Platform.`,
 		Example: `  atoll images
-  atoll images -q`,
-		Args: cobra.NoArgs,
+  atoll images -q --filter dangling=true
+  atoll images 'team/*'`,
+		Args:              cobra.MaximumNArgs(1),
+		ValidArgsFunction: e.completeImages(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := ui.CheckFormat(format); err != nil {
 				return usageError{err}
@@ -43,7 +54,10 @@ Platform.`,
 			if err != nil {
 				return err
 			}
-			res, err := c.Images.List(cmd.Context(), connect.NewRequest(&atollv1.ListImagesRequest{}))
+			for _, reference := range args {
+				filters = append(filters, "reference="+reference)
+			}
+			res, err := c.Images.List(cmd.Context(), connect.NewRequest(&atollv1.ListImagesRequest{Filters: filters}))
 			if err != nil {
 				return err
 			}
@@ -59,17 +73,25 @@ Platform.`,
 				}
 				return nil
 			}
-			return ui.List(e.Stdout, format, []ui.Column[imageView]{
+			columns := []ui.Column[imageView]{
 				{Title: "REPOSITORY", Cell: func(i imageView) string { return i.Repository }},
 				{Title: "TAG", Cell: func(i imageView) string { return i.Tag }},
+			}
+			if digests {
+				columns = append(columns, ui.Column[imageView]{Title: "DIGEST", Cell: func(i imageView) string { return cmp.Or(i.Digest, "<none>") }})
+			}
+			return ui.List(e.Stdout, format, append(columns, []ui.Column[imageView]{
 				{Title: "IMAGE ID", Cell: func(i imageView) string { return id(i.ID) }},
 				{Title: "CREATED", Cell: func(i imageView) string { return ui.Ago(now, i.CreatedAt) }},
 				{Title: "SIZE", Cell: func(i imageView) string { return ui.Size(i.SizeBytes) }},
-			}, rows)
+			}...), rows)
 		},
 	}
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "IDs only")
 	cmd.Flags().BoolVar(&noTrunc, "no-trunc", false, "whole IDs")
+	cmd.Flags().BoolVar(&digests, "digests", false, "also the digests, as registries have them")
+	cmd.Flags().BoolVarP(&all, "all", "a", false, "all images: for Docker's users, since none is hidden here")
+	cmd.Flags().StringArrayVarP(&filters, "filter", "f", nil, "only images that meet it: `KEY=VALUE`; may be given more than once")
 	addFormat(cmd, &format, "table", "json")
 	return cmd
 }
@@ -82,7 +104,8 @@ func newPullCmd(e *environment) *cobra.Command {
 		Short: "Fetch an image from its registry",
 		Long: `Fetch an image from its registry and print its digest. What is here already is
 not fetched again, also after an interrupted pull. Credentials are those of
-"docker login".`,
+"atoll login" and "docker login". Of an index of several platforms the image for
+one is fetched, or with --platform all the whole of it.`,
 		Example: `  atoll pull debian:bookworm
   atoll pull localhost:5000/team/app@sha256:…`,
 		Args: cobra.ExactArgs(1),
@@ -101,7 +124,8 @@ not fetched again, also after an interrupted pull. Credentials are those of
 		},
 	}
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "no progress")
-	cmd.Flags().StringVar(&req.Platform, "platform", "", "`OS/ARCH[/VARIANT]` (default: this host's)")
+	cmd.Flags().StringVar(&req.Platform, "platform", "", "`OS/ARCH[/VARIANT]`, or all (default: this host's)")
+	addReferrers(cmd, &req.Referrers)
 	return cmd
 }
 
@@ -191,8 +215,11 @@ func newImageInspectCmd(e *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "inspect [OPTIONS] IMAGE...",
 		Short: "Show all there is to know about images",
-		Long: `Show images as a JSON array, or by a Go template that is applied to each. Config
-has the keys of the image specification.`,
+		Long: `Show images as a JSON array, or by a Go template that is applied to each. The
+fields are ID, References, RepoDigests, CreatedAt, Author, SizeBytes, OS,
+Architecture, Variant, Config (with the keys of the image specification),
+Layers, DiffIDs, IndexDigest and Variants (of the index that the image came
+from), Referrers, RootDisk and RootDiskBytes.`,
 		Example:           `  atoll image inspect --format '{{json .Config.Cmd}}' hello`,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: e.completeImages(0),

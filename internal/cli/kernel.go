@@ -15,7 +15,8 @@ import (
 )
 
 func newKernelCmd(e *environment) *cobra.Command {
-	return newGroup("kernel", "Kernels that machines boot", `  atoll kernel ls`, newKernelLsCmd(e), newKernelPullCmd(e), newKernelImportCmd(e), newKernelInspectCmd(e))
+	return newGroup("kernel", "Kernels that machines boot", `  atoll kernel ls`,
+		newKernelLsCmd(e), newKernelPullCmd(e), newKernelBuildCmd(e), newKernelImportCmd(e), newKernelInspectCmd(e), newKernelRmCmd(e), newKernelSetDefaultCmd(e))
 }
 
 func newKernelLsCmd(e *environment) *cobra.Command {
@@ -150,7 +151,8 @@ func newKernelInspectCmd(e *environment) *cobra.Command {
 template that is applied to each. The fields are Name, Version, Digest,
 Architecture, Source, Args, SizeBytes, Default, CreatedAt, Path, Modules (in
 load order) and ConfigDigest.`,
-		Example: `  atoll kernel inspect --format '{{.Source}}' debian-6.1.0-40-cloud-amd64`,
+		Example:           `  atoll kernel inspect --format '{{.Source}}' debian-6.1.0-40-cloud-amd64`,
+		ValidArgsFunction: e.completeKernels(0),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := ui.CheckFormat(format); err != nil {
 				return usageError{err}

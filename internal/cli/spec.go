@@ -51,9 +51,12 @@ func addSpecFlags(cmd *cobra.Command) *specFlags {
 	f.StringVar(&s.spec.Kernel, "kernel", "", "kernel to boot (default: see atoll kernel ls)")
 	f.StringVar(&s.spec.Vmm, "vmm", "", "virtual machine monitor: auto or qemu (default auto)")
 	f.StringVar(&s.spec.Platform, "platform", "", "platform of the image: `OS/ARCH[/VARIANT]`")
+	f.BoolVar(&s.spec.Verity, "verity", false, "run only from root disks that verify; a changed byte in them fails the machine")
 	f.StringVar(&s.pull, "pull", s.pull, "when to pull the image: always, missing or never")
 	f.StringVar(&s.spec.StopSignal, "stop-signal", "", "signal that asks the entrypoint to end (default: the image's, else TERM)")
 	f.Var(&s.stopTimeout, "stop-timeout", "time to end before it is killed, such as 30 or 1m30s (default 10s)")
+	f.StringVar(&s.spec.Init, "init", "", "who is PID 1: agent; image, its own init; auto, the latter where the\nimage runs an init such as /sbin/init (default auto)")
+	complete(cmd, "init", "auto", "agent", "image")
 	complete(cmd, "pull", "always", "missing", "never")
 	complete(cmd, "vmm", "auto", "qemu")
 	return s

@@ -151,6 +151,7 @@ type specView struct {
 	VMM           string   `json:"vmm"`
 	Platform      string   `json:"platform"`
 	StopSignal    string   `json:"stopSignal"`
+	Verity        bool     `json:"verity"`
 	StopTimeout   string   `json:"stopTimeout"`
 }
 
@@ -182,7 +183,7 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Env: list(s.GetEnv()), WorkingDir: s.GetWorkingDir(), User: s.GetUser(), TTY: s.GetTty(), Stdin: s.GetStdin(),
 		Remove: s.GetRemove(), Hostname: s.GetHostname(), CPUs: s.GetCpus(), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(),
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
-		StopSignal: s.GetStopSignal(),
+		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(),
 	}}
 	if t := s.GetStopTimeout(); t != nil {
 		d.Spec.StopTimeout = t.AsDuration().String()
@@ -255,14 +256,12 @@ type imageView struct {
 	Repository    string    `json:"repository"`
 	Tag           string    `json:"tag"`
 	Reference     string    `json:"reference"`
+	Digest        string    `json:"digest"` // as its registry has it: of the index, where it came from one
 	CreatedAt     time.Time `json:"createdAt"`
 	SizeBytes     int64     `json:"sizeBytes"`
 	RootDiskBytes int64     `json:"rootDiskBytes"`
 	Platform      string    `json:"platform"`
 }
-
-// Digest is Docker's word for ID in templates.
-func (v imageView) Digest() string { return v.ID }
 
 func imageViews(images []*atollv1.Image) []imageView {
 	var rows []imageView
@@ -277,6 +276,12 @@ func imageViews(images []*atollv1.Image) []imageView {
 		for _, ref := range i.GetReferences() {
 			row.Reference = ref
 			row.Repository, row.Tag = splitReference(ref)
+			row.Digest = ""
+			for _, d := range i.GetRepoDigests() {
+				if name, digest, ok := strings.Cut(d, "@"); ok && name == row.Repository {
+					row.Digest = digest
+				}
+			}
 			rows = append(rows, row)
 		}
 	}
@@ -307,15 +312,48 @@ func platform(i *atollv1.Image) string {
 type imageDetail struct {
 	ID            string         `json:"id"`
 	References    []string       `json:"references"`
+	RepoDigests   []string       `json:"repoDigests"` // name@digest, as its registries have it
 	CreatedAt     time.Time      `json:"createdAt"`
+	Author        string         `json:"author"`
 	SizeBytes     int64          `json:"sizeBytes"`
 	OS            string         `json:"os"`
 	Architecture  string         `json:"architecture"`
 	Variant       string         `json:"variant"`
 	Config        map[string]any `json:"config"` // with the keys of the image specification: Cmd, Env, …
 	Layers        []layerView    `json:"layers"`
-	RootDisk      string         `json:"rootDisk"`
+	DiffIDs       []string       `json:"diffIds"`     // of the layers, uncompressed
+	IndexDigest   string         `json:"indexDigest"` // of the index that it came from; empty: it came from none
+	Variants      []variantView  `json:"variants"`    // of that index
+	Referrers     []referrerView `json:"referrers"`   // the artifacts here that refer to it
+	RootDisk      string         `json:"rootDisk"`    // the lowest
 	RootDiskBytes int64          `json:"rootDiskBytes"`
+	// RootDiskOwnBytes is of those that no other image uses.
+	RootDiskOwnBytes int64          `json:"rootDiskOwnBytes"`
+	RootDisks        []rootDiskView `json:"rootDisks"` // the lowest first
+}
+
+type rootDiskView struct {
+	Path      string   `json:"path"`
+	SizeBytes int64    `json:"sizeBytes"`
+	Images    uint32   `json:"images"` // that use it
+	Layers    []string `json:"layers"`
+	RootHash  string   `json:"rootHash"`
+	Salt      string   `json:"salt"`
+}
+
+// RepoTags is Docker's word for References in templates.
+func (d imageDetail) RepoTags() []string { return d.References }
+
+type variantView struct {
+	Digest   string `json:"digest"`
+	Platform string `json:"platform"`
+	Here     bool   `json:"here"` // with all its content
+}
+
+type referrerView struct {
+	Digest       string `json:"digest"`
+	ArtifactType string `json:"artifactType"`
+	SizeBytes    int64  `json:"sizeBytes"`
 }
 
 type layerView struct {
@@ -328,19 +366,33 @@ func newImageDetail(i *atollv1.Image) (imageDetail, error) {
 	d := imageDetail{
 		ID: i.GetDigest(), References: list(i.GetReferences()), CreatedAt: clock(i.GetCreatedAt()), SizeBytes: i.GetSizeBytes(),
 		OS: i.GetOs(), Architecture: i.GetArchitecture(), Variant: i.GetVariant(), Layers: []layerView{},
-		RootDisk: i.GetRootDisk(), RootDiskBytes: i.GetRootDiskBytes(),
+		RootDisk: i.GetRootDisk(), RootDiskBytes: i.GetRootDiskBytes(), RootDiskOwnBytes: i.GetRootDiskOwnBytes(), RootDisks: []rootDiskView{},
+		RepoDigests: list(i.GetRepoDigests()), DiffIDs: []string{}, IndexDigest: i.GetIndexDigest(), Variants: []variantView{}, Referrers: []referrerView{},
+	}
+	for _, r := range i.GetRootDisks() {
+		d.RootDisks = append(d.RootDisks, rootDiskView{r.GetPath(), r.GetSizeBytes(), r.GetImages(), list(r.GetLayers()), r.GetRootHash(), r.GetSalt()})
+	}
+	for _, v := range i.GetVariants() {
+		d.Variants = append(d.Variants, variantView{v.GetDigest(), v.GetPlatform(), v.GetHere()})
+	}
+	for _, r := range i.GetReferrers() {
+		d.Referrers = append(d.Referrers, referrerView{r.GetDigest(), r.GetArtifactType(), r.GetSizeBytes()})
 	}
 	for _, l := range i.GetLayers() {
 		d.Layers = append(d.Layers, layerView{l.GetDigest(), l.GetMediaType(), l.GetSizeBytes()})
 	}
 	if len(i.GetConfigJson()) > 0 {
 		var whole struct {
+			Author string         `json:"author"`
 			Config map[string]any `json:"config"`
+			RootFS struct {
+				DiffIDs []string `json:"diff_ids"`
+			} `json:"rootfs"`
 		}
 		if err := json.Unmarshal(i.GetConfigJson(), &whole); err != nil {
 			return d, fmt.Errorf("reading the config of image %s: %w", i.GetDigest(), err)
 		}
-		d.Config = whole.Config
+		d.Author, d.Config, d.DiffIDs = whole.Author, whole.Config, list(whole.RootFS.DiffIDs)
 	}
 	return d, nil
 }
@@ -350,10 +402,12 @@ type baseView struct {
 	Digest      string     `json:"digest"` // empty: not built yet
 	BuiltAt     *time.Time `json:"builtAt"`
 	Description string     `json:"description"`
+	SizeBytes   int64      `json:"sizeBytes"` // of the built image's compressed layers; 0: not built yet
+	Aliases     []string   `json:"aliases"`
 }
 
 func newBaseView(b *atollv1.Base) baseView {
-	return baseView{b.GetName(), b.GetDigest(), clockOrNil(b.GetBuiltAt()), b.GetDescription()}
+	return baseView{b.GetName(), b.GetDigest(), clockOrNil(b.GetBuiltAt()), b.GetDescription(), b.GetSizeBytes(), list(b.GetAliases())}
 }
 
 type kernelView struct {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/atollvm/atoll/internal/agent/embedded"
 	"github.com/atollvm/atoll/internal/base"
+	"github.com/atollvm/atoll/internal/config"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/image"
 	"github.com/atollvm/atoll/internal/kernel"
@@ -18,6 +19,7 @@ import (
 	"github.com/atollvm/atoll/internal/vmm"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // imagesOf is the image store as the machine room sees it.
@@ -49,29 +51,67 @@ func isBase(name string) bool {
 	return err == nil
 }
 
+// pullBase brings a base that is an image of its distribution's registry.
+func (s *system) pullBase(ctx context.Context, reference string, progress func(line string)) (ocispec.Descriptor, error) {
+	said := map[string]bool{}
+	img, err := s.images.Pull(ctx, reference, image.PullOptions{Progress: func(t image.Transfer) {
+		if line := t.ID + ": " + t.Status; !said[line] { // each step of each blob once
+			said[line] = true
+			progress(line)
+		}
+	}})
+	return img.ManifestDesc, err
+}
+
 // disksOf is the root disks and scratch disks as the machine room sees them.
 type disksOf struct{ s *system }
 
-func (d *disksOf) Root(ctx context.Context, img digest.Digest) (string, error) {
-	disk, err := d.s.disks.Get(img)
+func (d *disksOf) Root(ctx context.Context, img digest.Digest) ([]machine.RootDisk, error) {
+	root, err := d.s.disks.Get(img)
 	if errdefs.IsNotFound(err) {
-		disk, err = d.Make(ctx, img, nil)
+		root, err = d.Make(ctx, img, nil)
 	}
-	return disk.Path, err
+	var disks []machine.RootDisk
+	for _, r := range root.Disks {
+		disks = append(disks, machine.RootDisk{
+			Path: r.Path, HasRoot: r.HasRoot, RootHash: r.Verity.RootHash, Salt: r.Verity.Salt, DataBlocks: r.Verity.DataBlocks,
+		})
+	}
+	return disks, err
 }
 
-// Get returns a root disk that is there.
-func (d *disksOf) Get(img digest.Digest) (rootdisk.Disk, error) { return d.s.disks.Get(img) }
+func (d *disksOf) Verify(ctx context.Context, img digest.Digest) error {
+	root, err := d.s.disks.Get(img)
+	if err != nil {
+		return err
+	}
+	for _, r := range root.Disks {
+		err := r.Verify(ctx)
+		if errdefs.IsDataLoss(err) {
+			err = hint.With(err, "remove it, and the next start makes it anew from the image's layers: rm %s", r.Path)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Get returns root disks that are there.
+func (d *disksOf) Get(img digest.Digest) (rootdisk.Root, error) { return d.s.disks.Get(img) }
+
+// Users returns how many images use each root disk, by its key.
+func (d *disksOf) Users() (map[string]int, error) { return d.s.disks.Users() }
 
 func (d *disksOf) Scratch(path string, size int64) error { return rootdisk.CreateScratch(path, size) }
 
-// Make makes an image's root disk, unless it is there.
-func (d *disksOf) Make(ctx context.Context, img digest.Digest, progress func(done int64)) (rootdisk.Disk, error) {
+// Make makes an image's root disks, unless they are there.
+func (d *disksOf) Make(ctx context.Context, img digest.Digest, progress func(done int64)) (rootdisk.Root, error) {
 	release := d.s.images.Hold()
 	defer release()
 	i, err := d.s.images.Resolve(ctx, img.String(), "")
 	if err != nil {
-		return rootdisk.Disk{}, err
+		return rootdisk.Root{}, err
 	}
 	return d.s.disks.Ensure(ctx, img, layersOf(ctx, d.s.images, i), progress)
 }
@@ -79,8 +119,13 @@ func (d *disksOf) Make(ctx context.Context, img digest.Digest, progress func(don
 // kernelsOf is the kernels as the machine room sees them.
 type kernelsOf struct{ s *system }
 
-func (k *kernelsOf) Boot(ctx context.Context, name string) (vmm.Kernel, string, error) {
+func (k *kernelsOf) Boot(ctx context.Context, name string, features ...string) (vmm.Kernel, string, error) {
 	kn, err := k.s.kernels.Get(name)
+	for _, f := range features {
+		if err == nil {
+			err = kn.Require(f)
+		}
+	}
 	if err != nil {
 		return vmm.Kernel{}, "", err
 	}
@@ -92,13 +137,21 @@ func (k *kernelsOf) Boot(ctx context.Context, name string) (vmm.Kernel, string, 
 	if err != nil {
 		return vmm.Kernel{}, "", err
 	}
-	return vmm.Kernel{Path: kn.Path, Initramfs: initramfs, Args: kn.Args, NeedsACPI: kn.NeedsACPI}, kn.Name, nil
+	return vmm.Kernel{Path: kn.Path, Initramfs: initramfs, Args: kn.Args, NeedsACPI: kn.NeedsACPI, ACPI: kn.ACPI}, kn.Name, nil
 }
 
 func layersOf(ctx context.Context, store *image.Store, i image.Image) []rootdisk.Layer {
 	var layers []rootdisk.Layer
 	for _, l := range i.Layers {
-		layers = append(layers, rootdisk.Layer{Digest: l.Digest, MediaType: l.MediaType, Open: func() (io.ReadCloser, error) { return store.Blob(ctx, l) }})
+		layers = append(layers, rootdisk.Layer{Digest: l.Digest, MediaType: l.MediaType, Size: l.Size, Open: func() (io.ReadCloser, error) { return store.Blob(ctx, l) }})
 	}
 	return layers
+}
+
+func registriesOf(set config.Settings) map[string]image.Registry {
+	all := map[string]image.Registry{}
+	for host, r := range set.Registries {
+		all[host] = image.Registry{Mirrors: r.Mirrors, Insecure: r.Insecure, CA: r.CA}
+	}
+	return all
 }

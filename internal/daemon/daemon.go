@@ -104,7 +104,11 @@ func assemble(c Config, db *state.DB) (*system, error) {
 	s := &system{events: event.New()}
 	at := func(name string) string { return filepath.Join(c.Home, name) }
 	var err error
-	s.images, err = image.Open(image.Options{Dir: at("images"), DB: db, DockerConfigDir: c.DockerConfigDir, Events: s.events, Log: c.Log})
+	s.images, err = image.Open(image.Options{
+		Dir: at("images"), DB: db, DockerConfigDir: c.DockerConfigDir, Registries: registriesOf(c.Settings),
+		Proxy: image.Proxy{HTTP: c.Settings.Proxy.HTTP, HTTPS: c.Settings.Proxy.HTTPS, No: c.Settings.Proxy.No}, CA: c.Settings.TLS.CA,
+		Events: s.events, Log: c.Log,
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -115,7 +119,7 @@ func assemble(c Config, db *state.DB) (*system, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.bases = base.New(base.Config{Content: s.images.Content(), TempDir: at("tmp"), Cache: at("cache"), Log: c.Log})
+	s.bases = base.New(base.Config{Content: s.images.Content(), TempDir: at("tmp"), Cache: at("cache"), Log: c.Log, Pull: s.pullBase})
 	s.builder = build.New(build.Options{
 		Dir: at("build"), Child: []string{c.Exe, BuildChild}, ContentDir: at("images"), Registry: s.images.Handler(),
 		KnownBase: func(r reference.Named) bool { return isBase(reference.FamiliarString(r)) }, DockerConfigDir: c.DockerConfigDir, Log: c.Log,
@@ -143,6 +147,7 @@ func assemble(c Config, db *state.DB) (*system, error) {
 		return nil, err
 	}
 	s.images.SetInUse(s.machines.UsersOf)
+	s.kernels.SetInUse(s.machines.UsersOfKernel)
 	s.images.OnDelete(func(d digest.Digest) {
 		if err := s.disks.Remove(d); err != nil {
 			c.Log.Error("removing the root disk of a removed image", "image", d, "err", err)

@@ -1,11 +1,10 @@
-// Package debian is a client of Debian's package archive that believes nothing it has not verified: the Release file's
-// OpenPGP signature against the archive keys embedded here, the package index against the Release, the package against the index.
+// Package debian is a client of package archives of Debian's form, Debian's and Ubuntu's, that believes nothing it has not verified: the
+// Release file's OpenPGP signature against the archive keys embedded here or given by the user, the package index against the Release, the package against the index.
 // It installs nothing. A leaf; imported by kernel and base. An Archive may be used from several goroutines and processes.
 package debian
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	_ "embed"
 	"fmt"
@@ -30,7 +29,7 @@ var KeyringData []byte
 // DefaultMirror serves every Debian architecture and suite.
 const DefaultMirror = "http://deb.debian.org/debian"
 
-// Archive is one suite on one mirror. All fields must be set.
+// Archive is one suite on one mirror. All fields but AsOf must be set.
 type Archive struct {
 	Mirror     string // the directory that holds dists/ and pool/
 	Suite      string // a codename, as bookworm-updates
@@ -38,6 +37,7 @@ type Archive struct {
 	Keyring    openpgp.EntityList
 	Cache      string // directory for verified indices and packages
 	HTTP       *http.Client
+	AsOf       time.Time // of a snapshot: what had not expired then is good; zero: now
 	Log        *slog.Logger
 }
 
@@ -68,20 +68,7 @@ func SecurityMirror(mirror string) string {
 // Suites returns the suites of a Debian release: itself, its updates and its security updates, each verified with the
 // embedded keys. An empty mirror means DefaultMirror.
 func Suites(mirror, codename, cache string, log *slog.Logger) (Archives, error) {
-	keys, err := Keyring()
-	if err != nil {
-		return nil, err
-	}
-	mirror = strings.TrimSuffix(cmp.Or(mirror, DefaultMirror), "/")
-	client := Client()
-	suite := func(mirror, name string) *Archive {
-		return &Archive{Mirror: mirror, Suite: name, Components: []string{"main"}, Keyring: keys, Cache: cache, HTTP: client, Log: log}
-	}
-	return Archives{
-		suite(mirror, codename),
-		suite(mirror, codename+"-updates"),
-		suite(SecurityMirror(mirror), codename+"-security"),
-	}, nil
+	return Debian().Suites(codename, Source{Mirror: mirror}, cache, log)
 }
 
 // Find returns the newest version of every package whose name match accepts, by name.

@@ -43,31 +43,40 @@ func (a *Archive) small(ctx context.Context, url string) ([]byte, error) {
 
 // get requests url from byte offset on. resumed tells whether the server did start there.
 func (a *Archive) get(ctx context.Context, url string, offset int64) (body io.ReadCloser, resumed bool, err error) {
+	resp, err := request(ctx, a.HTTP, url, offset)
+	if err != nil {
+		return nil, false, err
+	}
+	return resp.Body, resp.StatusCode == http.StatusPartialContent, nil
+}
+
+func request(ctx context.Context, client *http.Client, url string, offset int64) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		cancel(nil)
-		return nil, false, fmt.Errorf("mirror %q: %w: %w", url, err, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("mirror %q: %w: %w", url, err, errdefs.ErrInvalidArgument)
 	}
 	if offset > 0 {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
 	}
-	resp, err := a.HTTP.Do(req)
+	resp, err := client.Do(req)
 	if err != nil {
 		cancel(nil)
-		return nil, false, unreachable(url, err)
+		return nil, unreachable(url, err)
 	}
 	switch resp.StatusCode {
 	case http.StatusOK, http.StatusPartialContent:
 		watch := time.AfterFunc(stall, func() { cancel(fmt.Errorf("nothing came for %s", stall)) })
-		return &watchedBody{resp.Body, ctx, watch, cancel}, resp.StatusCode == http.StatusPartialContent, nil
+		resp.Body = &watchedBody{resp.Body, ctx, watch, cancel}
+		return resp, nil
 	}
 	resp.Body.Close()
 	cancel(nil)
 	if resp.StatusCode == http.StatusNotFound {
-		return nil, false, fmt.Errorf("%s: %w", url, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("%s: %w", url, errdefs.ErrNotFound)
 	}
-	return nil, false, unreachable(url, errors.New(resp.Status))
+	return nil, unreachable(url, errors.New(resp.Status))
 }
 
 func unreachable(url string, err error) error {
@@ -247,4 +256,14 @@ func hashFile(path string) (string, error) {
 		return "", err
 	}
 	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// Get requests a file that no index vouches for: the caller verifies it. size is -1 where the server does not say. A transfer that stalls
+// ends. errdefs.ErrNotFound, ErrUnavailable.
+func Get(ctx context.Context, client *http.Client, url string) (body io.ReadCloser, size int64, err error) {
+	resp, err := request(ctx, client, url, 0)
+	if err != nil {
+		return nil, 0, err
+	}
+	return resp.Body, resp.ContentLength, nil
 }

@@ -57,7 +57,11 @@ func (a *Archive) Release(ctx context.Context) (*Release, error) {
 			fmt.Errorf("the mirror %s serves suite %q (%s) as %s: %w", a.Mirror, r.Suite, r.Codename, a.Suite, errdefs.ErrDataLoss),
 			"use another mirror, such as %s", DefaultMirror)
 	}
-	if !r.ValidUntil.IsZero() && time.Now().After(r.ValidUntil) {
+	now := time.Now()
+	if !a.AsOf.IsZero() {
+		now = a.AsOf
+	}
+	if !r.ValidUntil.IsZero() && now.After(r.ValidUntil) {
 		return nil, hint.With(
 			fmt.Errorf("the release file of %s on %s expired on %s: %w", a.Suite, a.Mirror, r.ValidUntil.Format(time.RFC1123), errdefs.ErrFailedPrecondition),
 			"the mirror is out of date, or this machine's clock is wrong: it says %s; check it with date, or use another mirror", time.Now().UTC().Format(time.RFC1123))
@@ -76,7 +80,7 @@ func (a *Archive) verifiedRelease(ctx context.Context) ([]byte, error) {
 		if block == nil {
 			return nil, badSignature(errors.New("InRelease is not a signed message"))
 		}
-		if err := verify(a.Keyring, block.Bytes, block.ArmoredSignature.Body); err != nil {
+		if err := verify(a.Keyring, a.AsOf, block.Bytes, block.ArmoredSignature.Body); err != nil {
 			return nil, badSignature(err)
 		}
 		return block.Plaintext, nil
@@ -96,7 +100,7 @@ func (a *Archive) verifiedRelease(ctx context.Context) ([]byte, error) {
 	if err != nil {
 		return nil, badSignature(fmt.Errorf("reading Release.gpg: %w", err))
 	}
-	if err := verify(a.Keyring, text, block.Body); err != nil {
+	if err := verify(a.Keyring, a.AsOf, text, block.Body); err != nil {
 		return nil, badSignature(err)
 	}
 	return text, nil
@@ -108,9 +112,14 @@ func badSignature(err error) error {
 }
 
 // verify accepts text when one of its signatures is good. Debian signs with the keys of several releases, of which a keyring may
-// have some only; openpgp looks at the first known one and would stop there if that key had expired.
-func verify(keys openpgp.EntityList, text []byte, signatures io.Reader) error {
+// have some only; openpgp looks at the first known one and would stop there if that key had expired. A key that has expired since a
+// snapshot was taken, asOf, is good for that.
+func verify(keys openpgp.EntityList, asOf time.Time, text []byte, signatures io.Reader) error {
 	var faults []error
+	config := &packet.Config{}
+	if !asOf.IsZero() {
+		config.Time = func() time.Time { return asOf }
+	}
 	for packets := packet.NewReader(signatures); ; {
 		p, err := packets.Next()
 		if errors.Is(err, io.EOF) {
@@ -128,7 +137,7 @@ func verify(keys openpgp.EntityList, text []byte, signatures io.Reader) error {
 			faults = append(faults, err)
 			continue
 		}
-		_, err = openpgp.CheckDetachedSignature(keys, bytes.NewReader(text), &one, nil)
+		_, err = openpgp.CheckDetachedSignature(keys, bytes.NewReader(text), &one, config)
 		if err == nil {
 			return nil
 		}

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,7 +34,6 @@ const (
 	attempts       = 4 // of one request or transfer, the first one included
 	firstPause     = 250 * time.Millisecond
 	progressEvery  = 100 * time.Millisecond
-	maxNesting     = 3 // of indexes
 )
 
 // Transfer is the progress of one blob.
@@ -44,20 +44,25 @@ type Transfer struct {
 	Total  int64
 }
 
+// AllPlatforms is the platform that stands for the whole of an index.
+const AllPlatforms = "all"
+
 // PullOptions are what a pull may be told.
 type PullOptions struct {
-	Platform string         // os/arch[/variant]; default: linux on the host's architecture
-	Progress func(Transfer) // called by one goroutine at a time
+	Platform  string         // os/arch[/variant] or AllPlatforms; default: linux on the host's architecture
+	Referrers []string       // types of the artifacts to bring along that refer to the image, or AnyArtifact
+	Progress  func(Transfer) // called by one goroutine at a time
 }
 
 // Pull brings an image from its registry: the manifest of one platform and its blobs, each verified by its digest before it is in the
-// store. What an interrupted pull has already is not fetched again.
+// store. What an interrupted pull has already is not fetched again. Of an index all is kept that is here.
 func (s *Store) Pull(ctx context.Context, reference string, o PullOptions) (Image, error) {
 	r, err := ref.Parse(reference)
 	if err != nil {
 		return Image{}, err
 	}
-	if o.Platform == "" {
+	all := o.Platform == AllPlatforms
+	if o.Platform == "" || all {
 		o.Platform = "linux/" + runtime.GOARCH
 	}
 	want, err := parsePlatform(o.Platform)
@@ -68,7 +73,7 @@ func (s *Store) Pull(ctx context.Context, reference string, o PullOptions) (Imag
 		r.Tag = "" // the digest decides; keeping a tag that nobody looked up would be a lie
 	}
 	defer s.Hold()()
-	p := &puller{store: s, ref: r, want: want, progress: o.Progress}
+	p := &puller{store: s, ref: r, want: want, all: all, referrers: o.Referrers, progress: o.Progress}
 	img, err := p.pull(quiet(ctx))
 	if err != nil {
 		return Image{}, fmt.Errorf("pulling %s: %w", r, err)
@@ -78,10 +83,12 @@ func (s *Store) Pull(ctx context.Context, reference string, o PullOptions) (Imag
 
 // puller is one pull.
 type puller struct {
-	store   *Store
-	ref     ref.Ref
-	want    ocispec.Platform
-	fetcher remotes.Fetcher
+	store     *Store
+	ref       ref.Ref
+	want      ocispec.Platform
+	all       bool
+	referrers []string
+	fetcher   remotes.Fetcher
 
 	mu       sync.Mutex // makes calls of progress one at a time
 	progress func(Transfer)
@@ -93,19 +100,15 @@ func (p *puller) pull(ctx context.Context) (Image, error) {
 	if err != nil {
 		return Image{}, err
 	}
-	manifest, err := p.manifest(ctx, &source)
+	rec, img, err := p.image(ctx, source)
 	if err != nil {
 		return Image{}, err
 	}
-	img, err := p.config(ctx, manifest)
-	if err != nil {
-		return Image{}, err
-	}
-	if err := p.layers(ctx, img.Layers); err != nil {
+	if err := p.artifacts(ctx, img.Digest, rec.Source.Digest); err != nil {
 		return Image{}, err
 	}
 	s := p.store
-	if err := s.set(p.ref.String(), record{Manifest: img.ManifestDesc, Source: source}, img); err != nil {
+	if err := s.set(p.ref.String(), rec, img); err != nil {
 		return Image{}, err
 	}
 	s.publish("pull", img.Digest, p.ref.String())
@@ -113,10 +116,157 @@ func (p *puller) pull(ctx context.Context) (Image, error) {
 	return s.image(img.Digest), nil
 }
 
+// image brings what the reference stands for: one platform, or all of them.
+func (p *puller) image(ctx context.Context, source ocispec.Descriptor) (record, *Image, error) {
+	if p.all {
+		if err := p.whole(ctx, source, 0, map[digest.Digest]bool{}); err != nil {
+			return record{}, nil, err
+		}
+		return p.store.adopt(ctx, source)
+	}
+	manifest, err := p.manifest(ctx, &source)
+	if err != nil {
+		return record{}, nil, err
+	}
+	img, err := p.config(ctx, manifest)
+	if err != nil {
+		return record{}, nil, err
+	}
+	if err := p.layers(ctx, img.Layers); err != nil {
+		return record{}, nil, err
+	}
+	rec := record{Manifest: img.ManifestDesc, Source: source}
+	if source.Digest != manifest.Digest {
+		have, _ := p.store.complete(ctx, source) // most are not here: that is what one platform means
+		rec.Kept = without(have, manifest.Digest)
+	}
+	return rec, img, nil
+}
+
+// whole fetches a manifest or an index and all below it.
+func (p *puller) whole(ctx context.Context, desc ocispec.Descriptor, depth int, seen map[digest.Digest]bool) error {
+	if depth > maxNesting {
+		return errTooDeep
+	}
+	if seen[desc.Digest] {
+		return nil
+	}
+	seen[desc.Digest] = true
+	if len(seen) > maxEntries {
+		return fmt.Errorf("more than %d manifests: %w", maxEntries, errdefs.ErrInvalidArgument)
+	}
+	if !isDocument(desc) {
+		desc.MediaType = ocispec.MediaTypeImageManifest
+	}
+	doc, err := p.document(ctx, desc)
+	if err != nil {
+		return fmt.Errorf("fetching manifest %s: %w", desc.Digest, err)
+	}
+	if doc.Config != nil {
+		return p.layers(ctx, append([]ocispec.Descriptor{*doc.Config}, doc.Layers...))
+	}
+	for _, d := range doc.Manifests {
+		if err := p.whole(ctx, d, depth+1, seen); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// artifacts brings what refers to the subjects.
+func (p *puller) artifacts(ctx context.Context, subjects ...digest.Digest) error {
+	if len(p.referrers) == 0 {
+		return nil
+	}
+	lister, ok := p.fetcher.(remotes.ReferrersFetcher)
+	if !ok {
+		return fmt.Errorf("listing referrers: %w", errdefs.ErrNotImplemented)
+	}
+	slices.Sort(subjects)
+	for _, subject := range slices.Compact(subjects) {
+		var found []ocispec.Descriptor
+		err := retry(ctx, func() (err error) {
+			found, err = lister.FetchReferrers(ctx, subject)
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("listing what refers to %s: %w", subject, p.store.explain(ctx, err, p.ref))
+		}
+		if len(found) > maxEntries {
+			return fmt.Errorf("%d artifacts refer to %s, more than %d: %w", len(found), subject, maxEntries, errdefs.ErrInvalidArgument)
+		}
+		for _, desc := range found {
+			if !wanted(p.referrers, desc.ArtifactType) {
+				continue
+			}
+			if err := p.artifact(ctx, subject, desc); err != nil {
+				return fmt.Errorf("fetching artifact %s: %w", desc.Digest, err)
+			}
+		}
+	}
+	return nil
+}
+
+func (p *puller) artifact(ctx context.Context, subject digest.Digest, desc ocispec.Descriptor) error {
+	if err := checkDescriptor(desc); err != nil {
+		return err
+	}
+	doc, err := p.document(ctx, desc)
+	if err != nil {
+		return err
+	}
+	if doc.Config == nil || doc.Subject == nil || doc.Subject.Digest != subject {
+		return fmt.Errorf("it does not refer to %s: %w", subject, errdefs.ErrInvalidArgument)
+	}
+	if err := p.layers(ctx, append([]ocispec.Descriptor{*doc.Config}, doc.Layers...)); err != nil {
+		return err
+	}
+	return p.store.keepArtifact(ctx, desc)
+}
+
+// PullArtifact brings an artifact of one of the types from a registry, and returns its manifest. It has no name here: it stays as long as the
+// caller's Hold.
+func (s *Store) PullArtifact(ctx context.Context, reference string, types []string, progress func(Transfer)) (ocispec.Descriptor, error) {
+	r, err := ref.Parse(reference)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	if r.Digest != "" {
+		r.Tag = ""
+	}
+	defer s.Hold()()
+	p := &puller{store: s, ref: r, progress: progress}
+	desc, err := p.alone(quiet(ctx), types)
+	if err != nil {
+		return desc, fmt.Errorf("pulling %s: %w", r, err)
+	}
+	return desc, nil
+}
+
+func (p *puller) alone(ctx context.Context, types []string) (ocispec.Descriptor, error) {
+	desc, err := p.resolve(ctx)
+	if err != nil {
+		return desc, err
+	}
+	if !isDocument(desc) {
+		desc.MediaType = ocispec.MediaTypeImageManifest
+	}
+	doc, err := p.document(ctx, desc)
+	if err != nil {
+		return desc, fmt.Errorf("fetching manifest %s: %w", desc.Digest, err)
+	}
+	if doc.Config == nil || !wanted(types, artifactType(doc)) {
+		return desc, hint.With(fmt.Errorf("it is of type %q, not %s: %w", cmp.Or(artifactType(doc), "index"), strings.Join(types, " or "), errdefs.ErrInvalidArgument),
+			"check name and tag of %s", p.ref.Familiar())
+	}
+	desc.MediaType, desc.ArtifactType = manifestType(doc, desc), artifactType(doc)
+	return desc, p.layers(ctx, append([]ocispec.Descriptor{*doc.Config}, doc.Layers...))
+}
+
 // resolve asks the registry what the reference stands for now.
 func (p *puller) resolve(ctx context.Context) (ocispec.Descriptor, error) {
 	var desc ocispec.Descriptor
-	resolver := p.store.resolver()
+	resolver := p.store.resolver(nil)
 	err := retry(ctx, func() (err error) {
 		_, desc, err = resolver.Resolve(ctx, p.ref.String())
 		return err
@@ -153,20 +303,20 @@ func (p *puller) manifest(ctx context.Context, source *ocispec.Descriptor) (ocis
 			return desc, err
 		}
 	}
-	return desc, fmt.Errorf("more than %d indexes in one another: %w", maxNesting, errdefs.ErrInvalidArgument)
+	return desc, errTooDeep
 }
 
 func (p *puller) document(ctx context.Context, desc ocispec.Descriptor) (document, error) {
-	if err := p.small(ctx, desc); err != nil {
+	if err := p.small(ctx, desc, maxManifest); err != nil {
 		return document{}, err
 	}
 	return p.store.document(ctx, desc)
 }
 
 // small fetches a blob that will be read into memory.
-func (p *puller) small(ctx context.Context, desc ocispec.Descriptor) error {
-	if desc.Size > maxDocument {
-		return tooLarge(desc)
+func (p *puller) small(ctx context.Context, desc ocispec.Descriptor, limit int64) error {
+	if desc.Size > limit {
+		return tooLarge(desc, limit)
 	}
 	return p.blob(ctx, desc)
 }
@@ -207,7 +357,7 @@ func (p *puller) config(ctx context.Context, manifest ocispec.Descriptor) (*Imag
 	if err != nil {
 		return nil, err
 	}
-	if err := p.small(ctx, *doc.Config); err != nil {
+	if err := p.small(ctx, *doc.Config, maxConfig); err != nil {
 		return nil, fmt.Errorf("fetching config %s: %w", doc.Config.Digest, err)
 	}
 	img, err := p.store.decode(ctx, manifest)
@@ -323,13 +473,26 @@ func (s *Store) full(err error) error {
 	if !errors.Is(err, syscall.ENOSPC) {
 		return err
 	}
-	var st unix.Statfs_t
 	free := "free space unknown"
-	if unix.Statfs(s.dir, &st) == nil {
-		free = fmt.Sprintf("%d KiB free", st.Bavail*uint64(st.Bsize)>>10)
+	if n, ok := s.free(); ok {
+		free = fmt.Sprintf("%d KiB free", n>>10)
 	}
 	return hint.With(fmt.Errorf("writing to %s (%s): %w: %w", s.dir, free, syscall.ENOSPC, errdefs.ErrResourceExhausted),
-		"free some space there, such as with atoll image rm, and pull again")
+		"free some space there, such as with atoll image prune, and try again")
+}
+
+func (s *Store) free() (int64, bool) {
+	var st unix.Statfs_t
+	err := unix.Statfs(s.dir, &st)
+	return int64(st.Bavail) * st.Bsize, err == nil
+}
+
+// room says beforehand that so many bytes would fill the disk.
+func (s *Store) room(size int64) error {
+	if n, ok := s.free(); !ok || size <= n {
+		return nil
+	}
+	return s.full(fmt.Errorf("%d bytes: %w", size, syscall.ENOSPC))
 }
 
 // meter reads a blob's body, reports how far it is, and ends what is longer than it should be.

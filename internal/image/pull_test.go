@@ -452,7 +452,9 @@ func TestPullRefuses(t *testing.T) {
 }
 
 func TestExplain(t *testing.T) {
-	s, _ := openStore(t, t.TempDir(), func(o *Options) { o.Insecure = []string{"r.example:5000"} })
+	s, _ := openStore(t, t.TempDir(), func(o *Options) {
+		o.Registries = map[string]Registry{"127.0.0.1:7": {CA: "/ca"}, "127.0.0.1:8": {Insecure: true}}
+	})
 	r, err := ref.Parse("r.example/team/app:1")
 	if err != nil {
 		t.Fatal(err)
@@ -476,8 +478,8 @@ func TestExplain(t *testing.T) {
 	} {
 		checkError(t, s.explain(t.Context(), tt.err, r), tt.is, tt.part, "r.example")
 	}
-	for host, want := range map[string]bool{"r.example:5000": true, "r.example": false, "localhost:1": true, "127.9.9.9": true, "[::1]:5": true, "docker.io": false} {
-		if got, err := s.plainHTTP(host); got != want || err != nil {
+	for host, want := range map[string]bool{"127.0.0.1:7": false, "127.0.0.1:8": false, "r.example": false, "localhost:1": true, "127.9.9.9": true, "[::1]:5": true, "docker.io": false} {
+		if got, err := s.registries.plainHTTP(host); got != want || err != nil {
 			t.Errorf("plainHTTP(%q) = %v, %v", host, got, err)
 		}
 	}

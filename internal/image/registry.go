@@ -1,17 +1,19 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"path/filepath"
-	"slices"
+	"net/url"
+	"path"
 	"strings"
-	"time"
+	"unicode"
 
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -27,35 +29,6 @@ import (
 	"github.com/atollvm/atoll/internal/ref"
 )
 
-const (
-	dialTimeout  = 10 * time.Second
-	stallTimeout = time.Minute // without one byte from the registry
-)
-
-// newClient returns the HTTP client for all registries.
-func newClient() *http.Client {
-	t := docker.DefaultHTTPTransport(nil)
-	dialer := &net.Dialer{Timeout: dialTimeout, KeepAlive: 30 * time.Second}
-	t.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-		c, err := dialer.DialContext(ctx, network, address)
-		if err != nil {
-			return nil, err
-		}
-		return stallingConn{c}, nil
-	}
-	return &http.Client{Transport: t}
-}
-
-// stallingConn fails a read that gets nothing for long, else a dead registry would hold a pull for ever.
-type stallingConn struct{ net.Conn }
-
-func (c stallingConn) Read(b []byte) (int, error) {
-	if err := c.SetReadDeadline(time.Now().Add(stallTimeout)); err != nil {
-		return 0, err
-	}
-	return c.Conn.Read(b)
-}
-
 // quiet takes away the library's own logger, which would write to the daemon's stderr.
 func quiet(ctx context.Context) context.Context {
 	l := logrus.New()
@@ -63,21 +36,57 @@ func quiet(ctx context.Context) context.Context {
 	return log.WithLogger(ctx, logrus.NewEntry(l))
 }
 
-// resolver is made anew for each pull, so that a login takes effect at once.
-func (s *Store) resolver() remotes.Resolver {
-	auth := docker.NewDockerAuthorizer(docker.WithAuthClient(s.client), docker.WithAuthCreds(s.credentials))
+// resolver is made anew for each pull and push, so that a login takes effect at once.
+func (s *Store) resolver(tracker docker.StatusTracker) remotes.Resolver {
+	// What does not answer the first time is not asked again within one pull: a dead mirror would cost ten seconds for each layer.
+	dead := &deadHosts{}
 	return docker.NewResolver(docker.ResolverOptions{
 		Headers: http.Header{"User-Agent": {"atoll"}},
-		Hosts: docker.ConfigureDefaultRegistries(
-			docker.WithClient(s.client), docker.WithAuthorizer(auth), docker.WithPlainHTTP(s.plainHTTP)),
+		Tracker: tracker,
+		Hosts:   func(domain string) ([]docker.RegistryHost, error) { return s.hosts(domain, dead) },
 	})
 }
 
-func (s *Store) plainHTTP(host string) (bool, error) {
-	if slices.Contains(s.insecure, host) {
-		return true, nil
+const (
+	pullOnly   = docker.HostCapabilityPull | docker.HostCapabilityResolve | docker.HostCapabilityReferrers
+	everything = pullOnly | docker.HostCapabilityPush
+)
+
+// hosts lists where content of a registry is looked for: its mirrors, then the registry itself.
+func (s *Store) hosts(domain string, dead *deadHosts) ([]docker.RegistryHost, error) {
+	var all []docker.RegistryHost
+	for _, m := range s.registries.of(domain).Mirrors {
+		u, err := url.Parse(m)
+		if err != nil || u.Host == "" {
+			return nil, fmt.Errorf("registry %s: mirror %q is no URL: %w", domain, m, errdefs.ErrInvalidArgument)
+		}
+		client, err := s.registries.client(u.Host)
+		if err != nil {
+			return nil, err
+		}
+		client = &http.Client{Transport: mirrorTransport{client.Transport, dead}}
+		all = append(all, s.host(client, u.Host, u.Scheme, path.Join("/", u.Path, "v2"), pullOnly))
 	}
-	return docker.MatchLocalhost(host)
+	client, err := s.registries.client(domain)
+	if err != nil {
+		return nil, err
+	}
+	scheme := "https"
+	if plain, err := s.registries.plainHTTP(domain); err != nil {
+		return nil, err
+	} else if plain {
+		scheme = "http"
+	}
+	address, err := docker.DefaultHost(domain)
+	if err != nil {
+		return nil, err
+	}
+	return append(all, s.host(client, address, scheme, "/v2", everything)), nil
+}
+
+func (s *Store) host(client *http.Client, address, scheme, path string, can docker.HostCapabilities) docker.RegistryHost {
+	auth := docker.NewDockerAuthorizer(docker.WithAuthClient(client), docker.WithAuthCreds(s.credentials), docker.WithAuthHeader(http.Header{"User-Agent": {"atoll"}}))
+	return docker.RegistryHost{Client: client, Authorizer: auth, Host: address, Scheme: scheme, Path: path, Capabilities: can}
 }
 
 // credentials returns user and secret for a registry from Docker's configuration: a file, or a credential helper.
@@ -89,9 +98,7 @@ func (s *Store) credentials(host string) (string, string, error) {
 	if err != nil {
 		return "", "", err
 	}
-	if host == "registry-1.docker.io" {
-		host = "https://index.docker.io/v1/" // the key that docker login writes
-	}
+	host = credentialKey(host)
 	c, err := credentialStore(file, host).Get(host)
 	if err != nil {
 		return "", "", fmt.Errorf("reading credentials for %s: %w", host, err)
@@ -100,6 +107,14 @@ func (s *Store) credentials(host string) (string, string, error) {
 		return "", c.IdentityToken, nil
 	}
 	return c.Username, c.Password, nil
+}
+
+// credentialKey is what docker login calls a registry.
+func credentialKey(host string) string {
+	if host == "registry-1.docker.io" || host == "docker.io" {
+		return "https://index.docker.io/v1/"
+	}
+	return host
 }
 
 // credentialStore does what the file's own GetCredentialsStore does, but reads no environment and prints nothing.
@@ -131,12 +146,60 @@ func timedOut(err error) bool {
 	return errors.As(err, &ne) && ne.Timeout()
 }
 
+// answer is a registry's refusal on one line: the library's has one for each of the registry's own messages, and every query.
+type answer struct {
+	cause error
+	text  string
+}
+
+func (a *answer) Error() string { return a.text }
+func (a *answer) Unwrap() error { return a.cause }
+
+// tidy makes the library's error about an answer of a registry readable.
+func tidy(err error) error {
+	var status remoteerrors.ErrUnexpectedStatus
+	if !errors.As(err, &status) {
+		return err
+	}
+	target := status.RequestURL
+	if u, err := url.Parse(target); err == nil {
+		u.RawQuery = ""
+		target = u.Redacted()
+	}
+	text := fmt.Sprintf("%s %s: %s", status.RequestMethod, target, status.Status)
+	var body struct {
+		Errors []struct{ Code, Message string } `json:"errors"`
+	}
+	if json.Unmarshal(status.Body, &body) == nil {
+		for _, e := range body.Errors {
+			text += fmt.Sprintf(" (%s)", cmp.Or(e.Message, e.Code))
+		}
+	}
+	return &answer{err, printable(text)}
+}
+
+// printable is a stranger's text, fit for a line of an error.
+func printable(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return ' '
+	}, s)
+	if len(s) > 1000 {
+		s = strings.ToValidUTF8(s[:1000], "") + "…"
+	}
+	return s
+}
+
 // explain gives a failure of a registry its class and the next step.
 func (s *Store) explain(ctx context.Context, err error, r ref.Ref) error {
+	err = tidy(err)
 	host, status := r.Host(), statusOf(err)
-	login := fmt.Sprintf("log in (docker login %s), or put the credentials into %s", host, filepath.Join(s.dockerConfigDir, config.ConfigFileName))
+	login := "log in: atoll login " + host
 	var netErr net.Error
 	var cert *tls.CertificateVerificationError
+	var redirect *url.Error
 	switch {
 	case ctx.Err() != nil, hint.Of(err) != "": // not by errors.Is: a dial that timed out also is a context.DeadlineExceeded
 		return err
@@ -154,11 +217,17 @@ func (s *Store) explain(ctx context.Context, err error, r ref.Ref) error {
 	case errdefs.IsNotFound(err):
 		return hint.With(fmt.Errorf("registry %s has no such image (manifest unknown): %w", host, err), "check name and tag of %s", r.Familiar())
 	case errors.Is(err, http.ErrSchemeMismatch):
-		return hint.With(fmt.Errorf("registry %s speaks plain HTTP: %w: %w", host, err, errdefs.ErrFailedPrecondition), "add %s to the insecure registries", host)
+		return hint.With(fmt.Errorf("registry %s speaks plain HTTP: %w: %w", host, err, errdefs.ErrFailedPrecondition),
+			"if that is meant: insecure = true under [registry.%q] in ATOLL_HOME/config.toml", host)
 	case errors.As(err, &cert):
-		return hint.With(fmt.Errorf("registry %s: %w: %w", host, err, errdefs.ErrFailedPrecondition), "install the certificate authority of %s on this host", host)
+		return hint.With(fmt.Errorf("registry %s: %w: %w", host, err, errdefs.ErrFailedPrecondition),
+			"name the file of its certificate authority: ca under [registry.%q] in ATOLL_HOME/config.toml", host)
+	case errors.As(err, &redirect) && strings.Contains(redirect.Error(), "redirect"):
+		return hint.With(fmt.Errorf("registry %s: %w: %w", host, err, errdefs.ErrUnavailable), "the registry sends requests in circles: tell who runs it")
 	case status >= 500:
 		return hint.With(fmt.Errorf("registry %s fails: %w: %w", host, err, errdefs.ErrUnavailable), "try again later")
+	case status >= 400:
+		return hint.With(fmt.Errorf("registry %s: %w: %w", host, err, errdefs.ErrUnavailable), "check that there is a registry at %s", host)
 	case errors.As(err, &netErr), errors.Is(err, io.ErrUnexpectedEOF):
 		return hint.With(fmt.Errorf("registry %s: %w: %w", host, err, errdefs.ErrUnavailable), "check that this host reaches %s; a pull goes on where it was interrupted", host)
 	}

@@ -304,3 +304,5 @@ func (f *flipper) Write(b []byte) (int, error) {
 	b[0] ^= 1
 	return f.ResponseWriter.Write(b)
 }
+
+func discard() *slog.Logger { return slog.New(slog.DiscardHandler) }

@@ -10,8 +10,10 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/ref"
@@ -50,7 +52,7 @@ func (s *Store) Remove(ctx context.Context, name string, force bool) (Removed, e
 			return Removed{}, fmt.Errorf("removing image %q: %w", name, err)
 		}
 	}
-	deleted, err := s.collect(ctx, map[digest.Digest]struct{}{img.Digest: {}}, false)
+	deleted, err := s.collect(ctx, map[digest.Digest]struct{}{img.Digest: {}}, false, false)
 	if err != nil {
 		return Removed{}, fmt.Errorf("removing image %q: %w", name, err)
 	}
@@ -116,15 +118,15 @@ func (s *Store) Hold() (release func()) {
 		released = true
 		s.holds--
 		due, all := s.deferred, s.gcDue
-		run := s.holds == 0 && (all || len(due) > 0)
+		run := s.holds == 0 && (all || s.sweepDue || len(due) > 0)
 		if run {
-			s.deferred, s.gcDue = map[digest.Digest]struct{}{}, false
+			s.deferred, s.sweepDue, s.gcDue = map[digest.Digest]struct{}{}, false, false
 		}
 		s.change.Unlock()
 		if !run {
 			return
 		}
-		if _, err := s.collect(context.Background(), due, all); err != nil {
+		if _, err := s.collect(context.Background(), due, all, all); err != nil {
 			s.log.Warn("deferred image garbage collection failed", "error", err)
 		}
 	}
@@ -133,20 +135,31 @@ func (s *Store) Hold() (release func()) {
 // GC deletes untagged images that nobody uses, blobs that belong to no image, and transfers given up long ago. It returns the digests.
 // While a hold is there it does nothing; it then runs at the last release.
 func (s *Store) GC(ctx context.Context) ([]digest.Digest, error) {
-	deleted, err := s.collect(ctx, nil, true)
+	deleted, err := s.collect(ctx, nil, true, true)
 	if err != nil {
 		return deleted, fmt.Errorf("collecting image garbage: %w", err)
 	}
 	return deleted, nil
 }
 
+// sweep deletes the blobs of no image as soon as there is no hold: what a load that failed has left, say.
+func (s *Store) sweep(ctx context.Context) error {
+	_, err := s.collect(ctx, nil, false, false)
+	return err
+}
+
+// collectStale is collect that also gives up the data of transfers that nobody goes on with.
+func (s *Store) collectStale(ctx context.Context, candidates map[digest.Digest]struct{}) ([]digest.Digest, error) {
+	return s.collect(ctx, candidates, false, true)
+}
+
 // collect deletes those of the candidates (all: every image) that are untagged and not in use, and then the blobs of no image.
-func (s *Store) collect(ctx context.Context, candidates map[digest.Digest]struct{}, all bool) ([]digest.Digest, error) {
+func (s *Store) collect(ctx context.Context, candidates map[digest.Digest]struct{}, all, stale bool) ([]digest.Digest, error) {
 	for {
 		s.change.Lock()
 		if s.holds > 0 {
 			maps.Copy(s.deferred, candidates)
-			s.gcDue = s.gcDue || all
+			s.sweepDue, s.gcDue = true, s.gcDue || all
 			s.change.Unlock()
 			return nil, nil
 		}
@@ -166,7 +179,7 @@ func (s *Store) collect(ctx context.Context, candidates map[digest.Digest]struct
 			s.change.Unlock()
 			continue // someone may have begun to use one of them
 		}
-		deleted, gone, err := s.sweepLocked(ctx, unused, all)
+		deleted, gone, err := s.sweepLocked(ctx, unused, stale)
 		s.change.Unlock()
 		s.mu.RLock()
 		callbacks := slices.Clone(s.onDelete)
@@ -211,7 +224,15 @@ func (s *Store) sweepLocked(ctx context.Context, unused []digest.Digest, stale b
 		s.mu.Unlock()
 		gone = append(gone, d)
 	}
-	live := s.live()
+	live, dead, err := s.live(ctx, nil)
+	if err != nil {
+		return nil, gone, err
+	}
+	for _, key := range dead {
+		if err := s.artifacts.Delete(key); err != nil {
+			return nil, gone, err
+		}
+	}
 	err = s.content.Walk(ctx, func(info content.Info) error {
 		if !live[info.Digest] {
 			deleted = append(deleted, info.Digest)
@@ -233,19 +254,48 @@ func (s *Store) sweepLocked(ctx context.Context, unused []digest.Digest, stale b
 	return deleted, gone, errors.Join(errs...)
 }
 
-// live returns every digest that an image needs.
-func (s *Store) live() map[digest.Digest]bool {
+// live returns every digest that an image (but some) needs, and the artifacts that refer to none of them.
+func (s *Store) live(ctx context.Context, but map[digest.Digest]struct{}) (live map[digest.Digest]bool, deadArtifacts []string, err error) {
+	live = map[digest.Digest]bool{}
+	var kept []ocispec.Descriptor
 	s.mu.RLock()
-	defer s.mu.RUnlock()
-	live := map[digest.Digest]bool{}
 	for _, r := range s.refs {
+		if _, ok := but[r.Manifest.Digest]; ok {
+			continue
+		}
 		img := s.images[r.Manifest.Digest]
 		live[r.Manifest.Digest], live[r.Source.Digest], live[img.ConfigDesc.Digest] = true, true, true
 		for _, l := range img.Layers {
 			live[l.Digest] = true
 		}
+		kept = append(kept, r.Kept...)
 	}
-	return live
+	s.mu.RUnlock()
+	for _, d := range kept {
+		if live[d.Digest] {
+			continue
+		}
+		live[d.Digest] = true
+		if images.IsIndexType(d.MediaType) {
+			continue // what is here of it is kept by itself
+		}
+		doc, err := s.document(ctx, d)
+		if errdefs.IsNotFound(err) {
+			continue // someone took its file away
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		if doc.Config == nil {
+			continue
+		}
+		live[doc.Config.Digest] = true
+		for _, l := range doc.Layers {
+			live[l.Digest] = true
+		}
+	}
+	deadArtifacts, err = s.liveArtifacts(live)
+	return live, deadArtifacts, err
 }
 
 func (s *Store) dropStale(ctx context.Context) error {

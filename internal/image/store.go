@@ -11,13 +11,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -35,8 +35,13 @@ import (
 	"github.com/atollvm/atoll/internal/state"
 )
 
-// maxDocument bounds manifests, indexes and configs, which are read into memory.
-const maxDocument = 8 << 20
+// Bounds of what strangers send and we read into memory. The distribution specification asks registries to take manifests of 4 MiB.
+const (
+	maxManifest = 4 << 20
+	maxConfig   = 8 << 20
+	maxEntries  = 512 // layers of a manifest, manifests of an index
+	maxNesting  = 3   // of indexes
+)
 
 // Image is one image of one platform. What the slices and RawConfig point to is shared: do not change it.
 type Image struct {
@@ -56,34 +61,52 @@ type Image struct {
 type record struct {
 	Manifest ocispec.Descriptor
 	Source   ocispec.Descriptor // what the registry has under the reference: the manifest or an index of several platforms
+	// Kept are the other manifests (and indexes) below Source that are here with all they need: other platforms, attestations.
+	Kept []ocispec.Descriptor `json:",omitempty"`
 }
 
 // Options configure a Store.
 type Options struct {
 	Dir             string // blobs/sha256/<hex> and unfinished transfers
 	DB              *state.DB
-	DockerConfigDir string   // has config.json with registry credentials; "": none
-	Insecure        []string // registries (host[:port]) spoken to in plain HTTP; those on loopback always are
+	DockerConfigDir string              // has config.json with registry credentials; "": none
+	Registries      map[string]Registry // by host[:port], as in references; those on loopback are spoken to in plain HTTP
+	Proxy           Proxy
+	CA              []string // PEM files, trusted beside the system's
 	Events          *event.Bus
 	Log             *slog.Logger
+}
+
+// Registry is how one registry is reached.
+type Registry struct {
+	Mirrors  []string // base URLs, tried in this order before the registry itself; for pulls only
+	Insecure bool     // TLS whose certificate nobody checks, or plain HTTP
+	CA       string   // PEM file with the registry's own certificate authority
+}
+
+// Proxy is what requests go through. Empty fields come from the environment.
+type Proxy struct {
+	HTTP, HTTPS, No string
 }
 
 // Store is an image store.
 type Store struct {
 	dir             string
 	dockerConfigDir string
-	insecure        []string
+	registries      *registries
 	content         content.Store
 	records         *state.Collection[record]
+	artifacts       *state.Collection[artifact]
 	events          *event.Bus
 	log             *slog.Logger
-	client          *http.Client
+	ingests         atomic.Uint64 // makes names of ingests differ
 
 	// change is held while records or blobs go or come; before mu. It guards the holds.
 	change   sync.Mutex
 	holds    int
 	holdSeq  uint64                     // counts holds ever taken
 	deferred map[digest.Digest]struct{} // untagged images to collect at the last release
+	sweepDue bool                       // blobs of no image are to be deleted at the last release
 	gcDue    bool                       // a whole GC is due at the last release
 
 	mu       sync.RWMutex // guards the rest, for moments only: Resolve waits for nothing else
@@ -108,11 +131,14 @@ func Open(o Options) (*Store, error) {
 		return nil, fmt.Errorf("opening image store %s: %w", o.Dir, err)
 	}
 	s := &Store{
-		dir: o.Dir, dockerConfigDir: o.DockerConfigDir, insecure: o.Insecure,
-		content: c, records: records, events: o.Events, log: o.Log, client: newClient(),
+		dir: o.Dir, dockerConfigDir: o.DockerConfigDir, registries: newRegistries(o),
+		content: c, records: records, events: o.Events, log: o.Log,
 		deferred: map[digest.Digest]struct{}{},
 		images:   map[digest.Digest]*Image{},
 		inUse:    func(digest.Digest) []string { return nil },
+	}
+	if s.artifacts, err = state.Of[artifact](o.DB, "artifacts"); err != nil {
+		return nil, fmt.Errorf("opening image store %s: %w", o.Dir, err)
 	}
 	if s.refs, err = records.All(); err != nil {
 		return nil, fmt.Errorf("opening image store %s: %w", o.Dir, err)
@@ -200,7 +226,7 @@ func isUntagged(key string) bool { return !strings.Contains(key, "/") }
 
 // Resolve finds an image of this store by reference, ID or 12 and more digits of its ID. It never asks a registry. With a platform
 // (os/arch[/variant]) the image must be for that one; "" takes any.
-func (s *Store) Resolve(_ context.Context, name, platform string) (Image, error) {
+func (s *Store) Resolve(ctx context.Context, name, platform string) (Image, error) {
 	img, err := s.find(name)
 	if err != nil || platform == "" {
 		return img, err
@@ -210,6 +236,13 @@ func (s *Store) Resolve(_ context.Context, name, platform string) (Image, error)
 		return Image{}, err
 	}
 	if !matches(want, img.Platform) {
+		for _, desc := range s.recordFor(name, img).Kept {
+			if desc.Platform != nil && matches(want, *desc.Platform) {
+				if other, err := s.decode(ctx, desc); err == nil {
+					return *other, nil
+				}
+			}
+		}
 		return Image{}, hint.With(fmt.Errorf("image %q is for %s, not for %s: %w", name, platforms.Format(img.Platform), platforms.Format(want), errdefs.ErrNotFound),
 			"atoll pull --platform %s %s", platforms.Format(want), name)
 	}
@@ -274,7 +307,8 @@ func nameOf(key string) string {
 	return name
 }
 
-// Put makes an image of content that is in the store already. Without a reference the image stays untagged, until GC finds it unused.
+// Put makes an image of content that is in the store already: of a manifest, or of an index that has one which is here whole (this
+// host's platform where there is a choice). Without a reference the image stays untagged, until GC finds it unused.
 func (s *Store) Put(ctx context.Context, reference string, manifest ocispec.Descriptor) (Image, error) {
 	defer s.Hold()()
 	img, err := s.put(ctx, reference, manifest)
@@ -293,18 +327,14 @@ func (s *Store) put(ctx context.Context, reference string, manifest ocispec.Desc
 		}
 		key = r.String()
 	}
-	img, err := s.decode(ctx, manifest)
+	rec, img, err := s.adopt(ctx, manifest)
 	if err != nil {
 		return Image{}, err
 	}
-	for _, desc := range append([]ocispec.Descriptor{img.ConfigDesc}, img.Layers...) {
-		if info, err := s.content.Info(ctx, desc.Digest); err != nil {
-			return Image{}, err
-		} else if info.Size != desc.Size {
-			return Image{}, fmt.Errorf("blob %s has %d bytes, the manifest says %d: %w", desc.Digest, info.Size, desc.Size, errdefs.ErrDataLoss)
-		}
+	if reference == "" {
+		key = img.Digest.String()
 	}
-	if err := s.set(key, record{Manifest: img.ManifestDesc, Source: img.ManifestDesc}, img); err != nil {
+	if err := s.set(key, rec, img); err != nil {
 		return Image{}, err
 	}
 	if reference != "" {
@@ -441,6 +471,9 @@ func (s *Store) publish(action string, d digest.Digest, reference string) {
 type document struct {
 	SchemaVersion int                  `json:"schemaVersion"`
 	MediaType     string               `json:"mediaType"`
+	ArtifactType  string               `json:"artifactType"`
+	Subject       *ocispec.Descriptor  `json:"subject"`
+	Annotations   map[string]string    `json:"annotations"`
 	Config        *ocispec.Descriptor  `json:"config"`
 	Layers        []ocispec.Descriptor `json:"layers"`
 	Manifests     []ocispec.Descriptor `json:"manifests"`
@@ -449,10 +482,16 @@ type document struct {
 // document reads a manifest or an index.
 func (s *Store) document(ctx context.Context, desc ocispec.Descriptor) (document, error) {
 	var doc document
-	data, err := s.read(ctx, desc)
+	data, err := s.read(ctx, desc, maxManifest)
 	if err != nil {
 		return doc, err
 	}
+	return parseDocument(desc, data)
+}
+
+// parseDocument checks what somebody calls a manifest or an index.
+func parseDocument(desc ocispec.Descriptor, data []byte) (document, error) {
+	var doc document
 	if err := json.Unmarshal(data, &doc); err != nil {
 		return doc, fmt.Errorf("manifest %s: %w: %w", desc.Digest, err, errdefs.ErrInvalidArgument)
 	}
@@ -463,7 +502,17 @@ func (s *Store) document(ctx context.Context, desc ocispec.Descriptor) (document
 	if isManifest := doc.Config != nil; isManifest == (doc.Manifests != nil) {
 		return doc, fmt.Errorf("manifest %s is neither that of an image nor an index: %w", desc.Digest, errdefs.ErrInvalidArgument)
 	}
-	for _, d := range slices.Concat(doc.Layers, doc.Manifests) {
+	if n := max(len(doc.Layers), len(doc.Manifests)); n > maxEntries {
+		return doc, fmt.Errorf("manifest %s has %d entries, more than %d: %w", desc.Digest, n, maxEntries, errdefs.ErrInvalidArgument)
+	}
+	entries := slices.Concat(doc.Layers, doc.Manifests)
+	if doc.Config != nil {
+		if doc.Config.Size > maxConfig {
+			return doc, tooLarge(*doc.Config, maxConfig)
+		}
+		entries = append(entries, *doc.Config)
+	}
+	for _, d := range entries {
 		if err := checkDescriptor(d); err != nil {
 			return doc, fmt.Errorf("manifest %s: %w", desc.Digest, err)
 		}
@@ -484,9 +533,9 @@ func checkDescriptor(d ocispec.Descriptor) error {
 }
 
 // read returns a whole small blob.
-func (s *Store) read(ctx context.Context, desc ocispec.Descriptor) ([]byte, error) {
-	if desc.Size > maxDocument {
-		return nil, tooLarge(desc)
+func (s *Store) read(ctx context.Context, desc ocispec.Descriptor, limit int64) ([]byte, error) {
+	if desc.Size > limit {
+		return nil, tooLarge(desc, limit)
 	}
 	desc.Data = nil // the store's bytes are the verified ones
 	ra, err := s.content.ReaderAt(ctx, desc)
@@ -494,8 +543,11 @@ func (s *Store) read(ctx context.Context, desc ocispec.Descriptor) ([]byte, erro
 		return nil, err
 	}
 	defer ra.Close()
-	if ra.Size() > maxDocument {
-		return nil, tooLarge(desc)
+	if ra.Size() > limit {
+		return nil, tooLarge(desc, limit)
+	}
+	if desc.Size > 0 && ra.Size() != desc.Size {
+		return nil, fmt.Errorf("blob %s has %d bytes, its descriptor says %d: %w", desc.Digest, ra.Size(), desc.Size, errdefs.ErrDataLoss)
 	}
 	data := make([]byte, ra.Size())
 	if _, err := ra.ReadAt(data, 0); err != nil && !errors.Is(err, io.EOF) {
@@ -504,8 +556,8 @@ func (s *Store) read(ctx context.Context, desc ocispec.Descriptor) ([]byte, erro
 	return data, nil
 }
 
-func tooLarge(desc ocispec.Descriptor) error {
-	return fmt.Errorf("%s %s of %d bytes: more than %d: %w", cmp.Or(desc.MediaType, "blob"), desc.Digest, desc.Size, maxDocument, errdefs.ErrInvalidArgument)
+func tooLarge(desc ocispec.Descriptor, limit int64) error {
+	return fmt.Errorf("%s %s of %d bytes is too large, more than %d: %w", cmp.Or(desc.MediaType, "blob"), desc.Digest, desc.Size, limit, errdefs.ErrInvalidArgument)
 }
 
 // decode reads the manifest and the config of an image.
@@ -520,7 +572,7 @@ func (s *Store) decode(ctx context.Context, desc ocispec.Descriptor) (*Image, er
 	if err := checkImage(doc); err != nil {
 		return nil, err
 	}
-	raw, err := s.read(ctx, *doc.Config)
+	raw, err := s.read(ctx, *doc.Config, maxConfig)
 	if err != nil {
 		return nil, err
 	}
@@ -542,9 +594,6 @@ func (s *Store) decode(ctx context.Context, desc ocispec.Descriptor) (*Image, er
 }
 
 func checkImage(doc document) error {
-	if err := checkDescriptor(*doc.Config); err != nil {
-		return err
-	}
 	if !images.IsConfigType(doc.Config.MediaType) {
 		return hint.With(fmt.Errorf("an artifact of type %q, not an image: %w", doc.Config.MediaType, errdefs.ErrInvalidArgument), "only container images can be run")
 	}

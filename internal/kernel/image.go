@@ -12,6 +12,7 @@ import (
 	"syscall"
 
 	"github.com/containerd/errdefs"
+	"github.com/klauspost/compress/gzip"
 	"github.com/pierrec/lz4/v4"
 
 	"github.com/atollvm/atoll/internal/debian"
@@ -38,9 +39,15 @@ func readImage(path string) (image, error) {
 		return image{}, err
 	}
 	defer f.Close()
-	if st, err := f.Stat(); err != nil {
+	return readOpened(f)
+}
+
+func readOpened(f *os.File) (image, error) {
+	st, err := f.Stat()
+	if err != nil {
 		return image{}, err
-	} else if !st.Mode().IsRegular() || st.Size() > imageMax {
+	}
+	if !st.Mode().IsRegular() || st.Size() > imageMax {
 		return image{}, fmt.Errorf("it is no regular file of at most %d MiB: %w", imageMax>>20, errdefs.ErrInvalidArgument)
 	}
 	data, err := io.ReadAll(f)
@@ -197,10 +204,41 @@ func version(data []byte) string {
 	}
 }
 
-// takesDevicesFromCommandLine tells for a kernel whose configuration is unknown whether virtio_mmio.device= works: the
-// parameter's name is in the kernel only with CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES.
-func (i image) takesDevicesFromCommandLine() bool {
-	return bytes.Contains(i.data, []byte("virtio_mmio.device\x00")) || bytes.Contains(i.data, []byte("virtio-mmio-cmdline\x00"))
+// devices tells how the kernel finds its devices: needsACPI, it cannot take them from its command line; acpi, it finds them by ACPI. Where it
+// does not carry its configuration, the strings decide that only such code has: the name of the parameter virtio_mmio.device, and an error of ACPI's tables.
+func (i image) devices() (needsACPI, acpi bool) {
+	if text := i.embeddedConfig(); len(text) > 0 {
+		if needsACPI, acpi, err := devices(text); err == nil {
+			return needsACPI, acpi
+		}
+	}
+	line := bytes.Contains(i.data, []byte("virtio_mmio.device\x00")) || bytes.Contains(i.data, []byte("virtio-mmio-cmdline\x00"))
+	return !line, bytes.Contains(i.data, []byte("Unable to load the System Description Tables"))
+}
+
+// devices tells the same by a configuration. Without PCI, Linux 6.1 does not get through the tables of QEMU's microvm.
+func devices(text []byte) (needsACPI, acpi bool, err error) {
+	c, err := parseConfig(bytes.NewReader(text))
+	return c["VIRTIO_MMIO_CMDLINE_DEVICES"] != "y", c["ACPI"] == "y" && c["PCI"] == "y", err
+}
+
+// embeddedConfig returns the configuration that a kernel with CONFIG_IKCONFIG carries (kernel/configs.c), or nil.
+func (i image) embeddedConfig() []byte {
+	_, packed, ok := bytes.Cut(i.data, []byte("IKCFG_ST"))
+	if !ok {
+		return nil
+	}
+	r, err := gzip.NewReader(bytes.NewReader(packed))
+	if err != nil {
+		return nil
+	}
+	defer r.Close()
+	r.Multistream(false)
+	text, err := io.ReadAll(io.LimitReader(r, 4<<20))
+	if err != nil || !bytes.Contains(text, []byte("CONFIG_")) {
+		return nil
+	}
+	return text
 }
 
 func noSpace(path string, err error) error {

@@ -1,5 +1,5 @@
-// Package kernel keeps kernels as artifacts: fetched from Debian's verified archive or imported from a file, each with its version,
-// digest, modules and its part of the command line; and it puts the initramfs together, the agent and the modules a guest needs.
+// Package kernel keeps kernels as artifacts: built from verified source, fetched from Debian's verified archive or imported from a file, each with
+// its version, digest, modules and its part of the command line; and it puts the initramfs together, the agent and the modules a guest needs.
 // It knows nothing of machines: whoever removes a kernel asks them first. A Store may be used from several goroutines.
 package kernel
 
@@ -13,6 +13,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -35,7 +36,9 @@ type Kernel struct {
 	Source       string        // where it came from, with the package's version and SHA256
 	Args         string        // its own part of the command line
 	NeedsACPI    bool          // it cannot find virtio-mmio devices from its command line
+	ACPI         bool          // it can find them by ACPI
 	ConfigDigest digest.Digest // of its .config; empty: unknown
+	BuildKey     string        // names what it was built from; empty: not built here
 	Modules      []string      // what the agent has to load, in this order
 	// Features that it has, and what the agent has to load for each that a machine uses. Nil: not known.
 	Features map[string][]string
@@ -59,6 +62,8 @@ type Store struct {
 	kernels  *state.Collection[Kernel]
 	settings *state.Collection[string]
 	adding   chan struct{} // holds a token while one call adds, removes or chooses a kernel
+	building chan struct{} // and while one builds; taken before adding
+	inUse    func(name string) []string
 }
 
 const (
@@ -79,7 +84,7 @@ func Open(opts Options) (*Store, error) {
 	if err := os.MkdirAll(opts.Dir, 0o755); err != nil {
 		return nil, fmt.Errorf("opening the kernel store: %w", err)
 	}
-	s := &Store{opts: opts, adding: make(chan struct{}, 1)}
+	s := &Store{opts: opts, adding: make(chan struct{}, 1), building: make(chan struct{}, 1), inUse: func(string) []string { return nil }}
 	var err error
 	if s.kernels, err = state.Of[Kernel](opts.DB, "kernels"); err != nil {
 		return nil, err
@@ -98,6 +103,9 @@ func Open(opts Options) (*Store, error) {
 	}
 	return s, nil
 }
+
+// SetInUse tells the store how to ask who uses a kernel (by name, such as machines). It is called before the store is used.
+func (s *Store) SetInUse(f func(name string) []string) { s.inUse = f }
 
 // List returns all kernels by name.
 func (s *Store) List() ([]Kernel, error) {
@@ -124,7 +132,7 @@ func (s *Store) Get(name string) (Kernel, error) {
 		return Kernel{}, err
 	}
 	if name == "" && chosen == "" {
-		return Kernel{}, hint.With(fmt.Errorf("no kernel yet: %w", errdefs.ErrNotFound), "get one: atoll kernel pull")
+		return Kernel{}, hint.With(fmt.Errorf("no kernel yet: %w", errdefs.ErrNotFound), "get one: atoll kernel pull, or for one that boots faster atoll kernel build")
 	}
 	k, err := s.kernels.Get(cmp.Or(name, chosen))
 	if errdefs.IsNotFound(err) {
@@ -147,6 +155,10 @@ func (s *Store) SetDefault(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
+	if k.Arch != runtime.GOARCH {
+		return hint.With(fmt.Errorf("kernel %q is for %s, this host's machines are %s: %w", k.Name, k.Arch, runtime.GOARCH, errdefs.ErrFailedPrecondition),
+			"choose another: atoll kernel ls")
+	}
 	return s.settings.Put(defaultKey, k.Name)
 }
 
@@ -162,7 +174,7 @@ func (k Kernel) Require(feature string) error {
 	return hint.With(err, "choose another kernel with --kernel; list them: atoll kernel ls")
 }
 
-// Remove removes a kernel. errdefs.ErrFailedPrecondition: it is the default and there are others.
+// Remove removes a kernel. errdefs.ErrFailedPrecondition: machines use it, or it is the default and there are others.
 func (s *Store) Remove(ctx context.Context, name string) error {
 	release, err := s.lock(ctx)
 	if err != nil {
@@ -175,6 +187,10 @@ func (s *Store) Remove(ctx context.Context, name string) error {
 	k, err := s.Get(name)
 	if err != nil {
 		return err
+	}
+	if users := s.inUse(name); len(users) > 0 {
+		return hint.With(fmt.Errorf("kernel %q: machines use it: %s: %w", name, strings.Join(users, ", "), errdefs.ErrFailedPrecondition),
+			"remove them first: atoll rm -f %s", strings.Join(users, " "))
 	}
 	if k.Default {
 		all, err := s.List()
@@ -212,7 +228,7 @@ func (s *Store) Import(ctx context.Context, path, name string) (Kernel, error) {
 
 func (s *Store) importFile(ctx context.Context, path, name string) (Kernel, error) {
 	if !nameRE.MatchString(name) {
-		return Kernel{}, fmt.Errorf("name %q: only letters, digits, '.', '_' and '-', 63 at most: %w", name, errdefs.ErrInvalidArgument)
+		return Kernel{}, badName(name)
 	}
 	release, err := s.lock(ctx)
 	if err != nil {
@@ -231,7 +247,22 @@ func (s *Store) importFile(ctx context.Context, path, name string) (Kernel, erro
 		return Kernel{}, err
 	}
 	defer os.RemoveAll(dir)
-	return s.add(dir, img, Kernel{Name: name, Source: "file " + path, NeedsACPI: !img.takesDevicesFromCommandLine()})
+	k := Kernel{Name: name, Source: "file " + path}
+	k.NeedsACPI, k.ACPI = img.devices()
+	if text := img.embeddedConfig(); len(text) > 0 {
+		k.ConfigDigest = digest.FromBytes(text)
+		if k.Features, err = builtIn(text); err != nil {
+			return Kernel{}, err
+		}
+		if err := writeSynced(filepath.Join(dir, configFile), text); err != nil {
+			return Kernel{}, err
+		}
+	}
+	return s.add(dir, img, k)
+}
+
+func badName(name string) error {
+	return fmt.Errorf("name %q: only letters, digits, '.', '_' and '-', 63 at most: %w", name, errdefs.ErrInvalidArgument)
 }
 
 // add completes k, puts the image beside what is in dir already and makes dir the kernel's own; the caller holds the lock.
@@ -243,7 +274,7 @@ func (s *Store) add(dir string, img image, k Kernel) (Kernel, error) {
 		return Kernel{}, err
 	}
 	k.Version, k.Arch, k.Digest, k.Size = img.version, img.arch, digest.FromBytes(img.data), int64(len(img.data))
-	k.Args, k.Created = args, time.Now().UTC()
+	k.Args, k.Created = cmp.Or(k.Args, args), time.Now().UTC()
 	final := filepath.Join(s.opts.Dir, k.Name)
 	// What is there is an older build of the same name, or left by a crash. Off the list first: what is on it is whole.
 	if err := s.kernels.Delete(k.Name); err != nil {

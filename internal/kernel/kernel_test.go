@@ -361,7 +361,7 @@ func TestFeatures(t *testing.T) {
 	}
 	delete(c, "VIRTIO_FS")
 	got, err := features(c, nil, nil)
-	if diff := cmp.Diff(map[string][]string{Verity: nil}, got); diff != "" || err != nil {
+	if diff := cmp.Diff(map[string][]string{Verity: nil, Init: nil}, got); diff != "" || err != nil {
 		t.Error(err, diff)
 	}
 	k := Kernel{Name: "k", Features: got, ConfigDigest: "sha256:x"}

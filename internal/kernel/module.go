@@ -39,6 +39,7 @@ const (
 	Verity   = "verity"   // dm-verity
 	NineP    = "9p"       // 9p over virtio
 	VirtioFS = "virtiofs" // virtio-fs
+	Init     = "init"     // what an image's own init has use for
 )
 
 // onDemand is what the features need, as wanted. A kernel may lack any of them.
@@ -47,6 +48,8 @@ var onDemand = map[string][]need{
 	Verity:   {{"sha256_ssse3", "CRYPTO_SHA256_SSSE3", true}, {"dm_mod", "BLK_DEV_DM", false}, {"dm_verity", "DM_VERITY", false}},
 	NineP:    {{"9pnet", "NET_9P", false}, {"9pnet_virtio", "NET_9P_VIRTIO", false}, {"9p", "9P_FS", false}},
 	VirtioFS: {{"fuse", "FUSE_FS", false}, {"virtiofs", "VIRTIO_FS", false}},
+	// systemd's automount units; and the only one that it has always, of which it makes none where the file system is not known.
+	Init: {{"autofs4", "AUTOFS_FS", true}, {"binfmt_misc", "BINFMT_MISC", true}},
 }
 
 // config is a kernel's .config: y, m or another value by symbol without CONFIG_.
@@ -65,12 +68,22 @@ func parseConfig(r io.Reader) (config, error) {
 	return c, s.Err()
 }
 
-// features returns the features that a kernel has, each with the modules to load for it, beside those in always.
+// builtIn returns the features that a kernel without modules has.
+func builtIn(text []byte) (map[string][]string, error) {
+	c, err := parseConfig(bytes.NewReader(text))
+	if err != nil {
+		return nil, fmt.Errorf("reading the kernel's configuration: %w", err)
+	}
+	return features(c, nil, nil)
+}
+
+// features returns the features that a kernel has, each with the modules to load for it, beside those in always. What is a module
+// that is not among the files is not there.
 func features(c config, files map[string]string, always []string) (map[string][]string, error) {
 	found := map[string][]string{}
 	for name, needs := range onDemand {
 		order, err := loadOrder(c, files, needs)
-		if errdefs.IsFailedPrecondition(err) {
+		if errdefs.IsFailedPrecondition(err) || files == nil && errdefs.IsNotFound(err) {
 			continue
 		}
 		if err != nil {

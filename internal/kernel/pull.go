@@ -167,7 +167,7 @@ func (s *Store) addDeb(ctx context.Context, deb string, k Kernel) (Kernel, error
 	if k.ConfigDigest, err = fileDigest(configuration); err != nil {
 		return Kernel{}, err
 	}
-	k.NeedsACPI = c["VIRTIO_MMIO_CMDLINE_DEVICES"] != "y"
+	k.NeedsACPI, k.ACPI = c["VIRTIO_MMIO_CMDLINE_DEVICES"] != "y", c["ACPI"] == "y" && c["PCI"] == "y"
 	if k.Modules, err = loadOrder(c, modules, wanted); err != nil {
 		return Kernel{}, err
 	}

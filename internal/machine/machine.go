@@ -52,6 +52,7 @@ const (
 	ReasonPanic      Reason = "panic"
 	ReasonVMMDied    Reason = "vmm-died"
 	ReasonHostReboot Reason = "host-reboot"
+	ReasonVerity     Reason = "verity" // a root disk is not what its root hash says
 )
 
 // Spec is what a user asked for. Zero values are filled by Create.
@@ -79,6 +80,8 @@ type Spec struct {
 	Platform      string
 	StopSignal    string
 	StopTimeout   time.Duration
+	Verity        bool   // root disks must verify
+	Init          string // InitAuto, InitAgent or InitImage
 }
 
 // Machine is the record of one machine: spec and status, as stored.
@@ -149,17 +152,32 @@ type Images interface {
 
 // Disks makes the disks of a machine.
 type Disks interface {
-	// Root returns the read-only root disk of an image, made now when it is not there.
-	Root(ctx context.Context, img digest.Digest) (path string, err error)
+	// Root returns the read-only root disks of an image, the lowest first, made now when they are not there.
+	Root(ctx context.Context, img digest.Digest) ([]RootDisk, error)
+	// Verify reads the root disks of an image whole and compares them with their root hashes; errdefs.ErrDataLoss: they differ.
+	Verify(ctx context.Context, img digest.Digest) error
 	// Scratch makes an empty file system of that size.
 	Scratch(path string, size int64) error
 }
 
+// RootDisk is one of the disks that an image's root is joined of, and its dm-verity hash tree, which lies behind the data.
+type RootDisk struct {
+	Path       string
+	HasRoot    bool // says what the root directory is like
+	RootHash   string
+	Salt       string
+	DataBlocks int64
+}
+
 // Kernels finds kernels.
 type Kernels interface {
-	// Boot returns the kernel of that name ("" = the default) with its initramfs, ready for a VMM.
-	Boot(ctx context.Context, name string) (vmm.Kernel, string, error)
+	// Boot returns the kernel of that name ("" = the default) with its initramfs, ready for a VMM. errdefs.ErrFailedPrecondition: it
+	// lacks one of the features.
+	Boot(ctx context.Context, name string, features ...string) (vmm.Kernel, string, error)
 }
+
+// featureVerity is dm-verity, as a kernel's feature and among the modules that the agent loads on demand.
+const featureVerity = "verity"
 
 // Networks knows the networks, their drivers and what each machine has leased.
 type Networks interface {

@@ -149,6 +149,7 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (Machine, error) {
 	if !chosen {
 		s.Name = madeUpName()
 	}
+	patient := s.StopTimeout == 0
 	s = s.withDefaults()
 	if err := s.validate(); err != nil {
 		return Machine{}, fmt.Errorf("creating machine: %w", err)
@@ -161,6 +162,12 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (Machine, error) {
 	}
 	if _, err := argv(s, img); err != nil {
 		return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
+	}
+	if err := checkInit(s, img); err != nil {
+		return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
+	}
+	if patient && imageInit(s, img) {
+		s.StopTimeout = DefaultInitStopTimeout
 	}
 	if s.Kernel != "" {
 		if _, _, err := ms.Kernels.Boot(ctx, s.Kernel); err != nil {
@@ -223,6 +230,17 @@ func (ms *Machines) UsersOf(img digest.Digest) []string {
 	var names []string
 	for _, m := range ms.List() {
 		if m.Image.Digest == img {
+			names = append(names, m.Spec.Name)
+		}
+	}
+	return names
+}
+
+// UsersOfKernel names the machines that ask for a kernel or run on it now.
+func (ms *Machines) UsersOfKernel(kernel string) []string {
+	var names []string
+	for _, m := range ms.List() {
+		if m.Spec.Kernel == kernel || m.VMM.Kernel == kernel && m.State.Alive() {
 			names = append(names, m.Spec.Name)
 		}
 	}

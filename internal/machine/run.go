@@ -84,7 +84,8 @@ func (r *run) client() (*host.Client, error) {
 	return r.agent, nil
 }
 
-func (r *run) close() error {
+// drop ends the session with the agent.
+func (r *run) drop() {
 	r.e.mu.Lock()
 	agent := r.agent
 	r.agent = nil
@@ -92,6 +93,10 @@ func (r *run) close() error {
 	if agent != nil {
 		agent.Close()
 	}
+}
+
+func (r *run) close() error {
+	r.drop()
 	return r.inst.Close()
 }
 
@@ -200,8 +205,11 @@ func (ms *Machines) event(ctx context.Context, r *run, ev *agentv1.Event) bool {
 	}
 	if g := ev.GetGoingDown(); g != nil {
 		l := LastWord{Reason: ReasonPoweroff}
-		if g.GetReason() == agentv1.GoingDown_REASON_REBOOT {
+		switch g.GetReason() {
+		case agentv1.GoingDown_REASON_REBOOT:
 			l.Reason = ReasonReboot
+		case agentv1.GoingDown_REASON_VERITY:
+			l = LastWord{Reason: ReasonVerity, ExitCode: exitFailed, Detail: string(printable([]byte(g.GetDetail()[:min(len(g.GetDetail()), 200)])))}
 		}
 		return ms.keepLastWord(r.e, l)
 	}
@@ -242,6 +250,11 @@ func (r *run) verdict(exit vmm.Exit) (Reason, int, string) {
 		return ReasonPanic, 255, "the guest's kernel panicked"
 	case r.killed:
 		return ReasonKilled, 137, ""
+	case exit.Reason == vmm.ReasonGuest && r.e.m.imageInit(): // its init has the last word
+		if exit.Reset {
+			return ReasonReboot, 0, ""
+		}
+		return ReasonPoweroff, 0, ""
 	case exit.Reason == vmm.ReasonGuest:
 		return ReasonPoweroff, 0, "the guest went down without the agent's word"
 	default:
@@ -262,6 +275,9 @@ func (ms *Machines) finish(e *entry, reason Reason, code int, detail string) {
 	e.run = nil
 	err := ms.commitLocked(e, "die", func(m *Machine) {
 		m.State, m.Reason, m.ExitCode, m.Error, m.Finished = Stopped, reason, code, detail, time.Now()
+		if reason == ReasonVerity {
+			m.State = Failed
+		}
 		m.VMM.PID, m.Ports = 0, nil
 	})
 	e.mu.Unlock()

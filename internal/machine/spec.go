@@ -51,6 +51,9 @@ func (s Spec) withDefaults() Spec {
 	if s.StopTimeout == 0 {
 		s.StopTimeout = DefaultStopTimeout
 	}
+	if s.Init == "" {
+		s.Init = InitAuto
+	}
 	if s.Hostname == "" {
 		s.Hostname = strings.Trim(strings.ReplaceAll(s.Name, "_", "-"), ".-")
 	}
@@ -107,6 +110,9 @@ func (s Spec) validate() error {
 	if s.VMM != "auto" && s.VMM != "qemu" {
 		fault("use auto or qemu", "VMM %q", s.VMM)
 	}
+	if s.Init != InitAuto && s.Init != InitAgent && s.Init != InitImage {
+		fault("use auto, agent or image", "init %q", shorten(s.Init))
+	}
 	if s.Network == NoNetwork && len(s.Ports) > 0 {
 		fault("leave out --network none or -p", "ports cannot be published without a network")
 	}
@@ -139,7 +145,7 @@ func argv(s Spec, img Image) ([]string, error) {
 	if len(s.Command) > 0 {
 		cmd = s.Command
 	}
-	words := append(append([]string{}, entrypoint...), cmd...)
+	words := initArgv(s, append(append([]string{}, entrypoint...), cmd...))
 	if len(words) == 0 && s.SetEntrypoint {
 		err := fmt.Errorf("with its ENTRYPOINT cleared, image %s has nothing to run (--entrypoint drops CMD too): %w", s.Image, errdefs.ErrInvalidArgument)
 		return nil, hint.With(err, "say what to run: atoll run --entrypoint '' %s COMMAND", s.Image)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
@@ -32,7 +33,9 @@ type starting struct {
 	kernel  vmm.Kernel
 	net     network.Network
 	nic     []vmm.NIC
-	root    string
+	root    []RootDisk
+	checked chan error // gets the outcome of checking the root disks; nil: nobody asked
+	reason  Reason     // of the failure, where there is one beside the failed step
 	run     *run
 	undo    []func(ctx context.Context) error
 	running string // the step under way, also the guest's own
@@ -105,6 +108,7 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 		{"network", s.attachNetwork},
 		{"vmm", func(ctx context.Context) error { return s.startVMM(ctx, driver) }},
 		{"agent", s.connectAgent},
+		{"verity", s.verify},
 		{"guest", s.configureGuest},
 	})
 	e.mu.Lock()
@@ -151,13 +155,42 @@ func (s *starting) all(ctx context.Context, steps []step) error {
 }
 
 func (s *starting) findKernel(ctx context.Context) error {
-	k, name, err := s.ms.Kernels.Boot(ctx, s.m.Spec.Kernel)
+	k, name, err := s.ms.Kernels.Boot(ctx, s.m.Spec.Kernel, s.features()...)
 	s.kernel, s.m.VMM.Kernel = k, name
 	return err
 }
 
+// features is what the machine needs of its kernel beside what all do.
+func (s *starting) features() []string {
+	if s.m.Spec.Verity {
+		return []string{featureVerity}
+	}
+	return nil
+}
+
 func (s *starting) makeRoot(ctx context.Context) (err error) {
-	s.root, err = s.ms.Disks.Root(ctx, s.m.Image.Digest)
+	if s.root, err = s.ms.Disks.Root(ctx, s.m.Image.Digest); err != nil || !s.m.Spec.Verity {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	s.undo = append(s.undo, func(context.Context) error { cancel(); return nil })
+	s.checked = make(chan error, 1)
+	go func() { // while the kernel boots
+		defer cancel()
+		s.checked <- s.ms.Disks.Verify(ctx, s.m.Image.Digest)
+	}()
+	return nil
+}
+
+// verify waits for the check of the root disks. The guest gets to know nothing of its machine, and mounts nothing, before.
+func (s *starting) verify(context.Context) error {
+	if s.checked == nil {
+		return nil
+	}
+	err := <-s.checked
+	if errdefs.IsDataLoss(err) {
+		s.reason = ReasonVerity
+	}
 	return err
 }
 
@@ -214,14 +247,19 @@ func (s *starting) startVMM(ctx context.Context, d vmm.Driver) error {
 }
 
 func (s *starting) spec() vmm.Spec {
+	var disks []vmm.Disk
+	for _, d := range slices.Backward(s.root) { // the topmost first, as the agent joins them
+		disks = append(disks, vmm.Disk{Path: d.Path, ReadOnly: true})
+	}
 	return vmm.Spec{
 		ID:          s.m.ID.Short(),
 		Dir:         s.e.dir,
 		Kernel:      s.kernel,
 		CPUs:        s.m.Spec.CPUs,
 		MemoryBytes: s.m.Spec.MemoryBytes,
-		Disks:       []vmm.Disk{{Path: s.root, ReadOnly: true}, {Path: s.scratch()}},
+		Disks:       append(disks, vmm.Disk{Path: s.scratch()}),
 		NICs:        s.nic,
+		PowersOff:   s.m.imageInit(),
 	}
 }
 
@@ -243,6 +281,12 @@ func (s *starting) configureGuest(ctx context.Context) error {
 		last, began = "guest: "+name, time.Now()
 		s.running = last
 	})
+	if err == nil && s.m.imageInit() {
+		// The agent goes on in another process now, which answers a new session only.
+		s.running = "agent beside init"
+		s.run.drop()
+		err = s.run.connect(ctx, s.m.AgentToken)
+	}
 	return err
 }
 
@@ -259,7 +303,8 @@ func (s *starting) config() (*agentv1.Config, error) {
 		Hostname:  sp.Hostname,
 		UnixNanos: time.Now().UnixNano(),
 		Entropy:   entropy,
-		Root:      &agentv1.Root{Disk: "/dev/vda", DiskType: "erofs", Scratch: "/dev/vdb", ScratchType: "ext4"},
+		Modules:   s.features(),
+		Root:      s.rootConfig(),
 		Process: &agentv1.Process{
 			Argv:       words,
 			Env:        environment(sp.TTY, sp.Hostname, img.Env, sp.Env),
@@ -269,6 +314,10 @@ func (s *starting) config() (*agentv1.Config, error) {
 			Stdin:      sp.Stdin,
 			StopSignal: first(sp.StopSignal, img.StopSignal),
 		},
+	}
+	if s.m.imageInit() {
+		c.Init, c.Process.Env = true, initEnvironment(c.Process.Env, sp.TTY)
+		c.Modules = append(c.Modules, initModules)
 	}
 	if len(s.nic) > 0 {
 		c.DnsServers = []string{s.net.Gateway.String()}
@@ -280,6 +329,20 @@ func (s *starting) config() (*agentv1.Config, error) {
 	return c, nil
 }
 
+// rootConfig names the disks in the order of spec.
+func (s *starting) rootConfig() *agentv1.Root {
+	device := func(i int) string { return "/dev/vd" + string(rune('a'+i)) }
+	r := &agentv1.Root{Scratch: device(len(s.root)), ScratchType: "ext4"}
+	for _, d := range slices.Backward(s.root) {
+		disk := &agentv1.RootDisk{Device: device(len(r.GetDisks())), Type: "erofs", HasRoot: d.HasRoot}
+		if s.m.Spec.Verity {
+			disk.Verity = &agentv1.Verity{RootHash: d.RootHash, Salt: d.Salt, DataBlocks: uint64(d.DataBlocks)}
+		}
+		r.Disks = append(r.Disks, disk)
+	}
+	return r
+}
+
 // fail undoes what the steps did, in reverse, and records why.
 func (s *starting) fail(ctx context.Context, cause error, warnings []string) (Machine, []string, error) {
 	if errors.Is(cause, context.DeadlineExceeded) && ctx.Err() != nil {
@@ -288,7 +351,7 @@ func (s *starting) fail(ctx context.Context, cause error, warnings []string) (Ma
 	code := exitCodeOf(cause)
 	if f := (*host.Failure)(nil); errors.As(cause, &f) { // the agent's own words say more than the console, and the step is named already
 		cause = &host.Failure{Class: f.Class, Message: f.Message}
-	} else {
+	} else if s.reason == "" { // else it is not the guest's fault
 		cause = withConsole(cause, s.m.VMM.Console, s.run != nil)
 	}
 	cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
@@ -302,6 +365,7 @@ func (s *starting) fail(ctx context.Context, cause error, warnings []string) (Ma
 	s.e.log.End()
 	commitErr := s.ms.commit(s.e, "die", func(m *Machine) {
 		m.State, m.Error, m.FailedStep, m.ExitCode, m.Finished, m.Steps = Failed, cause.Error(), s.running, code, time.Now(), s.m.Steps
+		m.Reason = s.reason
 		m.Lease = s.m.Lease
 		m.VMM.PID = 0
 	})

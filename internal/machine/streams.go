@@ -53,9 +53,13 @@ func (ms *Machines) Exec(ctx context.Context, name string, p Process) (*host.Exe
 	if err != nil {
 		return nil, fmt.Errorf("running a command in machine %q: %w", m.Spec.Name, err)
 	}
+	env := environment(p.TTY, m.Spec.Hostname, m.Image.Env, m.Spec.Env, p.Env)
+	if m.imageInit() {
+		env = initEnvironment(env, p.TTY)
+	}
 	x, err := agent.Exec(ctx, &agentv1.Exec{Detach: p.Detach, Process: &agentv1.Process{
 		Argv:       p.Argv,
-		Env:        environment(p.TTY, m.Spec.Hostname, m.Image.Env, m.Spec.Env, p.Env),
+		Env:        env,
 		WorkingDir: first(p.WorkingDir, m.Spec.WorkingDir, m.Image.WorkingDir, "/"),
 		User:       first(p.User, m.Spec.User, m.Image.User),
 		Tty:        p.TTY, Stdin: p.Stdin, Rows: p.Rows, Cols: p.Cols,
@@ -158,7 +162,15 @@ func (a *Attachment) Signal(ctx context.Context, name string) error {
 	if r == nil {
 		return notRunning(m)
 	}
-	return r.signal(ctx, canonical(name))
+	signal := canonical(name)
+	if m.imageInit() && goingDown(signal) {
+		agent, err := r.client()
+		if err != nil {
+			return err
+		}
+		return agent.Shutdown(ctx, "", m.Spec.StopTimeout)
+	}
+	return r.signal(ctx, signal)
 }
 
 // Close leaves the machine, which runs on.

@@ -407,12 +407,79 @@ var xattrPrefixes = []struct {
 	{"security.", 6, false},
 }
 
-// encodeXattrs makes what follows an inode. Namespaces that no Linux file system stores are left out, as tar does.
-func encodeXattrs(attrs map[string]string) ([]byte, error) {
+// The overlay's own attributes (fs/overlayfs/overlayfs.h). An image's are not taken over: they would say something about disks that
+// the image knows nothing of.
+const (
+	overlayPrefix = "trusted.overlay."
+	overlayOpaque = "trusted.overlay.opaque" // "y": nothing beneath this directory is seen
+	// overlayOrigin, even empty, has overlayfs filter the names of a directory that is in one layer only: else the whiteouts that
+	// it has in vain would be listed (ovl_get_inode: "non-merge dir that may have whiteouts").
+	overlayOrigin = "trusted.overlay.origin"
+)
+
+const overlayIndex = 4 // of trusted.
+
+// addXattr adds an attribute to encoded ones.
+func addXattr(b []byte, name, value string) ([]byte, error) {
+	more, err := encodeXattrs(map[string]string{name: value}, true)
+	if err != nil {
+		return nil, err
+	}
+	if b == nil {
+		return more, nil
+	}
+	b = append(slices.Clone(b), more[xattrHeaderSize:]...)
+	return b, checkXattrs(b)
+}
+
+// withoutOverlay returns encoded attributes without the overlay's own.
+func withoutOverlay(b []byte) []byte {
+	var kept []byte
+	eachXattr(b, func(index byte, name, _ string, raw []byte) {
+		if index == overlayIndex && strings.HasPrefix("trusted."+name, overlayPrefix) {
+			return
+		}
+		if kept == nil {
+			kept = make([]byte, xattrHeaderSize)
+		}
+		kept = append(kept, raw...)
+	})
+	return kept
+}
+
+func isOpaque(b []byte) (opaque bool) {
+	eachXattr(b, func(index byte, name, value string, _ []byte) {
+		opaque = opaque || index == overlayIndex && "trusted."+name == overlayOpaque && value == "y"
+	})
+	return opaque
+}
+
+// eachXattr goes through encoded attributes and ends where they make no sense. raw is one as it lies there, with its padding.
+func eachXattr(b []byte, fn func(index byte, name, value string, raw []byte)) {
+	if len(b) < xattrHeaderSize {
+		return
+	}
+	for b = b[xattrHeaderSize:]; len(b) >= 4; {
+		nameEnd := 4 + int(b[0])
+		end := nameEnd + int(binary.LittleEndian.Uint16(b[2:]))
+		whole := (end + 3) &^ 3
+		if whole > len(b) {
+			return
+		}
+		fn(b[1], string(b[4:nameEnd]), string(b[nameEnd:end]), b[:whole])
+		b = b[whole:]
+	}
+}
+
+// encodeXattrs makes what follows an inode. Namespaces that no Linux file system stores are left out, as tar does, and so are the
+// overlay's own unless they are wanted.
+func encodeXattrs(attrs map[string]string, overlay bool) ([]byte, error) {
 	var b []byte
 	names := make([]string, 0, len(attrs))
 	for name := range attrs {
-		names = append(names, name)
+		if overlay || !strings.HasPrefix(name, overlayPrefix) {
+			names = append(names, name)
+		}
 	}
 	slices.Sort(names)
 	for _, name := range names {
@@ -436,10 +503,14 @@ func encodeXattrs(attrs map[string]string) ([]byte, error) {
 			}
 		}
 	}
+	return b, checkXattrs(b)
+}
+
+func checkXattrs(b []byte) error {
 	if len(b) > xattrHeaderSize+4*(math.MaxUint16-1) {
-		return nil, errors.New("the extended attributes are too long together")
+		return errors.New("the extended attributes are too long together")
 	}
-	return b, nil
+	return nil
 }
 
 // blockWriter appends blocks to a file; another goroutine does the writing.

@@ -8,8 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/atollvm/atoll/internal/hint"
@@ -33,17 +35,23 @@ const (
 type Layer struct {
 	Digest    digest.Digest
 	MediaType string // only for messages: what the blob starts with decides
+	Size      int64  // of the blob: which layers get a disk of their own depends on it
 	Open      func() (io.ReadCloser, error)
 }
 
-// flattener merges layers, top first, each read once: what an upper layer hides is never stored.
+// flattener merges layers, top first, each read once: what an upper layer hides is never stored. Layers that lie above others keep
+// what hides those: whiteouts and opaque directories in overlayfs' form.
 type flattener struct {
 	fs       *erofs
 	root     *node
 	wants    map[string]*want  // by path: targets of hard links that nothing stored yet
 	links    map[string]string // hard links of the present layer that did not get into the tree
-	progress func(int64)
-	read     int64 // bytes of blobs, second looks not counted
+	progress func(int)         // bytes of blobs, second looks not counted
+
+	below   func() (stack, error) // what lies below, once it is there; nil at the bottom
+	leans   bool                  // something was taken from there
+	hasRoot bool                  // a layer has an entry for the root directory
+	hidden  *inode                // the whiteout, which all names of hidden files share
 }
 
 // want is the promise to a hard link whose target is hidden from the tree or in a lower layer.
@@ -53,8 +61,8 @@ type want struct {
 	layer digest.Digest
 }
 
-func newFlattener(fs *erofs, progress func(int64)) *flattener {
-	return &flattener{fs: fs, root: newDir(nil, 0), wants: map[string]*want{}, progress: progress}
+func newFlattener(fs *erofs, below func() (stack, error), progress func(int)) *flattener {
+	return &flattener{fs: fs, root: newDir(nil, 0), wants: map[string]*want{}, below: below, progress: progress}
 }
 
 // flatten reads all layers, given bottom first, and leaves the tree in f.root.
@@ -68,10 +76,110 @@ func (f *flattener) flatten(ctx context.Context, layers []Layer) error {
 			return fmt.Errorf("layer %s (%s): %w", l.Digest, l.MediaType, err)
 		}
 	}
-	for target, w := range f.wants {
-		return fmt.Errorf("layer %s: hard link %q: no layer has its target %q: %w", w.layer, w.from, target, errdefs.ErrInvalidArgument)
+	for _, target := range slices.Sorted(maps.Keys(f.wants)) { // in order: the same layers give the same bytes
+		w := f.wants[target]
+		if err := f.fetch(target, w); err != nil {
+			return fmt.Errorf("layer %s: hard link %q: %w", w.layer, w.from, err)
+		}
 	}
-	f.root.prune()
+	return f.complete(f.root, "", false)
+}
+
+// fetch copies the target of a hard link from below: links do not lead from one disk to another.
+func (f *flattener) fetch(target string, w *want) error {
+	var found stored
+	if f.below != nil {
+		below, err := f.below()
+		if err != nil {
+			return err
+		}
+		if found, _, err = below.lookup(target); err != nil {
+			return err
+		}
+	}
+	switch found.mode & unix.S_IFMT {
+	case 0:
+		return fmt.Errorf("no layer has its target %q: %w", target, errdefs.ErrInvalidArgument)
+	case unix.S_IFDIR:
+		return fmt.Errorf("it is to a directory: %w", errdefs.ErrInvalidArgument)
+	}
+	f.leans = true
+	copyMetadata(w.ino, found)
+	w.ino.rdev = found.rdev
+	switch found.mode & unix.S_IFMT {
+	case unix.S_IFREG:
+		return f.fs.addFile(w.ino, found.size, found.data)
+	case unix.S_IFLNK:
+		to, err := io.ReadAll(io.LimitReader(found.data, maxPath+1))
+		if err != nil {
+			return err
+		}
+		w.ino.target = string(to)
+	}
+	return f.fs.addSpecial(w.ino)
+}
+
+func copyMetadata(to *inode, from stored) {
+	to.mode, to.uid, to.gid, to.mtime, to.mtimeNsec = from.mode, from.uid, from.gid, from.mtime, from.mtimeNsec
+	to.xattrs = withoutOverlay(from.xattrs)
+}
+
+// complete makes the tree beneath a directory what goes on the disk: directories that no layer described get the metadata that they
+// have below, or 0755 and root; whiteouts stay where they hide something below. cut: nothing below is seen here.
+func (f *flattener) complete(n *node, name string, cut bool) (err error) {
+	cut = cut || n.cut != noCut || f.below == nil
+	if n.ino == nil {
+		n.ino = &inode{mode: unix.S_IFDIR | 0o755}
+		if !cut && n != f.root { // the root's is looked for when disks are joined
+			if err := f.inherit(n.ino, name); err != nil {
+				return err
+			}
+		}
+	}
+	whiteouts := false
+	for base, kid := range n.kids {
+		switch {
+		case kid.gone && cut:
+			delete(n.kids, base)
+		case kid.gone:
+			if f.hidden == nil {
+				f.hidden = &inode{mode: unix.S_IFCHR}
+				if err := f.fs.addSpecial(f.hidden); err != nil {
+					return err
+				}
+			}
+			kid.ino, whiteouts = f.hidden, true
+		case kid.kids != nil:
+			if err := f.complete(kid, path.Join(name, base), cut); err != nil {
+				return err
+			}
+		}
+	}
+	if n.cut != noCut && f.below != nil && n != f.root {
+		if n.ino.xattrs, err = addXattr(n.ino.xattrs, overlayOpaque, "y"); err != nil {
+			return err
+		}
+	}
+	if whiteouts {
+		n.ino.xattrs, err = addXattr(n.ino.xattrs, overlayOrigin, "")
+	}
+	return err
+}
+
+// inherit gives a directory the metadata that it has below.
+func (f *flattener) inherit(ino *inode, name string) error {
+	below, err := f.below()
+	if err != nil {
+		return err
+	}
+	f.leans = true
+	found, _, err := below.lookup(name)
+	if err != nil {
+		return err
+	}
+	if found.isDir() {
+		copyMetadata(ino, found)
+	}
 	return nil
 }
 
@@ -81,12 +189,7 @@ func (f *flattener) apply(ctx context.Context, l Layer, depth int) error {
 	for target := range f.wants {
 		older[target] = true
 	}
-	count := func(n int) {
-		if f.read += int64(n); n > 0 && f.progress != nil {
-			f.progress(f.read)
-		}
-	}
-	if err := each(ctx, l, count, func(h *tar.Header, name string, r io.Reader) error {
+	if err := each(ctx, l, f.progress, func(h *tar.Header, name string, r io.Reader) error {
 		return f.entry(h, name, r, depth, l.Digest)
 	}); err != nil {
 		return err
@@ -250,6 +353,12 @@ func (f *flattener) entry(h *tar.Header, name string, r io.Reader, depth int, la
 	if strings.HasPrefix(base, whiteoutPrefix) {
 		return whiteout(parent, base, depth)
 	}
+	if h.Typeflag == tar.TypeChar && h.Devmajor == 0 && h.Devminor == 0 { // overlayfs' own whiteout, which is seen by nobody
+		if parent != nil {
+			parent.whiteout(base, depth)
+		}
+		return nil
+	}
 	if h.Typeflag == tar.TypeLink {
 		return f.hardLink(parent, h, name, depth, layer)
 	}
@@ -282,7 +391,7 @@ func (f *flattener) rootEntry(h *tar.Header, depth int) error {
 	if err := f.store(ino, h, nil); err != nil {
 		return err
 	}
-	f.root.ino, f.root.meta = ino, depth
+	f.root.ino, f.root.meta, f.hasRoot = ino, depth, true
 	return nil
 }
 
@@ -362,7 +471,7 @@ func (f *flattener) store(ino *inode, h *tar.Header, r io.Reader) error {
 			attrs[name] = value
 		}
 	}
-	xattrs, err := encodeXattrs(attrs)
+	xattrs, err := encodeXattrs(attrs, false)
 	if err != nil {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}

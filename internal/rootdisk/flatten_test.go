@@ -28,7 +28,7 @@ func FuzzFlatten(f *testing.F) {
 			t.Fatal(err)
 		}
 		defer out.Close()
-		if _, _, err := build(context.Background(), out, [32]byte{}, []Layer{layer(lower), layer(upper)}, nil); err != nil {
+		if _, err := build(context.Background(), out, [16]byte{}, []Layer{layer(lower), layer(upper)}, nil, func(int) {}); err != nil {
 			return
 		}
 		if msg, err := exec.Command("fsck.erofs", out.Name()).CombinedOutput(); err != nil {
@@ -96,12 +96,11 @@ func BenchmarkEnsure(b *testing.B) {
 	}
 }
 
-func BenchmarkPrepareVerity(b *testing.B) {
-	s := openStore(b)
-	d := ensure(b, s, benchTree(b))
+func BenchmarkVerify(b *testing.B) {
+	d := ensure(b, openStore(b), benchTree(b))
 	b.SetBytes(d.Size)
 	for b.Loop() {
-		if err := s.writeVerity(context.Background(), &d); err != nil {
+		if err := d.Verify(context.Background()); err != nil {
 			b.Fatal(err)
 		}
 	}

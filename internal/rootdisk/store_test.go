@@ -101,17 +101,21 @@ func openStore(t testing.TB) *Store {
 
 var testImage = digest.FromString("image")
 
-// ensure makes a disk of layers, bottom first, and has fsck.erofs look at it.
+// ensure makes a disk of layers, bottom first, and has fsck.erofs look at it. They are too small for more than one.
 func ensure(t testing.TB, s *Store, blobs ...[]byte) Disk {
 	t.Helper()
 	var layers []Layer
 	for _, b := range blobs {
 		layers = append(layers, layer(b))
 	}
-	d, err := s.Ensure(context.Background(), testImage, layers, nil)
+	r, err := s.Ensure(context.Background(), testImage, layers, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
+	if len(r.Disks) != 1 {
+		t.Fatalf("%d disks", len(r.Disks))
+	}
+	d := r.Disks[0]
 	if out, err := exec.Command("fsck.erofs", d.Path).CombinedOutput(); err != nil {
 		t.Fatalf("fsck.erofs: %v\n%s", err, out)
 	}
@@ -273,12 +277,14 @@ func TestKinds(t *testing.T) {
 	}
 }
 
-func TestLayers(t *testing.T) {
-	tests := []struct {
-		name   string
-		layers [][]ent // bottom first
-		want   []string
-	}{
+type layersTest struct {
+	name   string
+	layers [][]ent // bottom first
+	want   []string
+}
+
+func layersTests() []layersTest {
+	return []layersTest{
 		{"whiteouts", [][]ent{
 			{file("a", "1"), dir("d", 0o700), file("d/x", "1"), file("d/y", "1"), dir("gone", 0o700), file("gone/z", "1")},
 			{file(".wh.a", ""), file("d/.wh.x", ""), file(".wh.gone", ""), file(".wh.never", ""), file(".wh..wh.plnk", "")},
@@ -340,7 +346,10 @@ func TestLayers(t *testing.T) {
 		}, []string{`/a 100644 0:0 "low" links 3`, `/b 100644 0:0 "low" links 3 with a`, `/c 100644 0:0 "low" links 3 with a`, `/i 100644 0:0 "hid"`}},
 		{"no layers", nil, nil},
 	}
-	for _, tt := range tests {
+}
+
+func TestLayers(t *testing.T) {
+	for _, tt := range layersTests() {
 		t.Run(tt.name, func(t *testing.T) {
 			var blobs [][]byte
 			for _, l := range tt.layers {
@@ -433,10 +442,10 @@ func TestEnsureOnce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got.Entries != 1 || got.ImageDigest != testImage || got.Verity != nil {
+	if len(got.Disks) != 1 || got.Disks[0].Entries != 1 || got.ImageDigest != testImage {
 		t.Errorf("%+v", got)
 	}
-	if all, err := s.List(); err != nil || !cmp.Equal(all, []Disk{got}) {
+	if all, err := s.List(); err != nil || !cmp.Equal(all, []Root{got}) {
 		t.Errorf("list: %v %v", all, err)
 	}
 	if err := s.Remove(testImage); err != nil {
@@ -494,7 +503,7 @@ func TestOpenSweeps(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer live.Close()
-	for _, name := range []string{tempPrefix + "dead", "sha256-orphan" + diskSuffix, "sha256-orphan" + veritySuffix} {
+	for _, name := range []string{tempPrefix + "dead", "orphan" + diskSuffix, "sha256-old" + diskSuffix, "sha256-old" + oldVeritySuffix} {
 		if err := os.WriteFile(filepath.Join(s.dir, name), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -506,7 +515,7 @@ func TestOpenSweeps(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []string{d.Path, strings.TrimSuffix(d.Path, diskSuffix) + recordSuffix, live.Name()}
+	want := []string{d.Path, strings.TrimSuffix(d.Path, diskSuffix) + diskRecordSuffix, s.imageRecord(testImage), live.Name()}
 	slices.Sort(want)
 	slices.Sort(files)
 	if diff := cmp.Diff(want, files); diff != "" {
@@ -559,12 +568,13 @@ func TestBigSparseFile(t *testing.T) {
 			io.LimitReader(zeroReader{}, 512-size%512+1024))), nil
 	}}
 	s := openStore(t)
-	d, err := s.Ensure(context.Background(), testImage, []Layer{l}, nil)
+	r, err := s.Ensure(context.Background(), testImage, []Layer{l}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
+	d := r.Disks[0]
 	var st unix.Stat_t
-	if err := unix.Stat(d.Path, &st); err != nil || st.Blocks*512 > 1<<20 {
+	if err := unix.Stat(d.Path, &st); err != nil || st.Blocks*512 > 48<<20 {
 		t.Errorf("%d KiB allocated, %v", st.Blocks/2, err)
 	}
 	f, err := os.Open(filepath.Join(mountLoop(t, d.Path, "erofs", "ro"), "big"))

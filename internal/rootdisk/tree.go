@@ -132,18 +132,3 @@ func (n *node) whiteout(name string, layer int) {
 		old.hide(layer)
 	}
 }
-
-// prune takes the whiteouts out and gives directories that no layer described their default: 0755, root.
-func (n *node) prune() {
-	if n.ino == nil {
-		n.ino = &inode{mode: unix.S_IFDIR | 0o755}
-	}
-	for name, kid := range n.kids {
-		switch {
-		case kid.gone:
-			delete(n.kids, name)
-		case kid.kids != nil:
-			kid.prune()
-		}
-	}
-}

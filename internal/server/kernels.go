@@ -7,9 +7,7 @@ import (
 
 	"connectrpc.com/connect"
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
-	"github.com/atollvm/atoll/internal/base"
 	"github.com/atollvm/atoll/internal/kernel"
-	"github.com/atollvm/atoll/internal/ref"
 )
 
 type kernels struct{ Options }
@@ -61,49 +59,4 @@ func kernelTo(k kernel.Kernel) *atollv1.Kernel {
 		Name: k.Name, Version: k.Version, Digest: k.Digest.String(), Architecture: k.Arch, Source: k.Source, Args: k.Args, SizeBytes: k.Size,
 		Default: k.Default, CreatedAt: stamp(k.Created), Path: k.Path, Modules: k.Modules, ConfigDigest: k.ConfigDigest.String(),
 	}
-}
-
-type bases struct{ Options }
-
-func (s *bases) List(ctx context.Context, _ *connect.Request[atollv1.ListBasesRequest]) (*connect.Response[atollv1.ListBasesResponse], error) {
-	res := &atollv1.ListBasesResponse{}
-	for _, b := range base.List() {
-		res.Bases = append(res.Bases, s.baseTo(ctx, b))
-	}
-	return connect.NewResponse(res), nil
-}
-
-func (s *bases) baseTo(ctx context.Context, b base.Base) *atollv1.Base {
-	out := &atollv1.Base{Name: b.Name, Description: b.Description}
-	if i, err := s.Images.Resolve(ctx, b.Name, ""); err == nil {
-		out.Digest, out.BuiltAt = i.Digest.String(), stamp(i.Created)
-	}
-	return out
-}
-
-func (s *bases) Build(ctx context.Context, req *connect.Request[atollv1.BuildBaseRequest], out *connect.ServerStream[atollv1.BuildBaseResponse]) error {
-	name := req.Msg.GetName()
-	b, err := base.Find(name)
-	if err != nil {
-		return err
-	}
-	r, err := ref.Parse(name)
-	if err != nil {
-		return err
-	}
-	release := s.Images.Hold()
-	defer release()
-	manifest, err := s.Bases.Build(ctx, name, base.Options{Mirror: req.Msg.GetMirror()}, func(line string) {
-		_ = out.Send(&atollv1.BuildBaseResponse{Kind: &atollv1.BuildBaseResponse_Line{Line: line}}) // a client that is gone ends ctx
-	})
-	if err != nil {
-		return err
-	}
-	if _, err := s.Images.Put(ctx, r.String(), manifest); err != nil {
-		return err
-	}
-	if _, err := s.Disks.Make(ctx, manifest.Digest, nil); err != nil {
-		return err
-	}
-	return out.Send(&atollv1.BuildBaseResponse{Kind: &atollv1.BuildBaseResponse_Base{Base: s.baseTo(ctx, b)}})
 }

@@ -49,9 +49,10 @@ type Options struct {
 
 // Disks makes root disks.
 type Disks interface {
-	Get(img digest.Digest) (rootdisk.Disk, error)
+	Get(img digest.Digest) (rootdisk.Root, error)
+	Users() (map[string]int, error)
 	// Make makes an image's root disk, unless it is there; progress may be nil.
-	Make(ctx context.Context, img digest.Digest, progress func(done int64)) (rootdisk.Disk, error)
+	Make(ctx context.Context, img digest.Digest, progress func(done int64)) (rootdisk.Root, error)
 }
 
 // Check is one finding of the doctor.

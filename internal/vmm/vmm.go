@@ -19,7 +19,8 @@ type Spec struct {
 	NICs        []NIC
 	Shares      []Share
 	// Tethered: the instance ends with the process that starts it, however that ends. There is nothing to recover then.
-	Tethered bool
+	Tethered  bool
+	PowersOff bool // the guest switches itself off; without it only a reset is sure to end the VMM
 }
 
 // Kernel is what boots: an uncompressed ELF kernel, its initramfs, and what the kernel is able to do.
@@ -29,6 +30,8 @@ type Kernel struct {
 	Args      string // the kernel's own part of the command line; the driver adds what its machine type needs
 	// NeedsACPI: the kernel cannot find virtio-mmio devices from its command line (Debian's kernels).
 	NeedsACPI bool
+	// ACPI: the kernel can find them by ACPI, which has room for more.
+	ACPI bool
 }
 
 // Disk is a raw disk image.
@@ -97,6 +100,7 @@ type Instance interface {
 type Exit struct {
 	Reason Reason
 	Detail string // the VMM's own words or signal, for a person
+	Reset  bool   // with ReasonGuest: it asked for a reset, not to be switched off
 }
 
 // Reason is the VMM's view of the end; only the agent knows more.

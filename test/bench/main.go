@@ -285,7 +285,10 @@ func (b *bench) argv(m *atollv1.Machine) ([]string, error) {
 func configOf(m *atollv1.Machine) *agentv1.Config {
 	return &agentv1.Config{
 		MachineId: m.GetId(), Hostname: m.GetSpec().GetHostname(), UnixNanos: time.Now().UnixNano(), Entropy: make([]byte, 64),
-		Root:       &agentv1.Root{Disk: "/dev/vda", DiskType: "erofs", Scratch: "/dev/vdb", ScratchType: "ext4"},
+		Root: &agentv1.Root{
+			Disks:   []*agentv1.RootDisk{{Device: "/dev/vda", Type: "erofs", HasRoot: true}}, // busybox has one
+			Scratch: "/dev/vdb", ScratchType: "ext4",
+		},
 		DnsServers: []string{"10.215.0.1"},
 		Interfaces: []*agentv1.Interface{{Mac: m.GetNetwork().GetMac(), Address: m.GetNetwork().GetAddress() + "/16", Gateway: "10.215.0.1", Mtu: 65520}},
 		Process:    &agentv1.Process{Argv: []string{"echo", "x"}, Env: []string{"PATH=/bin"}, WorkingDir: "/"},
@@ -337,7 +340,7 @@ func (b *bench) rootDisks(int) error {
 	var layers []rootdisk.Layer
 	for _, l := range img.GetLayers() {
 		d := digest.Digest(l.GetDigest())
-		layers = append(layers, rootdisk.Layer{Digest: d, MediaType: l.GetMediaType(), Open: func() (io.ReadCloser, error) {
+		layers = append(layers, rootdisk.Layer{Digest: d, MediaType: l.GetMediaType(), Size: l.GetSizeBytes(), Open: func() (io.ReadCloser, error) {
 			return os.Open(filepath.Join(b.home, "images", "blobs", "sha256", d.Encoded()))
 		}})
 	}
@@ -359,7 +362,7 @@ func (b *bench) rootDisks(int) error {
 		if err != nil {
 			return err
 		}
-		size = disk.Size
+		size = disk.Size()
 	}
 	b.row("## Root disks\n\ndebian:bookworm as built here (one zstd layer of %.0f MB) to a root disk of %.0f MB, fsync included. 5 rounds.\n\n| | median |\n|---|---|", float64(img.GetSizeBytes())/1e6, float64(size)/1e6)
 	b.row("| time | %s |\n| **speed** (≥ 200 MB/s) | **%.0f MB/s** |\n", ms(quantile(took, .5)), float64(size)/1e6/quantile(took, .5).Seconds())

@@ -22,6 +22,7 @@ import (
 
 var (
 	fixtureHome string
+	ownKernel   string // a kernel that atoll kernel build has built
 	binDir      string
 	helperDir   string
 )
@@ -43,7 +44,7 @@ func prepare() error {
 		return err
 	}
 	binDir = filepath.Join(root, "bin")
-	fixtureHome = os.Getenv("ATOLL_TEST_HOME")
+	fixtureHome, ownKernel = os.Getenv("ATOLL_TEST_HOME"), os.Getenv("ATOLL_TEST_OWN_KERNEL")
 	if fixtureHome == "" {
 		build := exec.Command("make", "-s", "build")
 		build.Dir = root
@@ -57,8 +58,11 @@ func prepare() error {
 			return fmt.Errorf("test/fixture: %w", err)
 		}
 		for line := range strings.Lines(string(out)) {
-			if k, v, ok := strings.Cut(strings.TrimPrefix(strings.TrimSpace(line), "export "), "="); ok && k == "ATOLL_TEST_HOME" {
+			switch k, v, _ := strings.Cut(strings.TrimPrefix(strings.TrimSpace(line), "export "), "="); k {
+			case "ATOLL_TEST_HOME":
 				fixtureHome = strings.Trim(v, `"`)
+			case "ATOLL_TEST_OWN_KERNEL":
+				ownKernel = strings.Trim(v, `"`)
 			}
 		}
 	}
@@ -113,6 +117,7 @@ func setup(env *testscript.Env) error {
 		return err
 	}
 	env.Setenv("ATOLL_HOME", home)
+	env.Setenv("OWN_KERNEL", ownKernel)
 	env.Setenv("PATH", strings.Join([]string{binDir, helperDir, env.Getenv("PATH"), "/usr/sbin", "/sbin"}, ":"))
 	env.Setenv("HOME", env.WorkDir)
 	env.Setenv("NO_COLOR", "1")

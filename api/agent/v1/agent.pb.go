@@ -137,6 +137,7 @@ const (
 	GoingDown_REASON_SHUTDOWN    GoingDown_Reason = 2 // the host asked
 	GoingDown_REASON_POWEROFF    GoingDown_Reason = 3 // the guest asked
 	GoingDown_REASON_REBOOT      GoingDown_Reason = 4
+	GoingDown_REASON_VERITY      GoingDown_Reason = 5 // a block of a root disk is not what its root hash says
 )
 
 // Enum value maps for GoingDown_Reason.
@@ -147,6 +148,7 @@ var (
 		2: "REASON_SHUTDOWN",
 		3: "REASON_POWEROFF",
 		4: "REASON_REBOOT",
+		5: "REASON_VERITY",
 	}
 	GoingDown_Reason_value = map[string]int32{
 		"REASON_UNSPECIFIED": 0,
@@ -154,6 +156,7 @@ var (
 		"REASON_SHUTDOWN":    2,
 		"REASON_POWEROFF":    3,
 		"REASON_REBOOT":      4,
+		"REASON_VERITY":      5,
 	}
 )
 
@@ -181,7 +184,7 @@ func (x GoingDown_Reason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use GoingDown_Reason.Descriptor instead.
 func (GoingDown_Reason) EnumDescriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{17, 0}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{19, 0}
 }
 
 // Request opens a stream.
@@ -517,19 +520,22 @@ func (x *HelloReply) GetUptimeNanos() int64 {
 
 // Config is everything the agent needs to know about its machine, in one message.
 type Config struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	MachineId     string                 `protobuf:"bytes,1,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`
-	Hostname      string                 `protobuf:"bytes,2,opt,name=hostname,proto3" json:"hostname,omitempty"`
-	Hosts         []*HostEntry           `protobuf:"bytes,3,rep,name=hosts,proto3" json:"hosts,omitempty"` // more /etc/hosts lines
-	DnsServers    []string               `protobuf:"bytes,4,rep,name=dns_servers,json=dnsServers,proto3" json:"dns_servers,omitempty"`
-	DnsSearch     []string               `protobuf:"bytes,5,rep,name=dns_search,json=dnsSearch,proto3" json:"dns_search,omitempty"`
-	Interfaces    []*Interface           `protobuf:"bytes,6,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
-	UnixNanos     int64                  `protobuf:"varint,7,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"` // the host's clock when the message was sent
-	Root          *Root                  `protobuf:"bytes,8,opt,name=root,proto3" json:"root,omitempty"`                             // absent: the guest stays in its initramfs
-	Process       *Process               `protobuf:"bytes,9,opt,name=process,proto3" json:"process,omitempty"`                       // the entrypoint; absent: the guest waits for Exec and Container, and does not go down by itself
-	Entropy       []byte                 `protobuf:"bytes,10,opt,name=entropy,proto3" json:"entropy,omitempty"`                      // mixed into the guest's random pool
-	Shares        []*Share               `protobuf:"bytes,20,rep,name=shares,proto3" json:"shares,omitempty"`                        // mounted before the entrypoint starts
-	Modules       []string               `protobuf:"bytes,11,rep,name=modules,proto3" json:"modules,omitempty"`                      // features whose modules the initramfs has in a directory of that name: loaded before all else
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	MachineId  string                 `protobuf:"bytes,1,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`
+	Hostname   string                 `protobuf:"bytes,2,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	Hosts      []*HostEntry           `protobuf:"bytes,3,rep,name=hosts,proto3" json:"hosts,omitempty"` // more /etc/hosts lines
+	DnsServers []string               `protobuf:"bytes,4,rep,name=dns_servers,json=dnsServers,proto3" json:"dns_servers,omitempty"`
+	DnsSearch  []string               `protobuf:"bytes,5,rep,name=dns_search,json=dnsSearch,proto3" json:"dns_search,omitempty"`
+	Interfaces []*Interface           `protobuf:"bytes,6,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
+	UnixNanos  int64                  `protobuf:"varint,7,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"` // the host's clock when the message was sent
+	Root       *Root                  `protobuf:"bytes,8,opt,name=root,proto3" json:"root,omitempty"`                             // absent: the guest stays in its initramfs
+	Process    *Process               `protobuf:"bytes,9,opt,name=process,proto3" json:"process,omitempty"`                       // the entrypoint; absent: the guest waits for Exec and Container, and does not go down by itself
+	Entropy    []byte                 `protobuf:"bytes,10,opt,name=entropy,proto3" json:"entropy,omitempty"`                      // mixed into the guest's random pool
+	Modules    []string               `protobuf:"bytes,11,rep,name=modules,proto3" json:"modules,omitempty"`                      // features whose modules the initramfs has in a directory of that name: loaded before all else
+	// PID 1 becomes process, the image's own init, and the agent goes on beside it. After Progress.done the host drops the session and
+	// opens another one, which the agent answers from its new process.
+	Init          bool     `protobuf:"varint,20,opt,name=init,proto3" json:"init,omitempty"`
+	Shares        []*Share `protobuf:"bytes,30,rep,name=shares,proto3" json:"shares,omitempty"` // mounted before the entrypoint starts
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -634,16 +640,23 @@ func (x *Config) GetEntropy() []byte {
 	return nil
 }
 
-func (x *Config) GetShares() []*Share {
+func (x *Config) GetModules() []string {
 	if x != nil {
-		return x.Shares
+		return x.Modules
 	}
 	return nil
 }
 
-func (x *Config) GetModules() []string {
+func (x *Config) GetInit() bool {
 	if x != nil {
-		return x.Modules
+		return x.Init
+	}
+	return false
+}
+
+func (x *Config) GetShares() []*Share {
+	if x != nil {
+		return x.Shares
 	}
 	return nil
 }
@@ -831,11 +844,10 @@ func (x *Share) GetReadOnly() bool {
 
 type Root struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Disk          string                 `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`                                  // the read-only root disk, as /dev/vda
-	DiskType      string                 `protobuf:"bytes,2,opt,name=disk_type,json=diskType,proto3" json:"disk_type,omitempty"`          // erofs
 	Scratch       string                 `protobuf:"bytes,3,opt,name=scratch,proto3" json:"scratch,omitempty"`                            // the scratch disk, as /dev/vdb; empty: a tmpfs
 	ScratchType   string                 `protobuf:"bytes,4,opt,name=scratch_type,json=scratchType,proto3" json:"scratch_type,omitempty"` // ext4
 	ReadOnly      bool                   `protobuf:"varint,5,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	Disks         []*RootDisk            `protobuf:"bytes,6,rep,name=disks,proto3" json:"disks,omitempty"` // the topmost first
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -870,20 +882,6 @@ func (*Root) Descriptor() ([]byte, []int) {
 	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
-func (x *Root) GetDisk() string {
-	if x != nil {
-		return x.Disk
-	}
-	return ""
-}
-
-func (x *Root) GetDiskType() string {
-	if x != nil {
-		return x.DiskType
-	}
-	return ""
-}
-
 func (x *Root) GetScratch() string {
 	if x != nil {
 		return x.Scratch
@@ -905,6 +903,143 @@ func (x *Root) GetReadOnly() bool {
 	return false
 }
 
+func (x *Root) GetDisks() []*RootDisk {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+// RootDisk is one of the read-only disks that the overlay joins.
+type RootDisk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Device        string                 `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`                   // as /dev/vda
+	Type          string                 `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`                       // erofs
+	HasRoot       bool                   `protobuf:"varint,3,opt,name=has_root,json=hasRoot,proto3" json:"has_root,omitempty"` // it says what the root directory is like; the topmost such disk counts
+	Verity        *Verity                `protobuf:"bytes,4,opt,name=verity,proto3" json:"verity,omitempty"`                   // absent: not checked
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RootDisk) Reset() {
+	*x = RootDisk{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RootDisk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RootDisk) ProtoMessage() {}
+
+func (x *RootDisk) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RootDisk.ProtoReflect.Descriptor instead.
+func (*RootDisk) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *RootDisk) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *RootDisk) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *RootDisk) GetHasRoot() bool {
+	if x != nil {
+		return x.HasRoot
+	}
+	return false
+}
+
+func (x *RootDisk) GetVerity() *Verity {
+	if x != nil {
+		return x.Verity
+	}
+	return nil
+}
+
+// Verity is a dm-verity hash tree (sha256, blocks of 4096 bytes) that begins behind the data blocks of the same disk.
+type Verity struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	RootHash      string                 `protobuf:"bytes,1,opt,name=root_hash,json=rootHash,proto3" json:"root_hash,omitempty"` // hex
+	Salt          string                 `protobuf:"bytes,2,opt,name=salt,proto3" json:"salt,omitempty"`                         // hex
+	DataBlocks    uint64                 `protobuf:"varint,3,opt,name=data_blocks,json=dataBlocks,proto3" json:"data_blocks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Verity) Reset() {
+	*x = Verity{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Verity) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Verity) ProtoMessage() {}
+
+func (x *Verity) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Verity.ProtoReflect.Descriptor instead.
+func (*Verity) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Verity) GetRootHash() string {
+	if x != nil {
+		return x.RootHash
+	}
+	return ""
+}
+
+func (x *Verity) GetSalt() string {
+	if x != nil {
+		return x.Salt
+	}
+	return ""
+}
+
+func (x *Verity) GetDataBlocks() uint64 {
+	if x != nil {
+		return x.DataBlocks
+	}
+	return 0
+}
+
 type Process struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Argv          []string               `protobuf:"bytes,1,rep,name=argv,proto3" json:"argv,omitempty"`
@@ -922,7 +1057,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -934,7 +1069,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -947,7 +1082,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Process) GetArgv() []string {
@@ -1027,7 +1162,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1039,7 +1174,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1052,7 +1187,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Progress) GetStep() string {
@@ -1099,7 +1234,7 @@ type OutputRequest struct {
 
 func (x *OutputRequest) Reset() {
 	*x = OutputRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1111,7 +1246,7 @@ func (x *OutputRequest) String() string {
 func (*OutputRequest) ProtoMessage() {}
 
 func (x *OutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1124,7 +1259,7 @@ func (x *OutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputRequest.ProtoReflect.Descriptor instead.
 func (*OutputRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *OutputRequest) GetAfter() uint64 {
@@ -1149,7 +1284,7 @@ type Output struct {
 
 func (x *Output) Reset() {
 	*x = Output{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1161,7 +1296,7 @@ func (x *Output) String() string {
 func (*Output) ProtoMessage() {}
 
 func (x *Output) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1174,7 +1309,7 @@ func (x *Output) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Output.ProtoReflect.Descriptor instead.
 func (*Output) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Output) GetSeq() uint64 {
@@ -1221,7 +1356,7 @@ type OutputAck struct {
 
 func (x *OutputAck) Reset() {
 	*x = OutputAck{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1233,7 +1368,7 @@ func (x *OutputAck) String() string {
 func (*OutputAck) ProtoMessage() {}
 
 func (x *OutputAck) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1246,7 +1381,7 @@ func (x *OutputAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputAck.ProtoReflect.Descriptor instead.
 func (*OutputAck) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *OutputAck) GetSeq() uint64 {
@@ -1264,7 +1399,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1276,7 +1411,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1289,7 +1424,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 // Event is what happened in the guest.
@@ -1308,7 +1443,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1320,7 +1455,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1333,7 +1468,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -1408,7 +1543,7 @@ type EntrypointStarted struct {
 
 func (x *EntrypointStarted) Reset() {
 	*x = EntrypointStarted{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1420,7 +1555,7 @@ func (x *EntrypointStarted) String() string {
 func (*EntrypointStarted) ProtoMessage() {}
 
 func (x *EntrypointStarted) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1433,7 +1568,7 @@ func (x *EntrypointStarted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntrypointStarted.ProtoReflect.Descriptor instead.
 func (*EntrypointStarted) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *EntrypointStarted) GetPid() uint32 {
@@ -1454,7 +1589,7 @@ type EntrypointExited struct {
 
 func (x *EntrypointExited) Reset() {
 	*x = EntrypointExited{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1466,7 +1601,7 @@ func (x *EntrypointExited) String() string {
 func (*EntrypointExited) ProtoMessage() {}
 
 func (x *EntrypointExited) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1479,7 +1614,7 @@ func (x *EntrypointExited) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntrypointExited.ProtoReflect.Descriptor instead.
 func (*EntrypointExited) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *EntrypointExited) GetCode() int32 {
@@ -1506,13 +1641,14 @@ func (x *EntrypointExited) GetOomKilled() bool {
 type GoingDown struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Reason        GoingDown_Reason       `protobuf:"varint,1,opt,name=reason,proto3,enum=atoll.agent.v1.GoingDown_Reason" json:"reason,omitempty"`
+	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"` // for a person
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GoingDown) Reset() {
 	*x = GoingDown{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1524,7 +1660,7 @@ func (x *GoingDown) String() string {
 func (*GoingDown) ProtoMessage() {}
 
 func (x *GoingDown) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1537,7 +1673,7 @@ func (x *GoingDown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GoingDown.ProtoReflect.Descriptor instead.
 func (*GoingDown) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GoingDown) GetReason() GoingDown_Reason {
@@ -1545,6 +1681,13 @@ func (x *GoingDown) GetReason() GoingDown_Reason {
 		return x.Reason
 	}
 	return GoingDown_REASON_UNSPECIFIED
+}
+
+func (x *GoingDown) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
 }
 
 // EventAck: once the host has acknowledged EntrypointExited, the agent powers off. While no host is connected it waits.
@@ -1557,7 +1700,7 @@ type EventAck struct {
 
 func (x *EventAck) Reset() {
 	*x = EventAck{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1569,7 +1712,7 @@ func (x *EventAck) String() string {
 func (*EventAck) ProtoMessage() {}
 
 func (x *EventAck) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1582,7 +1725,7 @@ func (x *EventAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventAck.ProtoReflect.Descriptor instead.
 func (*EventAck) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *EventAck) GetSeq() uint64 {
@@ -1603,7 +1746,7 @@ type Exec struct {
 
 func (x *Exec) Reset() {
 	*x = Exec{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1615,7 +1758,7 @@ func (x *Exec) String() string {
 func (*Exec) ProtoMessage() {}
 
 func (x *Exec) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1628,7 +1771,7 @@ func (x *Exec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exec.ProtoReflect.Descriptor instead.
 func (*Exec) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Exec) GetProcess() *Process {
@@ -1671,7 +1814,7 @@ type Container struct {
 
 func (x *Container) Reset() {
 	*x = Container{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1683,7 +1826,7 @@ func (x *Container) String() string {
 func (*Container) ProtoMessage() {}
 
 func (x *Container) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1696,7 +1839,7 @@ func (x *Container) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Container.ProtoReflect.Descriptor instead.
 func (*Container) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Container) GetId() string {
@@ -1774,7 +1917,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1786,7 +1929,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1799,7 +1942,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Mount) GetSource() string {
@@ -1845,7 +1988,7 @@ type ExecInput struct {
 
 func (x *ExecInput) Reset() {
 	*x = ExecInput{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1857,7 +2000,7 @@ func (x *ExecInput) String() string {
 func (*ExecInput) ProtoMessage() {}
 
 func (x *ExecInput) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1870,7 +2013,7 @@ func (x *ExecInput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecInput.ProtoReflect.Descriptor instead.
 func (*ExecInput) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExecInput) GetKind() isExecInput_Kind {
@@ -1954,7 +2097,7 @@ type Resize struct {
 
 func (x *Resize) Reset() {
 	*x = Resize{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1966,7 +2109,7 @@ func (x *Resize) String() string {
 func (*Resize) ProtoMessage() {}
 
 func (x *Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1979,7 +2122,7 @@ func (x *Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resize.ProtoReflect.Descriptor instead.
 func (*Resize) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Resize) GetRows() uint32 {
@@ -2013,7 +2156,7 @@ type ExecOutput struct {
 
 func (x *ExecOutput) Reset() {
 	*x = ExecOutput{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2025,7 +2168,7 @@ func (x *ExecOutput) String() string {
 func (*ExecOutput) ProtoMessage() {}
 
 func (x *ExecOutput) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2038,7 +2181,7 @@ func (x *ExecOutput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecOutput.ProtoReflect.Descriptor instead.
 func (*ExecOutput) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ExecOutput) GetKind() isExecOutput_Kind {
@@ -2154,7 +2297,7 @@ type ExecError struct {
 
 func (x *ExecError) Reset() {
 	*x = ExecError{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2166,7 +2309,7 @@ func (x *ExecError) String() string {
 func (*ExecError) ProtoMessage() {}
 
 func (x *ExecError) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2179,7 +2322,7 @@ func (x *ExecError) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecError.ProtoReflect.Descriptor instead.
 func (*ExecError) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ExecError) GetFailure() FailureClass {
@@ -2204,7 +2347,7 @@ type Stdin struct {
 
 func (x *Stdin) Reset() {
 	*x = Stdin{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2216,7 +2359,7 @@ func (x *Stdin) String() string {
 func (*Stdin) ProtoMessage() {}
 
 func (x *Stdin) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2229,7 +2372,7 @@ func (x *Stdin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stdin.ProtoReflect.Descriptor instead.
 func (*Stdin) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 type Signal struct {
@@ -2241,7 +2384,7 @@ type Signal struct {
 
 func (x *Signal) Reset() {
 	*x = Signal{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2253,7 +2396,7 @@ func (x *Signal) String() string {
 func (*Signal) ProtoMessage() {}
 
 func (x *Signal) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2266,7 +2409,7 @@ func (x *Signal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Signal.ProtoReflect.Descriptor instead.
 func (*Signal) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Signal) GetName() string {
@@ -2285,7 +2428,7 @@ type SignalReply struct {
 
 func (x *SignalReply) Reset() {
 	*x = SignalReply{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2297,7 +2440,7 @@ func (x *SignalReply) String() string {
 func (*SignalReply) ProtoMessage() {}
 
 func (x *SignalReply) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2310,7 +2453,7 @@ func (x *SignalReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalReply.ProtoReflect.Descriptor instead.
 func (*SignalReply) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *SignalReply) GetError() string {
@@ -2330,7 +2473,7 @@ type Shutdown struct {
 
 func (x *Shutdown) Reset() {
 	*x = Shutdown{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2342,7 +2485,7 @@ func (x *Shutdown) String() string {
 func (*Shutdown) ProtoMessage() {}
 
 func (x *Shutdown) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2355,7 +2498,7 @@ func (x *Shutdown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Shutdown.ProtoReflect.Descriptor instead.
 func (*Shutdown) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Shutdown) GetSignal() string {
@@ -2381,7 +2524,7 @@ type ShutdownReply struct {
 
 func (x *ShutdownReply) Reset() {
 	*x = ShutdownReply{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2393,7 +2536,7 @@ func (x *ShutdownReply) String() string {
 func (*ShutdownReply) ProtoMessage() {}
 
 func (x *ShutdownReply) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2406,7 +2549,7 @@ func (x *ShutdownReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownReply.ProtoReflect.Descriptor instead.
 func (*ShutdownReply) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ShutdownReply) GetError() string {
@@ -2425,7 +2568,7 @@ type ExecOutput_Started struct {
 
 func (x *ExecOutput_Started) Reset() {
 	*x = ExecOutput_Started{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2437,7 +2580,7 @@ func (x *ExecOutput_Started) String() string {
 func (*ExecOutput_Started) ProtoMessage() {}
 
 func (x *ExecOutput_Started) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2450,7 +2593,7 @@ func (x *ExecOutput_Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecOutput_Started.ProtoReflect.Descriptor instead.
 func (*ExecOutput_Started) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24, 0}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26, 0}
 }
 
 func (x *ExecOutput_Started) GetPid() uint32 {
@@ -2488,7 +2631,7 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05state\x18\x04 \x01(\v2\x15.atoll.agent.v1.EventR\x05state\x12\x17\n" +
 	"\aboot_id\x18\x05 \x01(\tR\x06bootId\x12,\n" +
 	"\x12start_uptime_nanos\x18\x06 \x01(\x03R\x10startUptimeNanos\x12!\n" +
-	"\fuptime_nanos\x18\a \x01(\x03R\vuptimeNanos\"\xce\x03\n" +
+	"\fuptime_nanos\x18\a \x01(\x03R\vuptimeNanos\"\xe2\x03\n" +
 	"\x06Config\x12\x1d\n" +
 	"\n" +
 	"machine_id\x18\x01 \x01(\tR\tmachineId\x12\x1a\n" +
@@ -2506,9 +2649,10 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x04root\x18\b \x01(\v2\x14.atoll.agent.v1.RootR\x04root\x121\n" +
 	"\aprocess\x18\t \x01(\v2\x17.atoll.agent.v1.ProcessR\aprocess\x12\x18\n" +
 	"\aentropy\x18\n" +
-	" \x01(\fR\aentropy\x12-\n" +
-	"\x06shares\x18\x14 \x03(\v2\x15.atoll.agent.v1.ShareR\x06shares\x12\x18\n" +
-	"\amodules\x18\v \x03(\tR\amodules\";\n" +
+	" \x01(\fR\aentropy\x12\x18\n" +
+	"\amodules\x18\v \x03(\tR\amodules\x12\x12\n" +
+	"\x04init\x18\x14 \x01(\bR\x04init\x12-\n" +
+	"\x06shares\x18\x1e \x03(\v2\x15.atoll.agent.v1.ShareR\x06shares\";\n" +
 	"\tHostEntry\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x14\n" +
 	"\x05names\x18\x02 \x03(\tR\x05names\"c\n" +
@@ -2520,13 +2664,22 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05Share\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x1b\n" +
-	"\tread_only\x18\x03 \x01(\bR\breadOnly\"\x91\x01\n" +
-	"\x04Root\x12\x12\n" +
-	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x1b\n" +
-	"\tdisk_type\x18\x02 \x01(\tR\bdiskType\x12\x18\n" +
+	"\tread_only\x18\x03 \x01(\bR\breadOnly\"\x9c\x01\n" +
+	"\x04Root\x12\x18\n" +
 	"\ascratch\x18\x03 \x01(\tR\ascratch\x12!\n" +
 	"\fscratch_type\x18\x04 \x01(\tR\vscratchType\x12\x1b\n" +
-	"\tread_only\x18\x05 \x01(\bR\breadOnly\"\xd5\x01\n" +
+	"\tread_only\x18\x05 \x01(\bR\breadOnly\x12.\n" +
+	"\x05disks\x18\x06 \x03(\v2\x18.atoll.agent.v1.RootDiskR\x05disksJ\x04\b\x01\x10\x02J\x04\b\x02\x10\x03\"\x81\x01\n" +
+	"\bRootDisk\x12\x16\n" +
+	"\x06device\x18\x01 \x01(\tR\x06device\x12\x12\n" +
+	"\x04type\x18\x02 \x01(\tR\x04type\x12\x19\n" +
+	"\bhas_root\x18\x03 \x01(\bR\ahasRoot\x12.\n" +
+	"\x06verity\x18\x04 \x01(\v2\x16.atoll.agent.v1.VerityR\x06verity\"Z\n" +
+	"\x06Verity\x12\x1b\n" +
+	"\troot_hash\x18\x01 \x01(\tR\brootHash\x12\x12\n" +
+	"\x04salt\x18\x02 \x01(\tR\x04salt\x12\x1f\n" +
+	"\vdata_blocks\x18\x03 \x01(\x04R\n" +
+	"dataBlocks\"\xd5\x01\n" +
 	"\aProcess\x12\x12\n" +
 	"\x04argv\x18\x01 \x03(\tR\x04argv\x12\x10\n" +
 	"\x03env\x18\x02 \x03(\tR\x03env\x12\x1f\n" +
@@ -2570,15 +2723,17 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x04code\x18\x01 \x01(\x05R\x04code\x12\x16\n" +
 	"\x06signal\x18\x02 \x01(\x05R\x06signal\x12\x1d\n" +
 	"\n" +
-	"oom_killed\x18\x03 \x01(\bR\toomKilled\"\xb7\x01\n" +
+	"oom_killed\x18\x03 \x01(\bR\toomKilled\"\xe3\x01\n" +
 	"\tGoingDown\x128\n" +
-	"\x06reason\x18\x01 \x01(\x0e2 .atoll.agent.v1.GoingDown.ReasonR\x06reason\"p\n" +
+	"\x06reason\x18\x01 \x01(\x0e2 .atoll.agent.v1.GoingDown.ReasonR\x06reason\x12\x16\n" +
+	"\x06detail\x18\x02 \x01(\tR\x06detail\"\x83\x01\n" +
 	"\x06Reason\x12\x16\n" +
 	"\x12REASON_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rREASON_EXITED\x10\x01\x12\x13\n" +
 	"\x0fREASON_SHUTDOWN\x10\x02\x12\x13\n" +
 	"\x0fREASON_POWEROFF\x10\x03\x12\x11\n" +
-	"\rREASON_REBOOT\x10\x04\"\x1c\n" +
+	"\rREASON_REBOOT\x10\x04\x12\x11\n" +
+	"\rREASON_VERITY\x10\x05\"\x1c\n" +
 	"\bEventAck\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\"o\n" +
 	"\x04Exec\x121\n" +
@@ -2661,7 +2816,7 @@ func file_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_api_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_api_agent_v1_agent_proto_goTypes = []any{
 	(FailureClass)(0),          // 0: atoll.agent.v1.FailureClass
 	(Stream)(0),                // 1: atoll.agent.v1.Stream
@@ -2674,66 +2829,70 @@ var file_api_agent_v1_agent_proto_goTypes = []any{
 	(*Interface)(nil),          // 8: atoll.agent.v1.Interface
 	(*Share)(nil),              // 9: atoll.agent.v1.Share
 	(*Root)(nil),               // 10: atoll.agent.v1.Root
-	(*Process)(nil),            // 11: atoll.agent.v1.Process
-	(*Progress)(nil),           // 12: atoll.agent.v1.Progress
-	(*OutputRequest)(nil),      // 13: atoll.agent.v1.OutputRequest
-	(*Output)(nil),             // 14: atoll.agent.v1.Output
-	(*OutputAck)(nil),          // 15: atoll.agent.v1.OutputAck
-	(*WatchRequest)(nil),       // 16: atoll.agent.v1.WatchRequest
-	(*Event)(nil),              // 17: atoll.agent.v1.Event
-	(*EntrypointStarted)(nil),  // 18: atoll.agent.v1.EntrypointStarted
-	(*EntrypointExited)(nil),   // 19: atoll.agent.v1.EntrypointExited
-	(*GoingDown)(nil),          // 20: atoll.agent.v1.GoingDown
-	(*EventAck)(nil),           // 21: atoll.agent.v1.EventAck
-	(*Exec)(nil),               // 22: atoll.agent.v1.Exec
-	(*Container)(nil),          // 23: atoll.agent.v1.Container
-	(*Mount)(nil),              // 24: atoll.agent.v1.Mount
-	(*ExecInput)(nil),          // 25: atoll.agent.v1.ExecInput
-	(*Resize)(nil),             // 26: atoll.agent.v1.Resize
-	(*ExecOutput)(nil),         // 27: atoll.agent.v1.ExecOutput
-	(*ExecError)(nil),          // 28: atoll.agent.v1.ExecError
-	(*Stdin)(nil),              // 29: atoll.agent.v1.Stdin
-	(*Signal)(nil),             // 30: atoll.agent.v1.Signal
-	(*SignalReply)(nil),        // 31: atoll.agent.v1.SignalReply
-	(*Shutdown)(nil),           // 32: atoll.agent.v1.Shutdown
-	(*ShutdownReply)(nil),      // 33: atoll.agent.v1.ShutdownReply
-	(*ExecOutput_Started)(nil), // 34: atoll.agent.v1.ExecOutput.Started
+	(*RootDisk)(nil),           // 11: atoll.agent.v1.RootDisk
+	(*Verity)(nil),             // 12: atoll.agent.v1.Verity
+	(*Process)(nil),            // 13: atoll.agent.v1.Process
+	(*Progress)(nil),           // 14: atoll.agent.v1.Progress
+	(*OutputRequest)(nil),      // 15: atoll.agent.v1.OutputRequest
+	(*Output)(nil),             // 16: atoll.agent.v1.Output
+	(*OutputAck)(nil),          // 17: atoll.agent.v1.OutputAck
+	(*WatchRequest)(nil),       // 18: atoll.agent.v1.WatchRequest
+	(*Event)(nil),              // 19: atoll.agent.v1.Event
+	(*EntrypointStarted)(nil),  // 20: atoll.agent.v1.EntrypointStarted
+	(*EntrypointExited)(nil),   // 21: atoll.agent.v1.EntrypointExited
+	(*GoingDown)(nil),          // 22: atoll.agent.v1.GoingDown
+	(*EventAck)(nil),           // 23: atoll.agent.v1.EventAck
+	(*Exec)(nil),               // 24: atoll.agent.v1.Exec
+	(*Container)(nil),          // 25: atoll.agent.v1.Container
+	(*Mount)(nil),              // 26: atoll.agent.v1.Mount
+	(*ExecInput)(nil),          // 27: atoll.agent.v1.ExecInput
+	(*Resize)(nil),             // 28: atoll.agent.v1.Resize
+	(*ExecOutput)(nil),         // 29: atoll.agent.v1.ExecOutput
+	(*ExecError)(nil),          // 30: atoll.agent.v1.ExecError
+	(*Stdin)(nil),              // 31: atoll.agent.v1.Stdin
+	(*Signal)(nil),             // 32: atoll.agent.v1.Signal
+	(*SignalReply)(nil),        // 33: atoll.agent.v1.SignalReply
+	(*Shutdown)(nil),           // 34: atoll.agent.v1.Shutdown
+	(*ShutdownReply)(nil),      // 35: atoll.agent.v1.ShutdownReply
+	(*ExecOutput_Started)(nil), // 36: atoll.agent.v1.ExecOutput.Started
 }
 var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	4,  // 0: atoll.agent.v1.Request.hello:type_name -> atoll.agent.v1.Hello
 	6,  // 1: atoll.agent.v1.Request.configure:type_name -> atoll.agent.v1.Config
-	13, // 2: atoll.agent.v1.Request.output:type_name -> atoll.agent.v1.OutputRequest
-	16, // 3: atoll.agent.v1.Request.watch:type_name -> atoll.agent.v1.WatchRequest
-	22, // 4: atoll.agent.v1.Request.exec:type_name -> atoll.agent.v1.Exec
-	29, // 5: atoll.agent.v1.Request.stdin:type_name -> atoll.agent.v1.Stdin
-	30, // 6: atoll.agent.v1.Request.signal:type_name -> atoll.agent.v1.Signal
-	32, // 7: atoll.agent.v1.Request.shutdown:type_name -> atoll.agent.v1.Shutdown
-	23, // 8: atoll.agent.v1.Request.container:type_name -> atoll.agent.v1.Container
-	17, // 9: atoll.agent.v1.HelloReply.state:type_name -> atoll.agent.v1.Event
+	15, // 2: atoll.agent.v1.Request.output:type_name -> atoll.agent.v1.OutputRequest
+	18, // 3: atoll.agent.v1.Request.watch:type_name -> atoll.agent.v1.WatchRequest
+	24, // 4: atoll.agent.v1.Request.exec:type_name -> atoll.agent.v1.Exec
+	31, // 5: atoll.agent.v1.Request.stdin:type_name -> atoll.agent.v1.Stdin
+	32, // 6: atoll.agent.v1.Request.signal:type_name -> atoll.agent.v1.Signal
+	34, // 7: atoll.agent.v1.Request.shutdown:type_name -> atoll.agent.v1.Shutdown
+	25, // 8: atoll.agent.v1.Request.container:type_name -> atoll.agent.v1.Container
+	19, // 9: atoll.agent.v1.HelloReply.state:type_name -> atoll.agent.v1.Event
 	7,  // 10: atoll.agent.v1.Config.hosts:type_name -> atoll.agent.v1.HostEntry
 	8,  // 11: atoll.agent.v1.Config.interfaces:type_name -> atoll.agent.v1.Interface
 	10, // 12: atoll.agent.v1.Config.root:type_name -> atoll.agent.v1.Root
-	11, // 13: atoll.agent.v1.Config.process:type_name -> atoll.agent.v1.Process
+	13, // 13: atoll.agent.v1.Config.process:type_name -> atoll.agent.v1.Process
 	9,  // 14: atoll.agent.v1.Config.shares:type_name -> atoll.agent.v1.Share
-	0,  // 15: atoll.agent.v1.Progress.failure:type_name -> atoll.agent.v1.FailureClass
-	1,  // 16: atoll.agent.v1.Output.stream:type_name -> atoll.agent.v1.Stream
-	18, // 17: atoll.agent.v1.Event.started:type_name -> atoll.agent.v1.EntrypointStarted
-	19, // 18: atoll.agent.v1.Event.exited:type_name -> atoll.agent.v1.EntrypointExited
-	20, // 19: atoll.agent.v1.Event.going_down:type_name -> atoll.agent.v1.GoingDown
-	2,  // 20: atoll.agent.v1.GoingDown.reason:type_name -> atoll.agent.v1.GoingDown.Reason
-	11, // 21: atoll.agent.v1.Exec.process:type_name -> atoll.agent.v1.Process
-	11, // 22: atoll.agent.v1.Container.process:type_name -> atoll.agent.v1.Process
-	24, // 23: atoll.agent.v1.Container.mounts:type_name -> atoll.agent.v1.Mount
-	26, // 24: atoll.agent.v1.ExecInput.resize:type_name -> atoll.agent.v1.Resize
-	34, // 25: atoll.agent.v1.ExecOutput.started:type_name -> atoll.agent.v1.ExecOutput.Started
-	19, // 26: atoll.agent.v1.ExecOutput.exit:type_name -> atoll.agent.v1.EntrypointExited
-	28, // 27: atoll.agent.v1.ExecOutput.error:type_name -> atoll.agent.v1.ExecError
-	0,  // 28: atoll.agent.v1.ExecError.failure:type_name -> atoll.agent.v1.FailureClass
-	29, // [29:29] is the sub-list for method output_type
-	29, // [29:29] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	11, // 15: atoll.agent.v1.Root.disks:type_name -> atoll.agent.v1.RootDisk
+	12, // 16: atoll.agent.v1.RootDisk.verity:type_name -> atoll.agent.v1.Verity
+	0,  // 17: atoll.agent.v1.Progress.failure:type_name -> atoll.agent.v1.FailureClass
+	1,  // 18: atoll.agent.v1.Output.stream:type_name -> atoll.agent.v1.Stream
+	20, // 19: atoll.agent.v1.Event.started:type_name -> atoll.agent.v1.EntrypointStarted
+	21, // 20: atoll.agent.v1.Event.exited:type_name -> atoll.agent.v1.EntrypointExited
+	22, // 21: atoll.agent.v1.Event.going_down:type_name -> atoll.agent.v1.GoingDown
+	2,  // 22: atoll.agent.v1.GoingDown.reason:type_name -> atoll.agent.v1.GoingDown.Reason
+	13, // 23: atoll.agent.v1.Exec.process:type_name -> atoll.agent.v1.Process
+	13, // 24: atoll.agent.v1.Container.process:type_name -> atoll.agent.v1.Process
+	26, // 25: atoll.agent.v1.Container.mounts:type_name -> atoll.agent.v1.Mount
+	28, // 26: atoll.agent.v1.ExecInput.resize:type_name -> atoll.agent.v1.Resize
+	36, // 27: atoll.agent.v1.ExecOutput.started:type_name -> atoll.agent.v1.ExecOutput.Started
+	21, // 28: atoll.agent.v1.ExecOutput.exit:type_name -> atoll.agent.v1.EntrypointExited
+	30, // 29: atoll.agent.v1.ExecOutput.error:type_name -> atoll.agent.v1.ExecError
+	0,  // 30: atoll.agent.v1.ExecError.failure:type_name -> atoll.agent.v1.FailureClass
+	31, // [31:31] is the sub-list for method output_type
+	31, // [31:31] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_api_agent_v1_agent_proto_init() }
@@ -2752,18 +2911,18 @@ func file_api_agent_v1_agent_proto_init() {
 		(*Request_Shutdown)(nil),
 		(*Request_Container)(nil),
 	}
-	file_api_agent_v1_agent_proto_msgTypes[14].OneofWrappers = []any{
+	file_api_agent_v1_agent_proto_msgTypes[16].OneofWrappers = []any{
 		(*Event_Started)(nil),
 		(*Event_Exited)(nil),
 		(*Event_GoingDown)(nil),
 	}
-	file_api_agent_v1_agent_proto_msgTypes[22].OneofWrappers = []any{
+	file_api_agent_v1_agent_proto_msgTypes[24].OneofWrappers = []any{
 		(*ExecInput_Stdin)(nil),
 		(*ExecInput_CloseStdin)(nil),
 		(*ExecInput_Resize)(nil),
 		(*ExecInput_Signal)(nil),
 	}
-	file_api_agent_v1_agent_proto_msgTypes[24].OneofWrappers = []any{
+	file_api_agent_v1_agent_proto_msgTypes[26].OneofWrappers = []any{
 		(*ExecOutput_Started_)(nil),
 		(*ExecOutput_Stdout)(nil),
 		(*ExecOutput_Stderr)(nil),
@@ -2777,7 +2936,7 @@ func file_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_agent_v1_agent_proto_rawDesc), len(file_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   32,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

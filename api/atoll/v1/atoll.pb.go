@@ -188,7 +188,7 @@ func (x Check_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Check_Level.Descriptor instead.
 func (Check_Level) EnumDescriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69, 0}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96, 0}
 }
 
 // Hint is an error detail: the next step for a person.
@@ -261,6 +261,8 @@ type MachineSpec struct {
 	Platform      string                 `protobuf:"bytes,21,opt,name=platform,proto3" json:"platform,omitempty"` // os/arch[/variant]
 	StopSignal    string                 `protobuf:"bytes,22,opt,name=stop_signal,json=stopSignal,proto3" json:"stop_signal,omitempty"`
 	StopTimeout   *durationpb.Duration   `protobuf:"bytes,23,opt,name=stop_timeout,json=stopTimeout,proto3" json:"stop_timeout,omitempty"`
+	Verity        bool                   `protobuf:"varint,24,opt,name=verity,proto3" json:"verity,omitempty"` // the root disks must verify: checked whole at each start, and by dm-verity while the machine runs
+	Init          string                 `protobuf:"bytes,25,opt,name=init,proto3" json:"init,omitempty"`      // auto (default), agent or image: who is PID 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -456,6 +458,20 @@ func (x *MachineSpec) GetStopTimeout() *durationpb.Duration {
 	return nil
 }
 
+func (x *MachineSpec) GetVerity() bool {
+	if x != nil {
+		return x.Verity
+	}
+	return false
+}
+
+func (x *MachineSpec) GetInit() string {
+	if x != nil {
+		return x.Init
+	}
+	return ""
+}
+
 type PortMapping struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	HostAddress   string                 `protobuf:"bytes,1,opt,name=host_address,json=hostAddress,proto3" json:"host_address,omitempty"` // default 127.0.0.1
@@ -529,7 +545,7 @@ type Machine struct {
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // 32 hex digits; 12 are shown
 	Spec          *MachineSpec           `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
 	State         MachineState           `protobuf:"varint,3,opt,name=state,proto3,enum=atoll.v1.MachineState" json:"state,omitempty"`
-	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"` // of the last stop: exited, killed, poweroff, reboot, panic, vmm-died, host-reboot
+	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"` // of the last stop: exited, killed, poweroff, reboot, panic, vmm-died, host-reboot, verity
 	ExitCode      int32                  `protobuf:"varint,5,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
 	Error         string                 `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"` // of a failed start: step and cause
 	FailedStep    string                 `protobuf:"bytes,7,opt,name=failed_step,json=failedStep,proto3" json:"failed_step,omitempty"`
@@ -2565,20 +2581,26 @@ func (*AttachResponse_Stderr) isAttachResponse_Kind() {}
 func (*AttachResponse_Exit) isAttachResponse_Kind() {}
 
 type Image struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`         // of the manifest: the image's ID
-	References    []string               `protobuf:"bytes,2,rep,name=references,proto3" json:"references,omitempty"` // familiar form: debian:bookworm
-	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
-	SizeBytes     int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the compressed layers and the config
-	Os            string                 `protobuf:"bytes,5,opt,name=os,proto3" json:"os,omitempty"`
-	Architecture  string                 `protobuf:"bytes,6,opt,name=architecture,proto3" json:"architecture,omitempty"`
-	Variant       string                 `protobuf:"bytes,7,opt,name=variant,proto3" json:"variant,omitempty"`
-	ConfigJson    []byte                 `protobuf:"bytes,8,opt,name=config_json,json=configJson,proto3" json:"config_json,omitempty"` // the image config, unchanged
-	Layers        []*Layer               `protobuf:"bytes,9,rep,name=layers,proto3" json:"layers,omitempty"`
-	RootDisk      string                 `protobuf:"bytes,10,opt,name=root_disk,json=rootDisk,proto3" json:"root_disk,omitempty"` // path, when it is there
-	RootDiskBytes int64                  `protobuf:"varint,11,opt,name=root_disk_bytes,json=rootDiskBytes,proto3" json:"root_disk_bytes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Digest           string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`         // of the manifest: the image's ID
+	References       []string               `protobuf:"bytes,2,rep,name=references,proto3" json:"references,omitempty"` // familiar form: debian:bookworm
+	CreatedAt        *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	SizeBytes        int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the compressed layers and the config
+	Os               string                 `protobuf:"bytes,5,opt,name=os,proto3" json:"os,omitempty"`
+	Architecture     string                 `protobuf:"bytes,6,opt,name=architecture,proto3" json:"architecture,omitempty"`
+	Variant          string                 `protobuf:"bytes,7,opt,name=variant,proto3" json:"variant,omitempty"`
+	ConfigJson       []byte                 `protobuf:"bytes,8,opt,name=config_json,json=configJson,proto3" json:"config_json,omitempty"` // the image config, unchanged
+	Layers           []*Layer               `protobuf:"bytes,9,rep,name=layers,proto3" json:"layers,omitempty"`
+	RootDisk         string                 `protobuf:"bytes,10,opt,name=root_disk,json=rootDisk,proto3" json:"root_disk,omitempty"`                              // path of the lowest root disk, when it is there
+	RootDiskBytes    int64                  `protobuf:"varint,11,opt,name=root_disk_bytes,json=rootDiskBytes,proto3" json:"root_disk_bytes,omitempty"`            // of all root disks
+	RepoDigests      []string               `protobuf:"bytes,12,rep,name=repo_digests,json=repoDigests,proto3" json:"repo_digests,omitempty"`                     // name@digest, as its registries have it: of the index where it came from one
+	IndexDigest      string                 `protobuf:"bytes,13,opt,name=index_digest,json=indexDigest,proto3" json:"index_digest,omitempty"`                     // of the index it came from; only from Get
+	Variants         []*ImageVariant        `protobuf:"bytes,14,rep,name=variants,proto3" json:"variants,omitempty"`                                              // of that index; only from Get
+	Referrers        []*ImageReferrer       `protobuf:"bytes,15,rep,name=referrers,proto3" json:"referrers,omitempty"`                                            // the artifacts here that refer to it; only from Get
+	RootDisks        []*RootDisk            `protobuf:"bytes,16,rep,name=root_disks,json=rootDisks,proto3" json:"root_disks,omitempty"`                           // the lowest first
+	RootDiskOwnBytes int64                  `protobuf:"varint,17,opt,name=root_disk_own_bytes,json=rootDiskOwnBytes,proto3" json:"root_disk_own_bytes,omitempty"` // of those that no other image uses; only from Get
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Image) Reset() {
@@ -2688,6 +2710,254 @@ func (x *Image) GetRootDiskBytes() int64 {
 	return 0
 }
 
+func (x *Image) GetRepoDigests() []string {
+	if x != nil {
+		return x.RepoDigests
+	}
+	return nil
+}
+
+func (x *Image) GetIndexDigest() string {
+	if x != nil {
+		return x.IndexDigest
+	}
+	return ""
+}
+
+func (x *Image) GetVariants() []*ImageVariant {
+	if x != nil {
+		return x.Variants
+	}
+	return nil
+}
+
+func (x *Image) GetReferrers() []*ImageReferrer {
+	if x != nil {
+		return x.Referrers
+	}
+	return nil
+}
+
+func (x *Image) GetRootDisks() []*RootDisk {
+	if x != nil {
+		return x.RootDisks
+	}
+	return nil
+}
+
+func (x *Image) GetRootDiskOwnBytes() int64 {
+	if x != nil {
+		return x.RootDiskOwnBytes
+	}
+	return 0
+}
+
+type ImageVariant struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`
+	Here          bool                   `protobuf:"varint,3,opt,name=here,proto3" json:"here,omitempty"` // with all its content
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageVariant) Reset() {
+	*x = ImageVariant{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageVariant) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageVariant) ProtoMessage() {}
+
+func (x *ImageVariant) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageVariant.ProtoReflect.Descriptor instead.
+func (*ImageVariant) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ImageVariant) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *ImageVariant) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+func (x *ImageVariant) GetHere() bool {
+	if x != nil {
+		return x.Here
+	}
+	return false
+}
+
+type ImageReferrer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	ArtifactType  string                 `protobuf:"bytes,2,opt,name=artifact_type,json=artifactType,proto3" json:"artifact_type,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageReferrer) Reset() {
+	*x = ImageReferrer{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageReferrer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageReferrer) ProtoMessage() {}
+
+func (x *ImageReferrer) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageReferrer.ProtoReflect.Descriptor instead.
+func (*ImageReferrer) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ImageReferrer) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *ImageReferrer) GetArtifactType() string {
+	if x != nil {
+		return x.ArtifactType
+	}
+	return ""
+}
+
+func (x *ImageReferrer) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+// RootDisk is one of the read-only disks of an image: neighbouring layers as one EROFS file system, and behind it, in the same file, its
+// dm-verity hash tree.
+type RootDisk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the file system; the tree begins there
+	Layers        []string               `protobuf:"bytes,3,rep,name=layers,proto3" json:"layers,omitempty"`                         // digests, the lowest first
+	RootHash      string                 `protobuf:"bytes,4,opt,name=root_hash,json=rootHash,proto3" json:"root_hash,omitempty"`     // hex
+	Salt          string                 `protobuf:"bytes,5,opt,name=salt,proto3" json:"salt,omitempty"`                             // hex
+	Images        uint32                 `protobuf:"varint,6,opt,name=images,proto3" json:"images,omitempty"`                        // how many use it; only from Get
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RootDisk) Reset() {
+	*x = RootDisk{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RootDisk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RootDisk) ProtoMessage() {}
+
+func (x *RootDisk) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RootDisk.ProtoReflect.Descriptor instead.
+func (*RootDisk) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *RootDisk) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *RootDisk) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *RootDisk) GetLayers() []string {
+	if x != nil {
+		return x.Layers
+	}
+	return nil
+}
+
+func (x *RootDisk) GetRootHash() string {
+	if x != nil {
+		return x.RootHash
+	}
+	return ""
+}
+
+func (x *RootDisk) GetSalt() string {
+	if x != nil {
+		return x.Salt
+	}
+	return ""
+}
+
+func (x *RootDisk) GetImages() uint32 {
+	if x != nil {
+		return x.Images
+	}
+	return 0
+}
+
 type Layer struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
@@ -2699,7 +2969,7 @@ type Layer struct {
 
 func (x *Layer) Reset() {
 	*x = Layer{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2711,7 +2981,7 @@ func (x *Layer) String() string {
 func (*Layer) ProtoMessage() {}
 
 func (x *Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2724,7 +2994,7 @@ func (x *Layer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Layer.ProtoReflect.Descriptor instead.
 func (*Layer) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{34}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Layer) GetDigest() string {
@@ -2751,14 +3021,15 @@ func (x *Layer) GetSizeBytes() int64 {
 type PullImageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Reference     string                 `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
-	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`
+	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`   // os/arch[/variant], or "all" for the whole index
+	Referrers     []string               `protobuf:"bytes,3,rep,name=referrers,proto3" json:"referrers,omitempty"` // types of artifacts to bring along that refer to the image; "*": all
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PullImageRequest) Reset() {
 	*x = PullImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2770,7 +3041,7 @@ func (x *PullImageRequest) String() string {
 func (*PullImageRequest) ProtoMessage() {}
 
 func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2783,7 +3054,7 @@ func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageRequest.ProtoReflect.Descriptor instead.
 func (*PullImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{35}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PullImageRequest) GetReference() string {
@@ -2800,6 +3071,13 @@ func (x *PullImageRequest) GetPlatform() string {
 	return ""
 }
 
+func (x *PullImageRequest) GetReferrers() []string {
+	if x != nil {
+		return x.Referrers
+	}
+	return nil
+}
+
 // Transfer is the progress of one blob or step.
 type Transfer struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2813,7 +3091,7 @@ type Transfer struct {
 
 func (x *Transfer) Reset() {
 	*x = Transfer{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2825,7 +3103,7 @@ func (x *Transfer) String() string {
 func (*Transfer) ProtoMessage() {}
 
 func (x *Transfer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2838,7 +3116,7 @@ func (x *Transfer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transfer.ProtoReflect.Descriptor instead.
 func (*Transfer) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{36}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Transfer) GetId() string {
@@ -2882,7 +3160,7 @@ type PullImageResponse struct {
 
 func (x *PullImageResponse) Reset() {
 	*x = PullImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2894,7 +3172,7 @@ func (x *PullImageResponse) String() string {
 func (*PullImageResponse) ProtoMessage() {}
 
 func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2907,7 +3185,7 @@ func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageResponse.ProtoReflect.Descriptor instead.
 func (*PullImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{37}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *PullImageResponse) GetKind() isPullImageResponse_Kind {
@@ -2953,13 +3231,14 @@ func (*PullImageResponse_Image) isPullImageResponse_Kind() {}
 
 type ListImagesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Filters       []string               `protobuf:"bytes,1,rep,name=filters,proto3" json:"filters,omitempty"` // key=value: before, dangling, label, label!, reference, since, until
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2971,7 +3250,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2984,7 +3263,14 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{38}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *ListImagesRequest) GetFilters() []string {
+	if x != nil {
+		return x.Filters
+	}
+	return nil
 }
 
 type ListImagesResponse struct {
@@ -2996,7 +3282,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3008,7 +3294,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3021,7 +3307,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{39}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ListImagesResponse) GetImages() []*Image {
@@ -3040,7 +3326,7 @@ type GetImageRequest struct {
 
 func (x *GetImageRequest) Reset() {
 	*x = GetImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3052,7 +3338,7 @@ func (x *GetImageRequest) String() string {
 func (*GetImageRequest) ProtoMessage() {}
 
 func (x *GetImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3065,7 +3351,7 @@ func (x *GetImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetImageRequest.ProtoReflect.Descriptor instead.
 func (*GetImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{40}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GetImageRequest) GetReference() string {
@@ -3084,7 +3370,7 @@ type GetImageResponse struct {
 
 func (x *GetImageResponse) Reset() {
 	*x = GetImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3096,7 +3382,7 @@ func (x *GetImageResponse) String() string {
 func (*GetImageResponse) ProtoMessage() {}
 
 func (x *GetImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3109,7 +3395,7 @@ func (x *GetImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetImageResponse.ProtoReflect.Descriptor instead.
 func (*GetImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{41}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *GetImageResponse) GetImage() *Image {
@@ -3129,7 +3415,7 @@ type TagImageRequest struct {
 
 func (x *TagImageRequest) Reset() {
 	*x = TagImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3141,7 +3427,7 @@ func (x *TagImageRequest) String() string {
 func (*TagImageRequest) ProtoMessage() {}
 
 func (x *TagImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3154,7 +3440,7 @@ func (x *TagImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagImageRequest.ProtoReflect.Descriptor instead.
 func (*TagImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{42}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *TagImageRequest) GetSource() string {
@@ -3179,7 +3465,7 @@ type TagImageResponse struct {
 
 func (x *TagImageResponse) Reset() {
 	*x = TagImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3191,7 +3477,7 @@ func (x *TagImageResponse) String() string {
 func (*TagImageResponse) ProtoMessage() {}
 
 func (x *TagImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3204,7 +3490,7 @@ func (x *TagImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagImageResponse.ProtoReflect.Descriptor instead.
 func (*TagImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{43}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{46}
 }
 
 type RemoveImageRequest struct {
@@ -3217,7 +3503,7 @@ type RemoveImageRequest struct {
 
 func (x *RemoveImageRequest) Reset() {
 	*x = RemoveImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3229,7 +3515,7 @@ func (x *RemoveImageRequest) String() string {
 func (*RemoveImageRequest) ProtoMessage() {}
 
 func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3242,7 +3528,7 @@ func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageRequest.ProtoReflect.Descriptor instead.
 func (*RemoveImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{44}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *RemoveImageRequest) GetReference() string {
@@ -3269,7 +3555,7 @@ type RemoveImageResponse struct {
 
 func (x *RemoveImageResponse) Reset() {
 	*x = RemoveImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3281,7 +3567,7 @@ func (x *RemoveImageResponse) String() string {
 func (*RemoveImageResponse) ProtoMessage() {}
 
 func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3294,7 +3580,7 @@ func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageResponse.ProtoReflect.Descriptor instead.
 func (*RemoveImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{45}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *RemoveImageResponse) GetUntagged() []string {
@@ -3309,6 +3595,1118 @@ func (x *RemoveImageResponse) GetDeleted() []string {
 		return x.Deleted
 	}
 	return nil
+}
+
+type PushImageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reference     string                 `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
+	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`   // of the one image of an index to push; default: the whole index where all of it is here
+	Referrers     []string               `protobuf:"bytes,3,rep,name=referrers,proto3" json:"referrers,omitempty"` // types of artifacts to take along that refer to the image; "*": all
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushImageRequest) Reset() {
+	*x = PushImageRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushImageRequest) ProtoMessage() {}
+
+func (x *PushImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushImageRequest.ProtoReflect.Descriptor instead.
+func (*PushImageRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *PushImageRequest) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+func (x *PushImageRequest) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+func (x *PushImageRequest) GetReferrers() []string {
+	if x != nil {
+		return x.Referrers
+	}
+	return nil
+}
+
+type PushImageResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*PushImageResponse_Transfer
+	//	*PushImageResponse_Pushed
+	Kind          isPushImageResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushImageResponse) Reset() {
+	*x = PushImageResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushImageResponse) ProtoMessage() {}
+
+func (x *PushImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushImageResponse.ProtoReflect.Descriptor instead.
+func (*PushImageResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *PushImageResponse) GetKind() isPushImageResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *PushImageResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*PushImageResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *PushImageResponse) GetPushed() *PushedImage {
+	if x != nil {
+		if x, ok := x.Kind.(*PushImageResponse_Pushed); ok {
+			return x.Pushed
+		}
+	}
+	return nil
+}
+
+type isPushImageResponse_Kind interface {
+	isPushImageResponse_Kind()
+}
+
+type PushImageResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"` // statuses: waiting, uploading, done, exists, mounted
+}
+
+type PushImageResponse_Pushed struct {
+	Pushed *PushedImage `protobuf:"bytes,2,opt,name=pushed,proto3,oneof"` // the last message
+}
+
+func (*PushImageResponse_Transfer) isPushImageResponse_Kind() {}
+
+func (*PushImageResponse_Pushed) isPushImageResponse_Kind() {}
+
+type PushedImage struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Digest           string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`                                             // what the registry has under the reference now
+	MissingPlatforms []string               `protobuf:"bytes,2,rep,name=missing_platforms,json=missingPlatforms,proto3" json:"missing_platforms,omitempty"` // of the image's index, not here and so not pushed
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *PushedImage) Reset() {
+	*x = PushedImage{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushedImage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushedImage) ProtoMessage() {}
+
+func (x *PushedImage) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushedImage.ProtoReflect.Descriptor instead.
+func (*PushedImage) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *PushedImage) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *PushedImage) GetMissingPlatforms() []string {
+	if x != nil {
+		return x.MissingPlatforms
+	}
+	return nil
+}
+
+type SaveImagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	References    []string               `protobuf:"bytes,1,rep,name=references,proto3" json:"references,omitempty"`
+	Format        string                 `protobuf:"bytes,2,opt,name=format,proto3" json:"format,omitempty"`     // docker-archive (default), oci-archive
+	Platform      string                 `protobuf:"bytes,3,opt,name=platform,proto3" json:"platform,omitempty"` // of the one image of an index to save; default: the whole index where all of it is here
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveImagesRequest) Reset() {
+	*x = SaveImagesRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveImagesRequest) ProtoMessage() {}
+
+func (x *SaveImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveImagesRequest.ProtoReflect.Descriptor instead.
+func (*SaveImagesRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *SaveImagesRequest) GetReferences() []string {
+	if x != nil {
+		return x.References
+	}
+	return nil
+}
+
+func (x *SaveImagesRequest) GetFormat() string {
+	if x != nil {
+		return x.Format
+	}
+	return ""
+}
+
+func (x *SaveImagesRequest) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+type SaveImagesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveImagesResponse) Reset() {
+	*x = SaveImagesResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveImagesResponse) ProtoMessage() {}
+
+func (x *SaveImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveImagesResponse.ProtoReflect.Descriptor instead.
+func (*SaveImagesResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *SaveImagesResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type LoadImagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadImagesRequest) Reset() {
+	*x = LoadImagesRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadImagesRequest) ProtoMessage() {}
+
+func (x *LoadImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadImagesRequest.ProtoReflect.Descriptor instead.
+func (*LoadImagesRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *LoadImagesRequest) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type LoadImagesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*LoadImagesResponse_Transfer
+	//	*LoadImagesResponse_Loaded
+	Kind          isLoadImagesResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadImagesResponse) Reset() {
+	*x = LoadImagesResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadImagesResponse) ProtoMessage() {}
+
+func (x *LoadImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadImagesResponse.ProtoReflect.Descriptor instead.
+func (*LoadImagesResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *LoadImagesResponse) GetKind() isLoadImagesResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *LoadImagesResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*LoadImagesResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *LoadImagesResponse) GetLoaded() *LoadedImage {
+	if x != nil {
+		if x, ok := x.Kind.(*LoadImagesResponse_Loaded); ok {
+			return x.Loaded
+		}
+	}
+	return nil
+}
+
+type isLoadImagesResponse_Kind interface {
+	isLoadImagesResponse_Kind()
+}
+
+type LoadImagesResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"`
+}
+
+type LoadImagesResponse_Loaded struct {
+	Loaded *LoadedImage `protobuf:"bytes,2,opt,name=loaded,proto3,oneof"` // one for each name
+}
+
+func (*LoadImagesResponse_Transfer) isLoadImagesResponse_Kind() {}
+
+func (*LoadImagesResponse_Loaded) isLoadImagesResponse_Kind() {}
+
+type LoadedImage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	Reference     string                 `protobuf:"bytes,2,opt,name=reference,proto3" json:"reference,omitempty"` // empty: the archive has no name for it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadedImage) Reset() {
+	*x = LoadedImage{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadedImage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadedImage) ProtoMessage() {}
+
+func (x *LoadedImage) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadedImage.ProtoReflect.Descriptor instead.
+func (*LoadedImage) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *LoadedImage) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *LoadedImage) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+type ImportImageRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*ImportImageRequest_Start
+	//	*ImportImageRequest_Data
+	Kind          isImportImageRequest_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportImageRequest) Reset() {
+	*x = ImportImageRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportImageRequest) ProtoMessage() {}
+
+func (x *ImportImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportImageRequest.ProtoReflect.Descriptor instead.
+func (*ImportImageRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *ImportImageRequest) GetKind() isImportImageRequest_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *ImportImageRequest) GetStart() *ImportStart {
+	if x != nil {
+		if x, ok := x.Kind.(*ImportImageRequest_Start); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *ImportImageRequest) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Kind.(*ImportImageRequest_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+type isImportImageRequest_Kind interface {
+	isImportImageRequest_Kind()
+}
+
+type ImportImageRequest_Start struct {
+	Start *ImportStart `protobuf:"bytes,1,opt,name=start,proto3,oneof"`
+}
+
+type ImportImageRequest_Data struct {
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+func (*ImportImageRequest_Start) isImportImageRequest_Kind() {}
+
+func (*ImportImageRequest_Data) isImportImageRequest_Kind() {}
+
+type ImportStart struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reference     string                 `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"` // default: none
+	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`   // default: this host's
+	Message       string                 `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	Changes       []string               `protobuf:"bytes,4,rep,name=changes,proto3" json:"changes,omitempty"` // Dockerfile instructions: CMD, ENTRYPOINT, ENV, EXPOSE, …
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportStart) Reset() {
+	*x = ImportStart{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportStart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportStart) ProtoMessage() {}
+
+func (x *ImportStart) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportStart.ProtoReflect.Descriptor instead.
+func (*ImportStart) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *ImportStart) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+func (x *ImportStart) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+func (x *ImportStart) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *ImportStart) GetChanges() []string {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
+type ImportImageResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*ImportImageResponse_Transfer
+	//	*ImportImageResponse_Image
+	Kind          isImportImageResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportImageResponse) Reset() {
+	*x = ImportImageResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportImageResponse) ProtoMessage() {}
+
+func (x *ImportImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportImageResponse.ProtoReflect.Descriptor instead.
+func (*ImportImageResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *ImportImageResponse) GetKind() isImportImageResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *ImportImageResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*ImportImageResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *ImportImageResponse) GetImage() *Image {
+	if x != nil {
+		if x, ok := x.Kind.(*ImportImageResponse_Image); ok {
+			return x.Image
+		}
+	}
+	return nil
+}
+
+type isImportImageResponse_Kind interface {
+	isImportImageResponse_Kind()
+}
+
+type ImportImageResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"`
+}
+
+type ImportImageResponse_Image struct {
+	Image *Image `protobuf:"bytes,2,opt,name=image,proto3,oneof"` // the last message
+}
+
+func (*ImportImageResponse_Transfer) isImportImageResponse_Kind() {}
+
+func (*ImportImageResponse_Image) isImportImageResponse_Kind() {}
+
+type ImageHistoryRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reference     string                 `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageHistoryRequest) Reset() {
+	*x = ImageHistoryRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageHistoryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageHistoryRequest) ProtoMessage() {}
+
+func (x *ImageHistoryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageHistoryRequest.ProtoReflect.Descriptor instead.
+func (*ImageHistoryRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *ImageHistoryRequest) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+type ImageHistoryResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Steps         []*ImageStep           `protobuf:"bytes,1,rep,name=steps,proto3" json:"steps,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageHistoryResponse) Reset() {
+	*x = ImageHistoryResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageHistoryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageHistoryResponse) ProtoMessage() {}
+
+func (x *ImageHistoryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageHistoryResponse.ProtoReflect.Descriptor instead.
+func (*ImageHistoryResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *ImageHistoryResponse) GetSteps() []*ImageStep {
+	if x != nil {
+		return x.Steps
+	}
+	return nil
+}
+
+type ImageStep struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`       // of the image, at the last step
+	Layer         string                 `protobuf:"bytes,2,opt,name=layer,proto3" json:"layer,omitempty"` // what the step made; empty: configuration only
+	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	CreatedBy     string                 `protobuf:"bytes,4,opt,name=created_by,json=createdBy,proto3" json:"created_by,omitempty"`
+	Comment       string                 `protobuf:"bytes,5,opt,name=comment,proto3" json:"comment,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,6,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the compressed layer
+	References    []string               `protobuf:"bytes,7,rep,name=references,proto3" json:"references,omitempty"`                 // of the image, at the last step
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageStep) Reset() {
+	*x = ImageStep{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageStep) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageStep) ProtoMessage() {}
+
+func (x *ImageStep) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageStep.ProtoReflect.Descriptor instead.
+func (*ImageStep) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *ImageStep) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ImageStep) GetLayer() string {
+	if x != nil {
+		return x.Layer
+	}
+	return ""
+}
+
+func (x *ImageStep) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+func (x *ImageStep) GetCreatedBy() string {
+	if x != nil {
+		return x.CreatedBy
+	}
+	return ""
+}
+
+func (x *ImageStep) GetComment() string {
+	if x != nil {
+		return x.Comment
+	}
+	return ""
+}
+
+func (x *ImageStep) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *ImageStep) GetReferences() []string {
+	if x != nil {
+		return x.References
+	}
+	return nil
+}
+
+type PruneImagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	All           bool                   `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"`        // images with references too
+	Filters       []string               `protobuf:"bytes,2,rep,name=filters,proto3" json:"filters,omitempty"` // key=value: label, label!, until
+	DryRun        bool                   `protobuf:"varint,3,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PruneImagesRequest) Reset() {
+	*x = PruneImagesRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneImagesRequest) ProtoMessage() {}
+
+func (x *PruneImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneImagesRequest.ProtoReflect.Descriptor instead.
+func (*PruneImagesRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *PruneImagesRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+func (x *PruneImagesRequest) GetFilters() []string {
+	if x != nil {
+		return x.Filters
+	}
+	return nil
+}
+
+func (x *PruneImagesRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+type PruneImagesResponse struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Untagged       []string               `protobuf:"bytes,1,rep,name=untagged,proto3" json:"untagged,omitempty"`
+	Deleted        []string               `protobuf:"bytes,2,rep,name=deleted,proto3" json:"deleted,omitempty"`                                      // digests of images
+	ReclaimedBytes int64                  `protobuf:"varint,3,opt,name=reclaimed_bytes,json=reclaimedBytes,proto3" json:"reclaimed_bytes,omitempty"` // of blobs and root disks
+	Later          bool                   `protobuf:"varint,4,opt,name=later,proto3" json:"later,omitempty"`                                         // images are being worked with: it happens when that ends
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *PruneImagesResponse) Reset() {
+	*x = PruneImagesResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneImagesResponse) ProtoMessage() {}
+
+func (x *PruneImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneImagesResponse.ProtoReflect.Descriptor instead.
+func (*PruneImagesResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
+}
+
+func (x *PruneImagesResponse) GetUntagged() []string {
+	if x != nil {
+		return x.Untagged
+	}
+	return nil
+}
+
+func (x *PruneImagesResponse) GetDeleted() []string {
+	if x != nil {
+		return x.Deleted
+	}
+	return nil
+}
+
+func (x *PruneImagesResponse) GetReclaimedBytes() int64 {
+	if x != nil {
+		return x.ReclaimedBytes
+	}
+	return 0
+}
+
+func (x *PruneImagesResponse) GetLater() bool {
+	if x != nil {
+		return x.Later
+	}
+	return false
+}
+
+type LoginRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Registry      string                 `protobuf:"bytes,1,opt,name=registry,proto3" json:"registry,omitempty"` // host[:port]
+	Username      string                 `protobuf:"bytes,2,opt,name=username,proto3" json:"username,omitempty"`
+	Password      string                 `protobuf:"bytes,3,opt,name=password,proto3" json:"password,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoginRequest) Reset() {
+	*x = LoginRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoginRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoginRequest) ProtoMessage() {}
+
+func (x *LoginRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoginRequest.ProtoReflect.Descriptor instead.
+func (*LoginRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
+}
+
+func (x *LoginRequest) GetRegistry() string {
+	if x != nil {
+		return x.Registry
+	}
+	return ""
+}
+
+func (x *LoginRequest) GetUsername() string {
+	if x != nil {
+		return x.Username
+	}
+	return ""
+}
+
+func (x *LoginRequest) GetPassword() string {
+	if x != nil {
+		return x.Password
+	}
+	return ""
+}
+
+type LoginResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoginResponse) Reset() {
+	*x = LoginResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoginResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoginResponse) ProtoMessage() {}
+
+func (x *LoginResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoginResponse.ProtoReflect.Descriptor instead.
+func (*LoginResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
 }
 
 type BuildRequest struct {
@@ -3329,7 +4727,7 @@ type BuildRequest struct {
 
 func (x *BuildRequest) Reset() {
 	*x = BuildRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3341,7 +4739,7 @@ func (x *BuildRequest) String() string {
 func (*BuildRequest) ProtoMessage() {}
 
 func (x *BuildRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3354,7 +4752,7 @@ func (x *BuildRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildRequest.ProtoReflect.Descriptor instead.
 func (*BuildRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{46}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *BuildRequest) GetContextDir() string {
@@ -3440,7 +4838,7 @@ type BuildResponse struct {
 
 func (x *BuildResponse) Reset() {
 	*x = BuildResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3452,7 +4850,7 @@ func (x *BuildResponse) String() string {
 func (*BuildResponse) ProtoMessage() {}
 
 func (x *BuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3465,7 +4863,7 @@ func (x *BuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResponse.ProtoReflect.Descriptor instead.
 func (*BuildResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{47}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *BuildResponse) GetKind() isBuildResponse_Kind {
@@ -3521,7 +4919,7 @@ type BuildResult struct {
 
 func (x *BuildResult) Reset() {
 	*x = BuildResult{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3533,7 +4931,7 @@ func (x *BuildResult) String() string {
 func (*BuildResult) ProtoMessage() {}
 
 func (x *BuildResult) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3546,7 +4944,7 @@ func (x *BuildResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResult.ProtoReflect.Descriptor instead.
 func (*BuildResult) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{48}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *BuildResult) GetDigest() string {
@@ -3583,13 +4981,15 @@ type Base struct {
 	Digest        string                 `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"` // empty: not built yet
 	BuiltAt       *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=built_at,json=builtAt,proto3" json:"built_at,omitempty"`
 	Description   string                 `protobuf:"bytes,4,opt,name=description,proto3" json:"description,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of the built image's compressed layers and config; 0: not built yet
+	Aliases       []string               `protobuf:"bytes,6,rep,name=aliases,proto3" json:"aliases,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Base) Reset() {
 	*x = Base{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3601,7 +5001,7 @@ func (x *Base) String() string {
 func (*Base) ProtoMessage() {}
 
 func (x *Base) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3614,7 +5014,7 @@ func (x *Base) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Base.ProtoReflect.Descriptor instead.
 func (*Base) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{49}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *Base) GetName() string {
@@ -3645,6 +5045,20 @@ func (x *Base) GetDescription() string {
 	return ""
 }
 
+func (x *Base) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *Base) GetAliases() []string {
+	if x != nil {
+		return x.Aliases
+	}
+	return nil
+}
+
 type ListBasesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3653,7 +5067,7 @@ type ListBasesRequest struct {
 
 func (x *ListBasesRequest) Reset() {
 	*x = ListBasesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3665,7 +5079,7 @@ func (x *ListBasesRequest) String() string {
 func (*ListBasesRequest) ProtoMessage() {}
 
 func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3678,7 +5092,7 @@ func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesRequest.ProtoReflect.Descriptor instead.
 func (*ListBasesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{50}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
 }
 
 type ListBasesResponse struct {
@@ -3690,7 +5104,7 @@ type ListBasesResponse struct {
 
 func (x *ListBasesResponse) Reset() {
 	*x = ListBasesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3702,7 +5116,7 @@ func (x *ListBasesResponse) String() string {
 func (*ListBasesResponse) ProtoMessage() {}
 
 func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3715,7 +5129,7 @@ func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesResponse.ProtoReflect.Descriptor instead.
 func (*ListBasesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{51}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ListBasesResponse) GetBases() []*Base {
@@ -3728,14 +5142,18 @@ func (x *ListBasesResponse) GetBases() []*Base {
 type BuildBaseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Mirror        string                 `protobuf:"bytes,2,opt,name=mirror,proto3" json:"mirror,omitempty"`
+	Mirror        string                 `protobuf:"bytes,2,opt,name=mirror,proto3" json:"mirror,omitempty"`     // URL; default: the distribution's own
+	Keyring       []byte                 `protobuf:"bytes,3,opt,name=keyring,proto3" json:"keyring,omitempty"`   // the archive's keys instead of the distribution's: OpenPGP, or PEM for Alpine
+	Packages      []string               `protobuf:"bytes,4,rep,name=packages,proto3" json:"packages,omitempty"` // added to the base's own
+	Snapshot      string                 `protobuf:"bytes,5,opt,name=snapshot,proto3" json:"snapshot,omitempty"` // the archive as it was: 20260115 or 20260115T120000Z
+	Tag           string                 `protobuf:"bytes,6,opt,name=tag,proto3" json:"tag,omitempty"`           // the image's name; default: the base's
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BuildBaseRequest) Reset() {
 	*x = BuildBaseRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3747,7 +5165,7 @@ func (x *BuildBaseRequest) String() string {
 func (*BuildBaseRequest) ProtoMessage() {}
 
 func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3760,7 +5178,7 @@ func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseRequest.ProtoReflect.Descriptor instead.
 func (*BuildBaseRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{52}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *BuildBaseRequest) GetName() string {
@@ -3773,6 +5191,34 @@ func (x *BuildBaseRequest) GetName() string {
 func (x *BuildBaseRequest) GetMirror() string {
 	if x != nil {
 		return x.Mirror
+	}
+	return ""
+}
+
+func (x *BuildBaseRequest) GetKeyring() []byte {
+	if x != nil {
+		return x.Keyring
+	}
+	return nil
+}
+
+func (x *BuildBaseRequest) GetPackages() []string {
+	if x != nil {
+		return x.Packages
+	}
+	return nil
+}
+
+func (x *BuildBaseRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *BuildBaseRequest) GetTag() string {
+	if x != nil {
+		return x.Tag
 	}
 	return ""
 }
@@ -3791,7 +5237,7 @@ type BuildBaseResponse struct {
 
 func (x *BuildBaseResponse) Reset() {
 	*x = BuildBaseResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3803,7 +5249,7 @@ func (x *BuildBaseResponse) String() string {
 func (*BuildBaseResponse) ProtoMessage() {}
 
 func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3816,7 +5262,7 @@ func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseResponse.ProtoReflect.Descriptor instead.
 func (*BuildBaseResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{53}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *BuildBaseResponse) GetKind() isBuildBaseResponse_Kind {
@@ -3895,7 +5341,7 @@ type Kernel struct {
 
 func (x *Kernel) Reset() {
 	*x = Kernel{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3907,7 +5353,7 @@ func (x *Kernel) String() string {
 func (*Kernel) ProtoMessage() {}
 
 func (x *Kernel) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3920,7 +5366,7 @@ func (x *Kernel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Kernel.ProtoReflect.Descriptor instead.
 func (*Kernel) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{54}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *Kernel) GetName() string {
@@ -4007,6 +5453,372 @@ func (x *Kernel) GetConfigDigest() string {
 	return ""
 }
 
+type BuildKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`       // default: atoll-VERSION
+	Version       string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"` // of Linux
+	Source        string                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`   // debian (the default), a URL, or an absolute path of the daemon's host
+	Sha256        string                 `protobuf:"bytes,4,opt,name=sha256,proto3" json:"sha256,omitempty"`   // of what is behind the URL
+	Keyring       []byte                 `protobuf:"bytes,5,opt,name=keyring,proto3" json:"keyring,omitempty"` // OpenPGP public keys, one of which signed what is behind the URL
+	Mirror        string                 `protobuf:"bytes,6,opt,name=mirror,proto3" json:"mirror,omitempty"`   // Debian's
+	Config        []byte                 `protobuf:"bytes,7,opt,name=config,proto3" json:"config,omitempty"`   // a fragment, or a whole .config
+	Architecture  string                 `protobuf:"bytes,8,opt,name=architecture,proto3" json:"architecture,omitempty"`
+	Jobs          int32                  `protobuf:"varint,9,opt,name=jobs,proto3" json:"jobs,omitempty"` // 0: one for each CPU
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildKernelRequest) Reset() {
+	*x = BuildKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildKernelRequest) ProtoMessage() {}
+
+func (x *BuildKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildKernelRequest.ProtoReflect.Descriptor instead.
+func (*BuildKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{76}
+}
+
+func (x *BuildKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetKeyring() []byte {
+	if x != nil {
+		return x.Keyring
+	}
+	return nil
+}
+
+func (x *BuildKernelRequest) GetMirror() string {
+	if x != nil {
+		return x.Mirror
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetConfig() []byte {
+	if x != nil {
+		return x.Config
+	}
+	return nil
+}
+
+func (x *BuildKernelRequest) GetArchitecture() string {
+	if x != nil {
+		return x.Architecture
+	}
+	return ""
+}
+
+func (x *BuildKernelRequest) GetJobs() int32 {
+	if x != nil {
+		return x.Jobs
+	}
+	return 0
+}
+
+type BuildKernelResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*BuildKernelResponse_Transfer
+	//	*BuildKernelResponse_Line
+	//	*BuildKernelResponse_Kernel
+	Kind          isBuildKernelResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildKernelResponse) Reset() {
+	*x = BuildKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildKernelResponse) ProtoMessage() {}
+
+func (x *BuildKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildKernelResponse.ProtoReflect.Descriptor instead.
+func (*BuildKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{77}
+}
+
+func (x *BuildKernelResponse) GetKind() isBuildKernelResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *BuildKernelResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildKernelResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *BuildKernelResponse) GetLine() string {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildKernelResponse_Line); ok {
+			return x.Line
+		}
+	}
+	return ""
+}
+
+func (x *BuildKernelResponse) GetKernel() *Kernel {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildKernelResponse_Kernel); ok {
+			return x.Kernel
+		}
+	}
+	return nil
+}
+
+type isBuildKernelResponse_Kind interface {
+	isBuildKernelResponse_Kind()
+}
+
+type BuildKernelResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"`
+}
+
+type BuildKernelResponse_Line struct {
+	Line string `protobuf:"bytes,2,opt,name=line,proto3,oneof"` // for a person
+}
+
+type BuildKernelResponse_Kernel struct {
+	Kernel *Kernel `protobuf:"bytes,3,opt,name=kernel,proto3,oneof"` // the last message
+}
+
+func (*BuildKernelResponse_Transfer) isBuildKernelResponse_Kind() {}
+
+func (*BuildKernelResponse_Line) isBuildKernelResponse_Kind() {}
+
+func (*BuildKernelResponse_Kernel) isBuildKernelResponse_Kind() {}
+
+type RemoveKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveKernelRequest) Reset() {
+	*x = RemoveKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveKernelRequest) ProtoMessage() {}
+
+func (x *RemoveKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveKernelRequest.ProtoReflect.Descriptor instead.
+func (*RemoveKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{78}
+}
+
+func (x *RemoveKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type RemoveKernelResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveKernelResponse) Reset() {
+	*x = RemoveKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveKernelResponse) ProtoMessage() {}
+
+func (x *RemoveKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveKernelResponse.ProtoReflect.Descriptor instead.
+func (*RemoveKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{79}
+}
+
+type SetDefaultKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetDefaultKernelRequest) Reset() {
+	*x = SetDefaultKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetDefaultKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetDefaultKernelRequest) ProtoMessage() {}
+
+func (x *SetDefaultKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetDefaultKernelRequest.ProtoReflect.Descriptor instead.
+func (*SetDefaultKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{80}
+}
+
+func (x *SetDefaultKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type SetDefaultKernelResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetDefaultKernelResponse) Reset() {
+	*x = SetDefaultKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetDefaultKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetDefaultKernelResponse) ProtoMessage() {}
+
+func (x *SetDefaultKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetDefaultKernelResponse.ProtoReflect.Descriptor instead.
+func (*SetDefaultKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{81}
+}
+
 type ImportKernelRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // absolute
@@ -4017,7 +5829,7 @@ type ImportKernelRequest struct {
 
 func (x *ImportKernelRequest) Reset() {
 	*x = ImportKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4029,7 +5841,7 @@ func (x *ImportKernelRequest) String() string {
 func (*ImportKernelRequest) ProtoMessage() {}
 
 func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4042,7 +5854,7 @@ func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelRequest.ProtoReflect.Descriptor instead.
 func (*ImportKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ImportKernelRequest) GetPath() string {
@@ -4068,7 +5880,7 @@ type ImportKernelResponse struct {
 
 func (x *ImportKernelResponse) Reset() {
 	*x = ImportKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4080,7 +5892,7 @@ func (x *ImportKernelResponse) String() string {
 func (*ImportKernelResponse) ProtoMessage() {}
 
 func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4093,7 +5905,7 @@ func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelResponse.ProtoReflect.Descriptor instead.
 func (*ImportKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ImportKernelResponse) GetKernel() *Kernel {
@@ -4111,7 +5923,7 @@ type ListKernelsRequest struct {
 
 func (x *ListKernelsRequest) Reset() {
 	*x = ListKernelsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4123,7 +5935,7 @@ func (x *ListKernelsRequest) String() string {
 func (*ListKernelsRequest) ProtoMessage() {}
 
 func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4136,7 +5948,7 @@ func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsRequest.ProtoReflect.Descriptor instead.
 func (*ListKernelsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{84}
 }
 
 type ListKernelsResponse struct {
@@ -4148,7 +5960,7 @@ type ListKernelsResponse struct {
 
 func (x *ListKernelsResponse) Reset() {
 	*x = ListKernelsResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4160,7 +5972,7 @@ func (x *ListKernelsResponse) String() string {
 func (*ListKernelsResponse) ProtoMessage() {}
 
 func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4173,7 +5985,7 @@ func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsResponse.ProtoReflect.Descriptor instead.
 func (*ListKernelsResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListKernelsResponse) GetKernels() []*Kernel {
@@ -4192,7 +6004,7 @@ type GetKernelRequest struct {
 
 func (x *GetKernelRequest) Reset() {
 	*x = GetKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4204,7 +6016,7 @@ func (x *GetKernelRequest) String() string {
 func (*GetKernelRequest) ProtoMessage() {}
 
 func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4217,7 +6029,7 @@ func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelRequest.ProtoReflect.Descriptor instead.
 func (*GetKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *GetKernelRequest) GetName() string {
@@ -4236,7 +6048,7 @@ type GetKernelResponse struct {
 
 func (x *GetKernelResponse) Reset() {
 	*x = GetKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4248,7 +6060,7 @@ func (x *GetKernelResponse) String() string {
 func (*GetKernelResponse) ProtoMessage() {}
 
 func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4261,7 +6073,7 @@ func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelResponse.ProtoReflect.Descriptor instead.
 func (*GetKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *GetKernelResponse) GetKernel() *Kernel {
@@ -4282,7 +6094,7 @@ type PullKernelRequest struct {
 
 func (x *PullKernelRequest) Reset() {
 	*x = PullKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4294,7 +6106,7 @@ func (x *PullKernelRequest) String() string {
 func (*PullKernelRequest) ProtoMessage() {}
 
 func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4307,7 +6119,7 @@ func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelRequest.ProtoReflect.Descriptor instead.
 func (*PullKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *PullKernelRequest) GetName() string {
@@ -4344,7 +6156,7 @@ type PullKernelResponse struct {
 
 func (x *PullKernelResponse) Reset() {
 	*x = PullKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4356,7 +6168,7 @@ func (x *PullKernelResponse) String() string {
 func (*PullKernelResponse) ProtoMessage() {}
 
 func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4369,7 +6181,7 @@ func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelResponse.ProtoReflect.Descriptor instead.
 func (*PullKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *PullKernelResponse) GetKind() isPullKernelResponse_Kind {
@@ -4421,7 +6233,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4433,7 +6245,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4446,7 +6258,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{90}
 }
 
 type VersionResponse struct {
@@ -4463,7 +6275,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4475,7 +6287,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4488,7 +6300,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -4543,7 +6355,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4555,7 +6367,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4568,7 +6380,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *EventsRequest) GetSince() *timestamppb.Timestamp {
@@ -4600,7 +6412,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4612,7 +6424,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4625,7 +6437,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -4678,7 +6490,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4690,7 +6502,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4703,7 +6515,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{94}
 }
 
 type DoctorResponse struct {
@@ -4715,7 +6527,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4727,7 +6539,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4740,7 +6552,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *DoctorResponse) GetChecks() []*Check {
@@ -4762,7 +6574,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4774,7 +6586,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4787,7 +6599,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *Check) GetName() string {
@@ -4826,7 +6638,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4838,7 +6650,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4851,7 +6663,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{97}
 }
 
 type ShutdownResponse struct {
@@ -4862,7 +6674,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4874,7 +6686,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4887,7 +6699,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{98}
 }
 
 var File_api_atoll_v1_atoll_proto protoreflect.FileDescriptor
@@ -4896,7 +6708,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\n" +
 	"\x18api/atoll/v1/atoll.proto\x12\batoll.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1egoogle/protobuf/duration.proto\"\x1a\n" +
 	"\x04Hint\x12\x12\n" +
-	"\x04text\x18\x01 \x01(\tR\x04text\"\xf3\x05\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\"\x9f\x06\n" +
 	"\vMachineSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x18\n" +
@@ -4926,7 +6738,9 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\bplatform\x18\x15 \x01(\tR\bplatform\x12\x1f\n" +
 	"\vstop_signal\x18\x16 \x01(\tR\n" +
 	"stopSignal\x12<\n" +
-	"\fstop_timeout\x18\x17 \x01(\v2\x19.google.protobuf.DurationR\vstopTimeout\x1a9\n" +
+	"\fstop_timeout\x18\x17 \x01(\v2\x19.google.protobuf.DurationR\vstopTimeout\x12\x16\n" +
+	"\x06verity\x18\x18 \x01(\bR\x06verity\x12\x12\n" +
+	"\x04init\x18\x19 \x01(\tR\x04init\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x88\x01\n" +
@@ -5071,7 +6885,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06stdout\x18\x02 \x01(\fH\x00R\x06stdout\x12\x18\n" +
 	"\x06stderr\x18\x03 \x01(\fH\x00R\x06stderr\x123\n" +
 	"\x04exit\x18\x04 \x01(\v2\x1d.atoll.v1.WaitMachineResponseH\x00R\x04exitB\x06\n" +
-	"\x04kind\"\xf6\x02\n" +
+	"\x04kind\"\x89\x05\n" +
 	"\x05Image\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1e\n" +
 	"\n" +
@@ -5089,16 +6903,41 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06layers\x18\t \x03(\v2\x0f.atoll.v1.LayerR\x06layers\x12\x1b\n" +
 	"\troot_disk\x18\n" +
 	" \x01(\tR\brootDisk\x12&\n" +
-	"\x0froot_disk_bytes\x18\v \x01(\x03R\rrootDiskBytes\"]\n" +
+	"\x0froot_disk_bytes\x18\v \x01(\x03R\rrootDiskBytes\x12!\n" +
+	"\frepo_digests\x18\f \x03(\tR\vrepoDigests\x12!\n" +
+	"\findex_digest\x18\r \x01(\tR\vindexDigest\x122\n" +
+	"\bvariants\x18\x0e \x03(\v2\x16.atoll.v1.ImageVariantR\bvariants\x125\n" +
+	"\treferrers\x18\x0f \x03(\v2\x17.atoll.v1.ImageReferrerR\treferrers\x121\n" +
+	"\n" +
+	"root_disks\x18\x10 \x03(\v2\x12.atoll.v1.RootDiskR\trootDisks\x12-\n" +
+	"\x13root_disk_own_bytes\x18\x11 \x01(\x03R\x10rootDiskOwnBytes\"V\n" +
+	"\fImageVariant\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1a\n" +
+	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x12\n" +
+	"\x04here\x18\x03 \x01(\bR\x04here\"k\n" +
+	"\rImageReferrer\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12#\n" +
+	"\rartifact_type\x18\x02 \x01(\tR\fartifactType\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"\x9e\x01\n" +
+	"\bRootDisk\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x16\n" +
+	"\x06layers\x18\x03 \x03(\tR\x06layers\x12\x1b\n" +
+	"\troot_hash\x18\x04 \x01(\tR\brootHash\x12\x12\n" +
+	"\x04salt\x18\x05 \x01(\tR\x04salt\x12\x16\n" +
+	"\x06images\x18\x06 \x01(\rR\x06images\"]\n" +
 	"\x05Layer\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1d\n" +
 	"\n" +
 	"media_type\x18\x02 \x01(\tR\tmediaType\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"L\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"j\n" +
 	"\x10PullImageRequest\x12\x1c\n" +
 	"\treference\x18\x01 \x01(\tR\treference\x12\x1a\n" +
-	"\bplatform\x18\x02 \x01(\tR\bplatform\"r\n" +
+	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x1c\n" +
+	"\treferrers\x18\x03 \x03(\tR\treferrers\"r\n" +
 	"\bTransfer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06status\x18\x02 \x01(\tR\x06status\x12\x1d\n" +
@@ -5109,8 +6948,9 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x11PullImageResponse\x120\n" +
 	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12'\n" +
 	"\x05image\x18\x02 \x01(\v2\x0f.atoll.v1.ImageH\x00R\x05imageB\x06\n" +
-	"\x04kind\"\x13\n" +
-	"\x11ListImagesRequest\"=\n" +
+	"\x04kind\"-\n" +
+	"\x11ListImagesRequest\x12\x18\n" +
+	"\afilters\x18\x01 \x03(\tR\afilters\"=\n" +
 	"\x12ListImagesResponse\x12'\n" +
 	"\x06images\x18\x01 \x03(\v2\x0f.atoll.v1.ImageR\x06images\"/\n" +
 	"\x0fGetImageRequest\x12\x1c\n" +
@@ -5126,7 +6966,79 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"K\n" +
 	"\x13RemoveImageResponse\x12\x1a\n" +
 	"\buntagged\x18\x01 \x03(\tR\buntagged\x12\x18\n" +
-	"\adeleted\x18\x02 \x03(\tR\adeleted\"\xdf\x03\n" +
+	"\adeleted\x18\x02 \x03(\tR\adeleted\"j\n" +
+	"\x10PushImageRequest\x12\x1c\n" +
+	"\treference\x18\x01 \x01(\tR\treference\x12\x1a\n" +
+	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x1c\n" +
+	"\treferrers\x18\x03 \x03(\tR\treferrers\"~\n" +
+	"\x11PushImageResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12/\n" +
+	"\x06pushed\x18\x02 \x01(\v2\x15.atoll.v1.PushedImageH\x00R\x06pushedB\x06\n" +
+	"\x04kind\"R\n" +
+	"\vPushedImage\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12+\n" +
+	"\x11missing_platforms\x18\x02 \x03(\tR\x10missingPlatforms\"g\n" +
+	"\x11SaveImagesRequest\x12\x1e\n" +
+	"\n" +
+	"references\x18\x01 \x03(\tR\n" +
+	"references\x12\x16\n" +
+	"\x06format\x18\x02 \x01(\tR\x06format\x12\x1a\n" +
+	"\bplatform\x18\x03 \x01(\tR\bplatform\"(\n" +
+	"\x12SaveImagesResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"'\n" +
+	"\x11LoadImagesRequest\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\x7f\n" +
+	"\x12LoadImagesResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12/\n" +
+	"\x06loaded\x18\x02 \x01(\v2\x15.atoll.v1.LoadedImageH\x00R\x06loadedB\x06\n" +
+	"\x04kind\"C\n" +
+	"\vLoadedImage\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1c\n" +
+	"\treference\x18\x02 \x01(\tR\treference\"a\n" +
+	"\x12ImportImageRequest\x12-\n" +
+	"\x05start\x18\x01 \x01(\v2\x15.atoll.v1.ImportStartH\x00R\x05start\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04dataB\x06\n" +
+	"\x04kind\"{\n" +
+	"\vImportStart\x12\x1c\n" +
+	"\treference\x18\x01 \x01(\tR\treference\x12\x1a\n" +
+	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\x12\x18\n" +
+	"\achanges\x18\x04 \x03(\tR\achanges\"x\n" +
+	"\x13ImportImageResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12'\n" +
+	"\x05image\x18\x02 \x01(\v2\x0f.atoll.v1.ImageH\x00R\x05imageB\x06\n" +
+	"\x04kind\"3\n" +
+	"\x13ImageHistoryRequest\x12\x1c\n" +
+	"\treference\x18\x01 \x01(\tR\treference\"A\n" +
+	"\x14ImageHistoryResponse\x12)\n" +
+	"\x05steps\x18\x01 \x03(\v2\x13.atoll.v1.ImageStepR\x05steps\"\xe4\x01\n" +
+	"\tImageStep\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05layer\x18\x02 \x01(\tR\x05layer\x129\n" +
+	"\n" +
+	"created_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x1d\n" +
+	"\n" +
+	"created_by\x18\x04 \x01(\tR\tcreatedBy\x12\x18\n" +
+	"\acomment\x18\x05 \x01(\tR\acomment\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x06 \x01(\x03R\tsizeBytes\x12\x1e\n" +
+	"\n" +
+	"references\x18\a \x03(\tR\n" +
+	"references\"Y\n" +
+	"\x12PruneImagesRequest\x12\x10\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\x12\x18\n" +
+	"\afilters\x18\x02 \x03(\tR\afilters\x12\x17\n" +
+	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"\x8a\x01\n" +
+	"\x13PruneImagesResponse\x12\x1a\n" +
+	"\buntagged\x18\x01 \x03(\tR\buntagged\x12\x18\n" +
+	"\adeleted\x18\x02 \x03(\tR\adeleted\x12'\n" +
+	"\x0freclaimed_bytes\x18\x03 \x01(\x03R\x0ereclaimedBytes\x12\x14\n" +
+	"\x05later\x18\x04 \x01(\bR\x05later\"b\n" +
+	"\fLoginRequest\x12\x1a\n" +
+	"\bregistry\x18\x01 \x01(\tR\bregistry\x12\x1a\n" +
+	"\busername\x18\x02 \x01(\tR\busername\x12\x1a\n" +
+	"\bpassword\x18\x03 \x01(\tR\bpassword\"\x0f\n" +
+	"\rLoginResponse\"\xdf\x03\n" +
 	"\fBuildRequest\x12\x1f\n" +
 	"\vcontext_dir\x18\x01 \x01(\tR\n" +
 	"contextDir\x12\x1e\n" +
@@ -5158,18 +7070,25 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"references\x18\x02 \x03(\tR\n" +
 	"references\x12/\n" +
 	"\x05solve\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x05solve\x126\n" +
-	"\troot_disk\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\brootDisk\"\x8b\x01\n" +
+	"\troot_disk\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\brootDisk\"\xc4\x01\n" +
 	"\x04Base\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x125\n" +
 	"\bbuilt_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\abuiltAt\x12 \n" +
-	"\vdescription\x18\x04 \x01(\tR\vdescription\"\x12\n" +
+	"\vdescription\x18\x04 \x01(\tR\vdescription\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x05 \x01(\x03R\tsizeBytes\x12\x18\n" +
+	"\aaliases\x18\x06 \x03(\tR\aaliases\"\x12\n" +
 	"\x10ListBasesRequest\"9\n" +
 	"\x11ListBasesResponse\x12$\n" +
-	"\x05bases\x18\x01 \x03(\v2\x0e.atoll.v1.BaseR\x05bases\">\n" +
+	"\x05bases\x18\x01 \x03(\v2\x0e.atoll.v1.BaseR\x05bases\"\xa2\x01\n" +
 	"\x10BuildBaseRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
-	"\x06mirror\x18\x02 \x01(\tR\x06mirror\"\x89\x01\n" +
+	"\x06mirror\x18\x02 \x01(\tR\x06mirror\x12\x18\n" +
+	"\akeyring\x18\x03 \x01(\fR\akeyring\x12\x1a\n" +
+	"\bpackages\x18\x04 \x03(\tR\bpackages\x12\x1a\n" +
+	"\bsnapshot\x18\x05 \x01(\tR\bsnapshot\x12\x10\n" +
+	"\x03tag\x18\x06 \x01(\tR\x03tag\"\x89\x01\n" +
 	"\x11BuildBaseResponse\x12\x14\n" +
 	"\x04line\x18\x01 \x01(\tH\x00R\x04line\x120\n" +
 	"\btransfer\x18\x02 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12$\n" +
@@ -5190,7 +7109,28 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x04path\x18\n" +
 	" \x01(\tR\x04path\x12\x18\n" +
 	"\amodules\x18\v \x03(\tR\amodules\x12#\n" +
-	"\rconfig_digest\x18\f \x01(\tR\fconfigDigest\"=\n" +
+	"\rconfig_digest\x18\f \x01(\tR\fconfigDigest\"\xf4\x01\n" +
+	"\x12BuildKernelRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\tR\aversion\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\x12\x16\n" +
+	"\x06sha256\x18\x04 \x01(\tR\x06sha256\x12\x18\n" +
+	"\akeyring\x18\x05 \x01(\fR\akeyring\x12\x16\n" +
+	"\x06mirror\x18\x06 \x01(\tR\x06mirror\x12\x16\n" +
+	"\x06config\x18\a \x01(\fR\x06config\x12\"\n" +
+	"\farchitecture\x18\b \x01(\tR\farchitecture\x12\x12\n" +
+	"\x04jobs\x18\t \x01(\x05R\x04jobs\"\x91\x01\n" +
+	"\x13BuildKernelResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12\x14\n" +
+	"\x04line\x18\x02 \x01(\tH\x00R\x04line\x12*\n" +
+	"\x06kernel\x18\x03 \x01(\v2\x10.atoll.v1.KernelH\x00R\x06kernelB\x06\n" +
+	"\x04kind\")\n" +
+	"\x13RemoveKernelRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x16\n" +
+	"\x14RemoveKernelResponse\"-\n" +
+	"\x17SetDefaultKernelRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x1a\n" +
+	"\x18SetDefaultKernelResponse\"=\n" +
 	"\x13ImportKernelRequest\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"@\n" +
@@ -5276,23 +7216,34 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x03Get\x12\x1b.atoll.v1.GetMachineRequest\x1a\x1c.atoll.v1.GetMachineResponse\x127\n" +
 	"\x04Logs\x12\x15.atoll.v1.LogsRequest\x1a\x16.atoll.v1.LogsResponse0\x01\x129\n" +
 	"\x04Exec\x12\x15.atoll.v1.ExecRequest\x1a\x16.atoll.v1.ExecResponse(\x010\x01\x12?\n" +
-	"\x06Attach\x12\x17.atoll.v1.AttachRequest\x1a\x18.atoll.v1.AttachResponse(\x010\x012\xd7\x02\n" +
+	"\x06Attach\x12\x17.atoll.v1.AttachRequest\x1a\x18.atoll.v1.AttachResponse(\x010\x012\xbb\x06\n" +
 	"\fImageService\x12A\n" +
 	"\x04Pull\x12\x1a.atoll.v1.PullImageRequest\x1a\x1b.atoll.v1.PullImageResponse0\x01\x12A\n" +
 	"\x04List\x12\x1b.atoll.v1.ListImagesRequest\x1a\x1c.atoll.v1.ListImagesResponse\x12<\n" +
 	"\x03Get\x12\x19.atoll.v1.GetImageRequest\x1a\x1a.atoll.v1.GetImageResponse\x12<\n" +
 	"\x03Tag\x12\x19.atoll.v1.TagImageRequest\x1a\x1a.atoll.v1.TagImageResponse\x12E\n" +
-	"\x06Remove\x12\x1c.atoll.v1.RemoveImageRequest\x1a\x1d.atoll.v1.RemoveImageResponse2J\n" +
+	"\x06Remove\x12\x1c.atoll.v1.RemoveImageRequest\x1a\x1d.atoll.v1.RemoveImageResponse\x12A\n" +
+	"\x04Push\x12\x1a.atoll.v1.PushImageRequest\x1a\x1b.atoll.v1.PushImageResponse0\x01\x12C\n" +
+	"\x04Save\x12\x1b.atoll.v1.SaveImagesRequest\x1a\x1c.atoll.v1.SaveImagesResponse0\x01\x12E\n" +
+	"\x04Load\x12\x1b.atoll.v1.LoadImagesRequest\x1a\x1c.atoll.v1.LoadImagesResponse(\x010\x01\x12I\n" +
+	"\x06Import\x12\x1c.atoll.v1.ImportImageRequest\x1a\x1d.atoll.v1.ImportImageResponse(\x010\x01\x12H\n" +
+	"\aHistory\x12\x1d.atoll.v1.ImageHistoryRequest\x1a\x1e.atoll.v1.ImageHistoryResponse\x12D\n" +
+	"\x05Prune\x12\x1c.atoll.v1.PruneImagesRequest\x1a\x1d.atoll.v1.PruneImagesResponse\x128\n" +
+	"\x05Login\x12\x16.atoll.v1.LoginRequest\x1a\x17.atoll.v1.LoginResponse2J\n" +
 	"\fBuildService\x12:\n" +
 	"\x05Build\x12\x16.atoll.v1.BuildRequest\x1a\x17.atoll.v1.BuildResponse0\x012\x92\x01\n" +
 	"\vBaseService\x12?\n" +
 	"\x04List\x12\x1a.atoll.v1.ListBasesRequest\x1a\x1b.atoll.v1.ListBasesResponse\x12B\n" +
-	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\xa2\x02\n" +
+	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\x88\x04\n" +
 	"\rKernelService\x12C\n" +
 	"\x04List\x12\x1c.atoll.v1.ListKernelsRequest\x1a\x1d.atoll.v1.ListKernelsResponse\x12>\n" +
 	"\x03Get\x12\x1a.atoll.v1.GetKernelRequest\x1a\x1b.atoll.v1.GetKernelResponse\x12C\n" +
 	"\x04Pull\x12\x1b.atoll.v1.PullKernelRequest\x1a\x1c.atoll.v1.PullKernelResponse0\x01\x12G\n" +
-	"\x06Import\x12\x1d.atoll.v1.ImportKernelRequest\x1a\x1e.atoll.v1.ImportKernelResponse2\x85\x02\n" +
+	"\x06Import\x12\x1d.atoll.v1.ImportKernelRequest\x1a\x1e.atoll.v1.ImportKernelResponse\x12F\n" +
+	"\x05Build\x12\x1c.atoll.v1.BuildKernelRequest\x1a\x1d.atoll.v1.BuildKernelResponse0\x01\x12G\n" +
+	"\x06Remove\x12\x1d.atoll.v1.RemoveKernelRequest\x1a\x1e.atoll.v1.RemoveKernelResponse\x12S\n" +
+	"\n" +
+	"SetDefault\x12!.atoll.v1.SetDefaultKernelRequest\x1a\".atoll.v1.SetDefaultKernelResponse2\x85\x02\n" +
 	"\rSystemService\x12>\n" +
 	"\aVersion\x12\x18.atoll.v1.VersionRequest\x1a\x19.atoll.v1.VersionResponse\x124\n" +
 	"\x06Events\x12\x17.atoll.v1.EventsRequest\x1a\x0f.atoll.v1.Event0\x01\x12;\n" +
@@ -5312,207 +7263,268 @@ func file_api_atoll_v1_atoll_proto_rawDescGZIP() []byte {
 }
 
 var file_api_atoll_v1_atoll_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 76)
+var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 103)
 var file_api_atoll_v1_atoll_proto_goTypes = []any{
-	(MachineState)(0),             // 0: atoll.v1.MachineState
-	(Stream)(0),                   // 1: atoll.v1.Stream
-	(Check_Level)(0),              // 2: atoll.v1.Check.Level
-	(*Hint)(nil),                  // 3: atoll.v1.Hint
-	(*MachineSpec)(nil),           // 4: atoll.v1.MachineSpec
-	(*PortMapping)(nil),           // 5: atoll.v1.PortMapping
-	(*Machine)(nil),               // 6: atoll.v1.Machine
-	(*NetworkStatus)(nil),         // 7: atoll.v1.NetworkStatus
-	(*VMMStatus)(nil),             // 8: atoll.v1.VMMStatus
-	(*StepTime)(nil),              // 9: atoll.v1.StepTime
-	(*CreateMachineRequest)(nil),  // 10: atoll.v1.CreateMachineRequest
-	(*CreateMachineResponse)(nil), // 11: atoll.v1.CreateMachineResponse
-	(*StartMachineRequest)(nil),   // 12: atoll.v1.StartMachineRequest
-	(*StartMachineResponse)(nil),  // 13: atoll.v1.StartMachineResponse
-	(*StopMachineRequest)(nil),    // 14: atoll.v1.StopMachineRequest
-	(*StopMachineResponse)(nil),   // 15: atoll.v1.StopMachineResponse
-	(*KillMachineRequest)(nil),    // 16: atoll.v1.KillMachineRequest
-	(*KillMachineResponse)(nil),   // 17: atoll.v1.KillMachineResponse
-	(*RemoveMachineRequest)(nil),  // 18: atoll.v1.RemoveMachineRequest
-	(*RemoveMachineResponse)(nil), // 19: atoll.v1.RemoveMachineResponse
-	(*WaitMachineRequest)(nil),    // 20: atoll.v1.WaitMachineRequest
-	(*WaitMachineResponse)(nil),   // 21: atoll.v1.WaitMachineResponse
-	(*ListMachinesRequest)(nil),   // 22: atoll.v1.ListMachinesRequest
-	(*ListMachinesResponse)(nil),  // 23: atoll.v1.ListMachinesResponse
-	(*GetMachineRequest)(nil),     // 24: atoll.v1.GetMachineRequest
-	(*GetMachineResponse)(nil),    // 25: atoll.v1.GetMachineResponse
-	(*LogsRequest)(nil),           // 26: atoll.v1.LogsRequest
-	(*LogsResponse)(nil),          // 27: atoll.v1.LogsResponse
-	(*Size)(nil),                  // 28: atoll.v1.Size
-	(*ExecRequest)(nil),           // 29: atoll.v1.ExecRequest
-	(*ExecStart)(nil),             // 30: atoll.v1.ExecStart
-	(*ExecResponse)(nil),          // 31: atoll.v1.ExecResponse
-	(*ExecStarted)(nil),           // 32: atoll.v1.ExecStarted
-	(*AttachRequest)(nil),         // 33: atoll.v1.AttachRequest
-	(*AttachStart)(nil),           // 34: atoll.v1.AttachStart
-	(*AttachResponse)(nil),        // 35: atoll.v1.AttachResponse
-	(*Image)(nil),                 // 36: atoll.v1.Image
-	(*Layer)(nil),                 // 37: atoll.v1.Layer
-	(*PullImageRequest)(nil),      // 38: atoll.v1.PullImageRequest
-	(*Transfer)(nil),              // 39: atoll.v1.Transfer
-	(*PullImageResponse)(nil),     // 40: atoll.v1.PullImageResponse
-	(*ListImagesRequest)(nil),     // 41: atoll.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),    // 42: atoll.v1.ListImagesResponse
-	(*GetImageRequest)(nil),       // 43: atoll.v1.GetImageRequest
-	(*GetImageResponse)(nil),      // 44: atoll.v1.GetImageResponse
-	(*TagImageRequest)(nil),       // 45: atoll.v1.TagImageRequest
-	(*TagImageResponse)(nil),      // 46: atoll.v1.TagImageResponse
-	(*RemoveImageRequest)(nil),    // 47: atoll.v1.RemoveImageRequest
-	(*RemoveImageResponse)(nil),   // 48: atoll.v1.RemoveImageResponse
-	(*BuildRequest)(nil),          // 49: atoll.v1.BuildRequest
-	(*BuildResponse)(nil),         // 50: atoll.v1.BuildResponse
-	(*BuildResult)(nil),           // 51: atoll.v1.BuildResult
-	(*Base)(nil),                  // 52: atoll.v1.Base
-	(*ListBasesRequest)(nil),      // 53: atoll.v1.ListBasesRequest
-	(*ListBasesResponse)(nil),     // 54: atoll.v1.ListBasesResponse
-	(*BuildBaseRequest)(nil),      // 55: atoll.v1.BuildBaseRequest
-	(*BuildBaseResponse)(nil),     // 56: atoll.v1.BuildBaseResponse
-	(*Kernel)(nil),                // 57: atoll.v1.Kernel
-	(*ImportKernelRequest)(nil),   // 58: atoll.v1.ImportKernelRequest
-	(*ImportKernelResponse)(nil),  // 59: atoll.v1.ImportKernelResponse
-	(*ListKernelsRequest)(nil),    // 60: atoll.v1.ListKernelsRequest
-	(*ListKernelsResponse)(nil),   // 61: atoll.v1.ListKernelsResponse
-	(*GetKernelRequest)(nil),      // 62: atoll.v1.GetKernelRequest
-	(*GetKernelResponse)(nil),     // 63: atoll.v1.GetKernelResponse
-	(*PullKernelRequest)(nil),     // 64: atoll.v1.PullKernelRequest
-	(*PullKernelResponse)(nil),    // 65: atoll.v1.PullKernelResponse
-	(*VersionRequest)(nil),        // 66: atoll.v1.VersionRequest
-	(*VersionResponse)(nil),       // 67: atoll.v1.VersionResponse
-	(*EventsRequest)(nil),         // 68: atoll.v1.EventsRequest
-	(*Event)(nil),                 // 69: atoll.v1.Event
-	(*DoctorRequest)(nil),         // 70: atoll.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 71: atoll.v1.DoctorResponse
-	(*Check)(nil),                 // 72: atoll.v1.Check
-	(*ShutdownRequest)(nil),       // 73: atoll.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),      // 74: atoll.v1.ShutdownResponse
-	nil,                           // 75: atoll.v1.MachineSpec.LabelsEntry
-	nil,                           // 76: atoll.v1.BuildRequest.BuildArgsEntry
-	nil,                           // 77: atoll.v1.BuildRequest.LabelsEntry
-	nil,                           // 78: atoll.v1.Event.AttributesEntry
-	(*durationpb.Duration)(nil),   // 79: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 80: google.protobuf.Timestamp
+	(MachineState)(0),                // 0: atoll.v1.MachineState
+	(Stream)(0),                      // 1: atoll.v1.Stream
+	(Check_Level)(0),                 // 2: atoll.v1.Check.Level
+	(*Hint)(nil),                     // 3: atoll.v1.Hint
+	(*MachineSpec)(nil),              // 4: atoll.v1.MachineSpec
+	(*PortMapping)(nil),              // 5: atoll.v1.PortMapping
+	(*Machine)(nil),                  // 6: atoll.v1.Machine
+	(*NetworkStatus)(nil),            // 7: atoll.v1.NetworkStatus
+	(*VMMStatus)(nil),                // 8: atoll.v1.VMMStatus
+	(*StepTime)(nil),                 // 9: atoll.v1.StepTime
+	(*CreateMachineRequest)(nil),     // 10: atoll.v1.CreateMachineRequest
+	(*CreateMachineResponse)(nil),    // 11: atoll.v1.CreateMachineResponse
+	(*StartMachineRequest)(nil),      // 12: atoll.v1.StartMachineRequest
+	(*StartMachineResponse)(nil),     // 13: atoll.v1.StartMachineResponse
+	(*StopMachineRequest)(nil),       // 14: atoll.v1.StopMachineRequest
+	(*StopMachineResponse)(nil),      // 15: atoll.v1.StopMachineResponse
+	(*KillMachineRequest)(nil),       // 16: atoll.v1.KillMachineRequest
+	(*KillMachineResponse)(nil),      // 17: atoll.v1.KillMachineResponse
+	(*RemoveMachineRequest)(nil),     // 18: atoll.v1.RemoveMachineRequest
+	(*RemoveMachineResponse)(nil),    // 19: atoll.v1.RemoveMachineResponse
+	(*WaitMachineRequest)(nil),       // 20: atoll.v1.WaitMachineRequest
+	(*WaitMachineResponse)(nil),      // 21: atoll.v1.WaitMachineResponse
+	(*ListMachinesRequest)(nil),      // 22: atoll.v1.ListMachinesRequest
+	(*ListMachinesResponse)(nil),     // 23: atoll.v1.ListMachinesResponse
+	(*GetMachineRequest)(nil),        // 24: atoll.v1.GetMachineRequest
+	(*GetMachineResponse)(nil),       // 25: atoll.v1.GetMachineResponse
+	(*LogsRequest)(nil),              // 26: atoll.v1.LogsRequest
+	(*LogsResponse)(nil),             // 27: atoll.v1.LogsResponse
+	(*Size)(nil),                     // 28: atoll.v1.Size
+	(*ExecRequest)(nil),              // 29: atoll.v1.ExecRequest
+	(*ExecStart)(nil),                // 30: atoll.v1.ExecStart
+	(*ExecResponse)(nil),             // 31: atoll.v1.ExecResponse
+	(*ExecStarted)(nil),              // 32: atoll.v1.ExecStarted
+	(*AttachRequest)(nil),            // 33: atoll.v1.AttachRequest
+	(*AttachStart)(nil),              // 34: atoll.v1.AttachStart
+	(*AttachResponse)(nil),           // 35: atoll.v1.AttachResponse
+	(*Image)(nil),                    // 36: atoll.v1.Image
+	(*ImageVariant)(nil),             // 37: atoll.v1.ImageVariant
+	(*ImageReferrer)(nil),            // 38: atoll.v1.ImageReferrer
+	(*RootDisk)(nil),                 // 39: atoll.v1.RootDisk
+	(*Layer)(nil),                    // 40: atoll.v1.Layer
+	(*PullImageRequest)(nil),         // 41: atoll.v1.PullImageRequest
+	(*Transfer)(nil),                 // 42: atoll.v1.Transfer
+	(*PullImageResponse)(nil),        // 43: atoll.v1.PullImageResponse
+	(*ListImagesRequest)(nil),        // 44: atoll.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),       // 45: atoll.v1.ListImagesResponse
+	(*GetImageRequest)(nil),          // 46: atoll.v1.GetImageRequest
+	(*GetImageResponse)(nil),         // 47: atoll.v1.GetImageResponse
+	(*TagImageRequest)(nil),          // 48: atoll.v1.TagImageRequest
+	(*TagImageResponse)(nil),         // 49: atoll.v1.TagImageResponse
+	(*RemoveImageRequest)(nil),       // 50: atoll.v1.RemoveImageRequest
+	(*RemoveImageResponse)(nil),      // 51: atoll.v1.RemoveImageResponse
+	(*PushImageRequest)(nil),         // 52: atoll.v1.PushImageRequest
+	(*PushImageResponse)(nil),        // 53: atoll.v1.PushImageResponse
+	(*PushedImage)(nil),              // 54: atoll.v1.PushedImage
+	(*SaveImagesRequest)(nil),        // 55: atoll.v1.SaveImagesRequest
+	(*SaveImagesResponse)(nil),       // 56: atoll.v1.SaveImagesResponse
+	(*LoadImagesRequest)(nil),        // 57: atoll.v1.LoadImagesRequest
+	(*LoadImagesResponse)(nil),       // 58: atoll.v1.LoadImagesResponse
+	(*LoadedImage)(nil),              // 59: atoll.v1.LoadedImage
+	(*ImportImageRequest)(nil),       // 60: atoll.v1.ImportImageRequest
+	(*ImportStart)(nil),              // 61: atoll.v1.ImportStart
+	(*ImportImageResponse)(nil),      // 62: atoll.v1.ImportImageResponse
+	(*ImageHistoryRequest)(nil),      // 63: atoll.v1.ImageHistoryRequest
+	(*ImageHistoryResponse)(nil),     // 64: atoll.v1.ImageHistoryResponse
+	(*ImageStep)(nil),                // 65: atoll.v1.ImageStep
+	(*PruneImagesRequest)(nil),       // 66: atoll.v1.PruneImagesRequest
+	(*PruneImagesResponse)(nil),      // 67: atoll.v1.PruneImagesResponse
+	(*LoginRequest)(nil),             // 68: atoll.v1.LoginRequest
+	(*LoginResponse)(nil),            // 69: atoll.v1.LoginResponse
+	(*BuildRequest)(nil),             // 70: atoll.v1.BuildRequest
+	(*BuildResponse)(nil),            // 71: atoll.v1.BuildResponse
+	(*BuildResult)(nil),              // 72: atoll.v1.BuildResult
+	(*Base)(nil),                     // 73: atoll.v1.Base
+	(*ListBasesRequest)(nil),         // 74: atoll.v1.ListBasesRequest
+	(*ListBasesResponse)(nil),        // 75: atoll.v1.ListBasesResponse
+	(*BuildBaseRequest)(nil),         // 76: atoll.v1.BuildBaseRequest
+	(*BuildBaseResponse)(nil),        // 77: atoll.v1.BuildBaseResponse
+	(*Kernel)(nil),                   // 78: atoll.v1.Kernel
+	(*BuildKernelRequest)(nil),       // 79: atoll.v1.BuildKernelRequest
+	(*BuildKernelResponse)(nil),      // 80: atoll.v1.BuildKernelResponse
+	(*RemoveKernelRequest)(nil),      // 81: atoll.v1.RemoveKernelRequest
+	(*RemoveKernelResponse)(nil),     // 82: atoll.v1.RemoveKernelResponse
+	(*SetDefaultKernelRequest)(nil),  // 83: atoll.v1.SetDefaultKernelRequest
+	(*SetDefaultKernelResponse)(nil), // 84: atoll.v1.SetDefaultKernelResponse
+	(*ImportKernelRequest)(nil),      // 85: atoll.v1.ImportKernelRequest
+	(*ImportKernelResponse)(nil),     // 86: atoll.v1.ImportKernelResponse
+	(*ListKernelsRequest)(nil),       // 87: atoll.v1.ListKernelsRequest
+	(*ListKernelsResponse)(nil),      // 88: atoll.v1.ListKernelsResponse
+	(*GetKernelRequest)(nil),         // 89: atoll.v1.GetKernelRequest
+	(*GetKernelResponse)(nil),        // 90: atoll.v1.GetKernelResponse
+	(*PullKernelRequest)(nil),        // 91: atoll.v1.PullKernelRequest
+	(*PullKernelResponse)(nil),       // 92: atoll.v1.PullKernelResponse
+	(*VersionRequest)(nil),           // 93: atoll.v1.VersionRequest
+	(*VersionResponse)(nil),          // 94: atoll.v1.VersionResponse
+	(*EventsRequest)(nil),            // 95: atoll.v1.EventsRequest
+	(*Event)(nil),                    // 96: atoll.v1.Event
+	(*DoctorRequest)(nil),            // 97: atoll.v1.DoctorRequest
+	(*DoctorResponse)(nil),           // 98: atoll.v1.DoctorResponse
+	(*Check)(nil),                    // 99: atoll.v1.Check
+	(*ShutdownRequest)(nil),          // 100: atoll.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 101: atoll.v1.ShutdownResponse
+	nil,                              // 102: atoll.v1.MachineSpec.LabelsEntry
+	nil,                              // 103: atoll.v1.BuildRequest.BuildArgsEntry
+	nil,                              // 104: atoll.v1.BuildRequest.LabelsEntry
+	nil,                              // 105: atoll.v1.Event.AttributesEntry
+	(*durationpb.Duration)(nil),      // 106: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 107: google.protobuf.Timestamp
 }
 var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
-	5,  // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
-	75, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
-	79, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
-	4,  // 3: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
-	0,  // 4: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
-	80, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
-	80, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
-	80, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
-	7,  // 8: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
-	8,  // 9: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
-	9,  // 10: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
-	5,  // 11: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
-	79, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
-	4,  // 13: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
-	6,  // 14: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
-	6,  // 15: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
-	79, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
-	6,  // 17: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
-	6,  // 18: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
-	6,  // 19: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
-	80, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
-	1,  // 21: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
-	80, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
-	30, // 23: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
-	28, // 24: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
-	28, // 25: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
-	32, // 26: atoll.v1.ExecResponse.started:type_name -> atoll.v1.ExecStarted
-	34, // 27: atoll.v1.AttachRequest.start:type_name -> atoll.v1.AttachStart
-	28, // 28: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
-	28, // 29: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
-	21, // 30: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
-	80, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
-	37, // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
-	39, // 33: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
-	36, // 34: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
-	36, // 35: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
-	36, // 36: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
-	76, // 37: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
-	77, // 38: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
-	51, // 39: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
-	79, // 40: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
-	79, // 41: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
-	80, // 42: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
-	52, // 43: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
-	39, // 44: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
-	52, // 45: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
-	80, // 46: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
-	57, // 47: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	57, // 48: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
-	57, // 49: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	39, // 50: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	57, // 51: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	80, // 52: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	80, // 53: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
-	78, // 54: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
-	72, // 55: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
-	2,  // 56: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
-	10, // 57: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
-	12, // 58: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
-	14, // 59: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
-	16, // 60: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
-	18, // 61: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
-	20, // 62: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
-	22, // 63: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
-	24, // 64: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
-	26, // 65: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
-	29, // 66: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
-	33, // 67: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
-	38, // 68: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
-	41, // 69: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
-	43, // 70: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
-	45, // 71: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
-	47, // 72: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
-	49, // 73: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
-	53, // 74: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
-	55, // 75: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
-	60, // 76: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
-	62, // 77: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
-	64, // 78: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
-	58, // 79: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
-	66, // 80: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
-	68, // 81: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
-	70, // 82: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
-	73, // 83: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
-	11, // 84: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
-	13, // 85: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
-	15, // 86: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
-	17, // 87: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
-	19, // 88: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
-	21, // 89: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
-	23, // 90: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
-	25, // 91: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
-	27, // 92: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
-	31, // 93: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
-	35, // 94: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
-	40, // 95: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
-	42, // 96: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
-	44, // 97: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
-	46, // 98: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
-	48, // 99: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
-	50, // 100: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
-	54, // 101: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
-	56, // 102: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
-	61, // 103: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
-	63, // 104: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
-	65, // 105: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
-	59, // 106: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
-	67, // 107: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
-	69, // 108: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
-	71, // 109: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
-	74, // 110: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
-	84, // [84:111] is the sub-list for method output_type
-	57, // [57:84] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	5,   // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
+	102, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
+	106, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
+	4,   // 3: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
+	0,   // 4: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
+	107, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
+	107, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
+	107, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
+	7,   // 8: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
+	8,   // 9: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
+	9,   // 10: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
+	5,   // 11: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
+	106, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
+	4,   // 13: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
+	6,   // 14: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
+	6,   // 15: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
+	106, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
+	6,   // 17: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
+	6,   // 18: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
+	6,   // 19: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
+	107, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	1,   // 21: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
+	107, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	30,  // 23: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
+	28,  // 24: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
+	28,  // 25: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
+	32,  // 26: atoll.v1.ExecResponse.started:type_name -> atoll.v1.ExecStarted
+	34,  // 27: atoll.v1.AttachRequest.start:type_name -> atoll.v1.AttachStart
+	28,  // 28: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
+	28,  // 29: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
+	21,  // 30: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
+	107, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	40,  // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
+	37,  // 33: atoll.v1.Image.variants:type_name -> atoll.v1.ImageVariant
+	38,  // 34: atoll.v1.Image.referrers:type_name -> atoll.v1.ImageReferrer
+	39,  // 35: atoll.v1.Image.root_disks:type_name -> atoll.v1.RootDisk
+	42,  // 36: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
+	36,  // 37: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
+	36,  // 38: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
+	36,  // 39: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
+	42,  // 40: atoll.v1.PushImageResponse.transfer:type_name -> atoll.v1.Transfer
+	54,  // 41: atoll.v1.PushImageResponse.pushed:type_name -> atoll.v1.PushedImage
+	42,  // 42: atoll.v1.LoadImagesResponse.transfer:type_name -> atoll.v1.Transfer
+	59,  // 43: atoll.v1.LoadImagesResponse.loaded:type_name -> atoll.v1.LoadedImage
+	61,  // 44: atoll.v1.ImportImageRequest.start:type_name -> atoll.v1.ImportStart
+	42,  // 45: atoll.v1.ImportImageResponse.transfer:type_name -> atoll.v1.Transfer
+	36,  // 46: atoll.v1.ImportImageResponse.image:type_name -> atoll.v1.Image
+	65,  // 47: atoll.v1.ImageHistoryResponse.steps:type_name -> atoll.v1.ImageStep
+	107, // 48: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
+	103, // 49: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
+	104, // 50: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
+	72,  // 51: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
+	106, // 52: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
+	106, // 53: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
+	107, // 54: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
+	73,  // 55: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
+	42,  // 56: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
+	73,  // 57: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
+	107, // 58: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
+	42,  // 59: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	78,  // 60: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	78,  // 61: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	78,  // 62: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
+	78,  // 63: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	42,  // 64: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	78,  // 65: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	107, // 66: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	107, // 67: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
+	105, // 68: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
+	99,  // 69: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
+	2,   // 70: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
+	10,  // 71: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
+	12,  // 72: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
+	14,  // 73: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
+	16,  // 74: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
+	18,  // 75: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
+	20,  // 76: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
+	22,  // 77: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
+	24,  // 78: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
+	26,  // 79: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
+	29,  // 80: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
+	33,  // 81: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
+	41,  // 82: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
+	44,  // 83: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
+	46,  // 84: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
+	48,  // 85: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
+	50,  // 86: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
+	52,  // 87: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
+	55,  // 88: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
+	57,  // 89: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
+	60,  // 90: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
+	63,  // 91: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
+	66,  // 92: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
+	68,  // 93: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
+	70,  // 94: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
+	74,  // 95: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
+	76,  // 96: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
+	87,  // 97: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
+	89,  // 98: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
+	91,  // 99: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
+	85,  // 100: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
+	79,  // 101: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
+	81,  // 102: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
+	83,  // 103: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
+	93,  // 104: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
+	95,  // 105: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
+	97,  // 106: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
+	100, // 107: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
+	11,  // 108: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
+	13,  // 109: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
+	15,  // 110: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
+	17,  // 111: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
+	19,  // 112: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
+	21,  // 113: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
+	23,  // 114: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
+	25,  // 115: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
+	27,  // 116: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
+	31,  // 117: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
+	35,  // 118: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
+	43,  // 119: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
+	45,  // 120: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
+	47,  // 121: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
+	49,  // 122: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
+	51,  // 123: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
+	53,  // 124: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
+	56,  // 125: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
+	58,  // 126: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
+	62,  // 127: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
+	64,  // 128: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
+	67,  // 129: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
+	69,  // 130: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
+	71,  // 131: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
+	75,  // 132: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
+	77,  // 133: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
+	88,  // 134: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
+	90,  // 135: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
+	92,  // 136: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
+	86,  // 137: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
+	80,  // 138: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
+	82,  // 139: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
+	84,  // 140: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
+	94,  // 141: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
+	96,  // 142: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
+	98,  // 143: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
+	101, // 144: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
+	108, // [108:145] is the sub-list for method output_type
+	71,  // [71:108] is the sub-list for method input_type
+	71,  // [71:71] is the sub-list for extension type_name
+	71,  // [71:71] is the sub-list for extension extendee
+	0,   // [0:71] is the sub-list for field type_name
 }
 
 func init() { file_api_atoll_v1_atoll_proto_init() }
@@ -5547,20 +7559,41 @@ func file_api_atoll_v1_atoll_proto_init() {
 		(*AttachResponse_Stderr)(nil),
 		(*AttachResponse_Exit)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[37].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[40].OneofWrappers = []any{
 		(*PullImageResponse_Transfer)(nil),
 		(*PullImageResponse_Image)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[47].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[50].OneofWrappers = []any{
+		(*PushImageResponse_Transfer)(nil),
+		(*PushImageResponse_Pushed)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[55].OneofWrappers = []any{
+		(*LoadImagesResponse_Transfer)(nil),
+		(*LoadImagesResponse_Loaded)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[57].OneofWrappers = []any{
+		(*ImportImageRequest_Start)(nil),
+		(*ImportImageRequest_Data)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[59].OneofWrappers = []any{
+		(*ImportImageResponse_Transfer)(nil),
+		(*ImportImageResponse_Image)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[68].OneofWrappers = []any{
 		(*BuildResponse_Status)(nil),
 		(*BuildResponse_Result)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[53].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[74].OneofWrappers = []any{
 		(*BuildBaseResponse_Line)(nil),
 		(*BuildBaseResponse_Transfer)(nil),
 		(*BuildBaseResponse_Base)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[62].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[77].OneofWrappers = []any{
+		(*BuildKernelResponse_Transfer)(nil),
+		(*BuildKernelResponse_Line)(nil),
+		(*BuildKernelResponse_Kernel)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[89].OneofWrappers = []any{
 		(*PullKernelResponse_Transfer)(nil),
 		(*PullKernelResponse_Kernel)(nil),
 	}
@@ -5570,7 +7603,7 @@ func file_api_atoll_v1_atoll_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_atoll_v1_atoll_proto_rawDesc), len(file_api_atoll_v1_atoll_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   76,
+			NumMessages:   103,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

@@ -1,6 +1,7 @@
 // Package guest is the agent: PID 1 of the guest from its initramfs on. It finds the channel to the host, takes the machine's
 // configuration from there in one message, makes the root, runs the entrypoint and further processes, and brings the machine down.
-// Imported by cmd/atoll-agent only. Run is called once, in PID 1.
+// Where PID 1 is to be the image's own init, it hands that over and goes on in a process beside it.
+// Imported by cmd/atoll-agent only. Run is called once, in PID 1; Beside, where it is, in the process that follows.
 //
 // Who locks: Agent.mu guards the agent's state and is never held while something is waited for; the ring and the supervisor have
 // locks of their own, taken after it.
@@ -39,6 +40,8 @@ type Agent struct {
 	log       func(string) // a line on the console
 	down      sync.Once
 	execs     counter
+	port      *port      // nil: the host comes by vsock
+	init      *imageInit // not nil: PID 1 is the image's init and this process stands beside it
 
 	mu         sync.Mutex // guards what follows
 	configured bool
@@ -52,7 +55,7 @@ type Agent struct {
 
 // Run is the agent's life. It returns only when the agent cannot reach the host.
 func Run(version string) error {
-	a := &Agent{version: version, started: uptime(), output: newRing(ringSize), log: console, containers: map[string]*container.Container{}}
+	a := &Agent{version: version, started: uptime(), output: newRing(ringSize), log: console}
 	if err := mounts.Early(); err != nil {
 		return err
 	}
@@ -74,6 +77,7 @@ func Run(version string) error {
 		}
 		return err
 	}
+	a.port = port
 	return transport.Serve(port, a.accept)
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 	"unsafe"
@@ -30,10 +31,12 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 		transport.WriteMsg(host, failed("configuration", errors.New("this machine has been configured before")))
 		return
 	}
-	for _, step := range []struct {
-		name string
-		do   func() error
-	}{
+	last := step{"entrypoint", func() error { return a.startEntrypoint(c.GetProcess()) }}
+	var next *successor
+	if c.GetInit() {
+		last = step{"init", func() (err error) { next, err = a.prepareInit(c); return err }}
+	}
+	for _, step := range []step{
 		{"clock", func() error { return setClock(c.GetUnixNanos(), taken) }},
 		{"entropy", func() error { return reseed(c.GetEntropy()) }},
 		{"modules", func() error { return loadFeatures(c.GetModules()) }},
@@ -49,7 +52,7 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 			}
 			return mounts.MakeReadOnly()
 		}},
-		{"entrypoint", func() error { return a.startEntrypoint(c.GetProcess()) }},
+		last,
 	} {
 		// The host may go meanwhile; the machine is made all the same, and the next host finds it configured.
 		transport.WriteMsg(host, &agentv1.Progress{Step: step.name, UptimeNanos: int64(uptime())})
@@ -58,7 +61,18 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 			return
 		}
 	}
-	transport.WriteMsg(host, &agentv1.Progress{Done: true, UptimeNanos: int64(uptime())})
+	done := func() { transport.WriteMsg(host, &agentv1.Progress{Done: true, UptimeNanos: int64(uptime())}) }
+	if next == nil {
+		done()
+		return
+	}
+	panic(next.become(a.port, done)) // as PID 1 has no other end; the kernel's panic names it
+}
+
+// step is one named part of the configuration.
+type step struct {
+	name string
+	do   func() error
 }
 
 func failed(step string, err error) *agentv1.Progress {
@@ -121,6 +135,11 @@ func loadFeatures(names []string) error {
 func (a *Agent) mountRoot(r *agentv1.Root) error {
 	if r == nil {
 		return nil
+	}
+	if slices.ContainsFunc(r.GetDisks(), func(d *agentv1.RootDisk) bool { return d.GetVerity() != nil }) {
+		if err := mounts.WatchVerity(func(detail string) { a.goDownFor(agentv1.GoingDown_REASON_VERITY, detail) }); err != nil {
+			return err
+		}
 	}
 	root, err := mounts.Mount(r)
 	if err != nil {

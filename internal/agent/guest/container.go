@@ -93,6 +93,9 @@ func (a *Agent) setContainer(id string, c *container.Container) {
 		delete(a.containers, id)
 		return
 	}
+	if a.containers == nil {
+		a.containers = map[string]*container.Container{}
+	}
 	a.containers[id] = c
 }
 

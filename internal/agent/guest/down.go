@@ -17,14 +17,17 @@ const (
 )
 
 // goDown ends the machine. The first reason counts.
-func (a *Agent) goDown(reason agentv1.GoingDown_Reason) {
+func (a *Agent) goDown(reason agentv1.GoingDown_Reason) { a.goDownFor(reason, "") }
+
+// goDownFor is goDown with words for a person.
+func (a *Agent) goDownFor(reason agentv1.GoingDown_Reason, detail string) {
 	a.down.Do(func() {
 		a.mu.Lock()
 		a.reason = reason
 		root := a.root
 		a.mu.Unlock()
-		seq := a.events.add(&agentv1.Event{Kind: &agentv1.Event_GoingDown{GoingDown: &agentv1.GoingDown{Reason: reason}}})
-		own := reason == agentv1.GoingDown_REASON_POWEROFF || reason == agentv1.GoingDown_REASON_REBOOT
+		seq := a.events.add(&agentv1.Event{Kind: &agentv1.Event_GoingDown{GoingDown: &agentv1.GoingDown{Reason: reason, Detail: detail}}})
+		own := reason == agentv1.GoingDown_REASON_POWEROFF || reason == agentv1.GoingDown_REASON_REBOOT || reason == agentv1.GoingDown_REASON_VERITY
 		grace := restGrace
 		if own {
 			grace = ownGrace
@@ -43,7 +46,7 @@ func (a *Agent) goDown(reason agentv1.GoingDown_Reason) {
 			}
 		}
 		if own || a.events.watched() {
-			a.events.waitAck(seq, ackPatience) // only the host can tell a reboot from a power-off
+			a.events.waitAck(seq, ackPatience) // only the host can tell one from the other
 		}
 		// With reboot=t a restart ends the VMM, which has -no-reboot; power off needs ACPI.
 		unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)

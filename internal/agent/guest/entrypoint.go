@@ -113,6 +113,13 @@ func (a *Agent) stdin(s net.Conn) {
 
 // shutdown ends the entrypoint, politely first, and with it the machine. answer tells the host that this has begun.
 func (a *Agent) shutdown(req *agentv1.Shutdown, answer func()) error {
+	if a.init != nil {
+		err := a.init.askDown(a, req.GetSignal())
+		if err == nil {
+			answer()
+		}
+		return err // the host ends a machine that does not go down
+	}
 	e := a.main()
 	sig := unix.SIGTERM
 	if e != nil {

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"os"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -31,14 +33,37 @@ func openPort() (*port, error) {
 			if err != nil {
 				return nil, &os.PathError{Op: "opening", Path: "/dev/" + p.Name(), Err: err}
 			}
-			return &port{os.NewFile(uintptr(fd), p.Name())}, nil
+			return &port{File: os.NewFile(uintptr(fd), p.Name())}, nil
 		}
 	}
 	return nil, errors.New("there is no virtio-serial port named " + portName)
 }
 
 // port is a virtio-serial port whose reads wait for a host.
-type port struct{ *os.File }
+type port struct {
+	*os.File
+	leaving atomic.Bool
+	parked  chan struct{} // closed when nothing more is read; made by leave
+
+	writing sync.Mutex // held for ever once muted
+}
+
+// leave ends reading: what the host sends from now on is for the next process that has the port. The reader waits for ever.
+func (p *port) leave() {
+	p.parked = make(chan struct{})
+	p.leaving.Store(true)
+	p.SetReadDeadline(time.Unix(1, 0))
+	<-p.parked
+}
+
+// mute ends writing, after what is being written.
+func (p *port) mute() { p.writing.Lock() }
+
+func (p *port) Write(b []byte) (int, error) {
+	p.writing.Lock()
+	defer p.writing.Unlock()
+	return p.File.Write(b)
+}
 
 // Read treats the end of the file, which is how the driver says that no host is connected, as nothing to read yet: the next host's
 // coming is an edge that wakes the poller.
@@ -56,6 +81,10 @@ func (p *port) Read(b []byte) (n int, err error) {
 		}
 		return n > 0 || err != nil && !errors.Is(err, unix.EAGAIN)
 	})
+	if cerr != nil && p.leaving.Load() {
+		close(p.parked)
+		select {}
+	}
 	if cerr != nil {
 		return 0, cerr
 	}

@@ -242,7 +242,7 @@ func (v *guestVM) config(argv ...string) *agentv1.Config {
 		DnsServers: []string{"10.0.2.3"}, DnsSearch: []string{"lan"},
 		Hosts:      []*agentv1.HostEntry{{Address: "10.0.2.15", Names: []string{"box", "web"}}},
 		Interfaces: []*agentv1.Interface{{Mac: mac, Address: "10.0.2.15/24", Gateway: "10.0.2.2", Mtu: 1400}},
-		Root:       &agentv1.Root{Disk: "/dev/vda", DiskType: "erofs", Scratch: "/dev/vdb", ScratchType: "ext4"},
+		Root:       &agentv1.Root{Disks: []*agentv1.RootDisk{{Device: "/dev/vda", Type: "erofs", HasRoot: true}}, Scratch: "/dev/vdb", ScratchType: "ext4"},
 		Process:    &agentv1.Process{Argv: argv, WorkingDir: "/"},
 	}
 }

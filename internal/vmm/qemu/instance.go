@@ -136,7 +136,7 @@ func (i *instance) reason(state *os.ProcessState) vmm.Exit {
 			return vmm.Exit{Reason: vmm.ReasonPanic, Detail: line}
 		}
 		if i.down != nil {
-			return vmm.Exit{Reason: vmm.ReasonGuest, Detail: i.down.Reason}
+			return vmm.Exit{Reason: vmm.ReasonGuest, Detail: i.down.Reason, Reset: i.down.Reason == "guest-reset"}
 		}
 		return vmm.Exit{Reason: vmm.ReasonGuest}
 	}

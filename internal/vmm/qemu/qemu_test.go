@@ -43,11 +43,21 @@ func TestArguments(t *testing.T) {
 	full.NICs = []vmm.NIC{{MAC: "52:54:00:00:00:01", MTU: 65520, Local: "/run/a,b/nic0", Remote: "/net/a,b"}}
 	shares := small
 	shares.Shares = []vmm.Share{{Tag: "build", Path: "/srv/a"}, {Tag: "a,b", Path: "/srv/b", ReadOnly: true}}
+	// Our own kernel takes its devices from its command line, as long as there is room for them.
+	own := full
+	own.Kernel.NeedsACPI, own.Kernel.ACPI, own.CPUs = false, true, 1
+	many := own
+	many.CPUs = 2
+	for i := range 5 {
+		many.Disks = append(many.Disks, vmm.Disk{Path: fmt.Sprint("/d/volume", i)})
+	}
 	for name, c := range map[string]struct {
 		spec vmm.Spec
 		host host
 	}{
 		"shares-tcg": {shares, host{"amd64", "tcg", 2500000}},
+		"own-tcg":    {own, host{"amd64", "tcg", 2500000}},
+		"many-tcg":   {many, host{"amd64", "tcg", 2500000}},
 		"small-kvm":  {small, host{"amd64", "kvm", 2500000}},
 		"small-tcg":  {small, host{"amd64", "tcg", 2500000}},
 		"full-kvm":   {full, host{"amd64", "kvm", 2500000}},
@@ -91,6 +101,7 @@ func TestCheck(t *testing.T) {
 		"long path":   {func(s *vmm.Spec) { s.Dir = "/" + strings.Repeat("x", 120) }, "longer than 107", true},
 		"many disks":  {func(s *vmm.Spec) { s.Disks = make([]vmm.Disk, 7) }, "room for 6", false},
 		"share's tag": {func(s *vmm.Spec) { s.Shares = []vmm.Share{{Path: "/", Tag: strings.Repeat("x", 37)}} }, "1 to 36 bytes", false},
+		"very many":   {func(s *vmm.Spec) { s.Kernel.ACPI, s.Disks = true, make([]vmm.Disk, 22) }, "room for 21", false},
 		"kernel":      {func(s *vmm.Spec) { s.Kernel.Path = "/etc/passwd" }, "no uncompressed kernel", true},
 		"both faults": {func(s *vmm.Spec) { s.CPUs, s.MemoryBytes = 0, 0 }, "0 CPUs", true},
 	} {
@@ -207,6 +218,45 @@ func TestMeasureTSC(t *testing.T) {
 	t.Logf("%d and %d kHz", first, second)
 	if d := first - second; max(d, -d) > first/10000 {
 		t.Errorf("%d and %d kHz differ by more than 100 ppm", first, second)
+	}
+}
+
+// Our own kernel finds every device, in the order of the spec: from its command line, and by ACPI when they are too many for that.
+func TestOwnKernel(t *testing.T) {
+	path := os.Getenv("ATOLL_TEST_OWN_KERNEL")
+	if path == "" {
+		t.Skip("ATOLL_TEST_OWN_KERNEL is not set: make test sets it to a kernel that atoll kernel build has built")
+	}
+	g := vmmtest.NewGuest(t, newDriver(t), vmmtest.Fixture{Kernel: vmm.Kernel{Path: path, ACPI: true}})
+	for _, c := range []struct {
+		cpus, disks int
+		online      string
+		acpi        string
+	}{{1, 6, "0", "acpi=off"}, {2, 6, "0-1", "acpi=off"}, {2, acpiDevices - ownDevices, "0-1", "acpi=on"}} {
+		t.Run(fmt.Sprintf("%d CPUs, %d disks", c.cpus, c.disks), func(t *testing.T) {
+			spec := g.Spec(t)
+			spec.CPUs = c.cpus
+			for i := range c.disks {
+				name := fmt.Sprintf("disk%d", i)
+				disk := filepath.Join(spec.Dir, name)
+				if err := os.WriteFile(disk, append([]byte(name+"\n"), make([]byte, 1<<20)...)[:1<<20], 0o600); err != nil {
+					t.Fatal(err)
+				}
+				spec.Disks = append(spec.Disks, vmm.Disk{Path: disk, ReadOnly: i == 0})
+			}
+			i := g.Start(t, spec)
+			if argv := strings.Join(i.(*instance).argv, " "); !strings.Contains(argv, "microvm,"+c.acpi) {
+				t.Errorf("%s", argv)
+			}
+			conn := vmmtest.Dial(t, i)
+			conn.Expect(t, "hello")
+			conn.Say(t, "cpus")
+			conn.Expect(t, c.online)
+			for n := range c.disks {
+				conn.Say(t, fmt.Sprintf("disk vd%c", 'a'+n))
+				conn.Expect(t, fmt.Sprintf("disk%d", n))
+			}
+		})
 	}
 }
 

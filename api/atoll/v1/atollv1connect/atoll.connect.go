@@ -78,6 +78,20 @@ const (
 	ImageServiceTagProcedure = "/atoll.v1.ImageService/Tag"
 	// ImageServiceRemoveProcedure is the fully-qualified name of the ImageService's Remove RPC.
 	ImageServiceRemoveProcedure = "/atoll.v1.ImageService/Remove"
+	// ImageServicePushProcedure is the fully-qualified name of the ImageService's Push RPC.
+	ImageServicePushProcedure = "/atoll.v1.ImageService/Push"
+	// ImageServiceSaveProcedure is the fully-qualified name of the ImageService's Save RPC.
+	ImageServiceSaveProcedure = "/atoll.v1.ImageService/Save"
+	// ImageServiceLoadProcedure is the fully-qualified name of the ImageService's Load RPC.
+	ImageServiceLoadProcedure = "/atoll.v1.ImageService/Load"
+	// ImageServiceImportProcedure is the fully-qualified name of the ImageService's Import RPC.
+	ImageServiceImportProcedure = "/atoll.v1.ImageService/Import"
+	// ImageServiceHistoryProcedure is the fully-qualified name of the ImageService's History RPC.
+	ImageServiceHistoryProcedure = "/atoll.v1.ImageService/History"
+	// ImageServicePruneProcedure is the fully-qualified name of the ImageService's Prune RPC.
+	ImageServicePruneProcedure = "/atoll.v1.ImageService/Prune"
+	// ImageServiceLoginProcedure is the fully-qualified name of the ImageService's Login RPC.
+	ImageServiceLoginProcedure = "/atoll.v1.ImageService/Login"
 	// BuildServiceBuildProcedure is the fully-qualified name of the BuildService's Build RPC.
 	BuildServiceBuildProcedure = "/atoll.v1.BuildService/Build"
 	// BaseServiceListProcedure is the fully-qualified name of the BaseService's List RPC.
@@ -92,6 +106,13 @@ const (
 	KernelServicePullProcedure = "/atoll.v1.KernelService/Pull"
 	// KernelServiceImportProcedure is the fully-qualified name of the KernelService's Import RPC.
 	KernelServiceImportProcedure = "/atoll.v1.KernelService/Import"
+	// KernelServiceBuildProcedure is the fully-qualified name of the KernelService's Build RPC.
+	KernelServiceBuildProcedure = "/atoll.v1.KernelService/Build"
+	// KernelServiceRemoveProcedure is the fully-qualified name of the KernelService's Remove RPC.
+	KernelServiceRemoveProcedure = "/atoll.v1.KernelService/Remove"
+	// KernelServiceSetDefaultProcedure is the fully-qualified name of the KernelService's SetDefault
+	// RPC.
+	KernelServiceSetDefaultProcedure = "/atoll.v1.KernelService/SetDefault"
 	// SystemServiceVersionProcedure is the fully-qualified name of the SystemService's Version RPC.
 	SystemServiceVersionProcedure = "/atoll.v1.SystemService/Version"
 	// SystemServiceEventsProcedure is the fully-qualified name of the SystemService's Events RPC.
@@ -447,6 +468,17 @@ type ImageServiceClient interface {
 	Get(context.Context, *connect.Request[v1.GetImageRequest]) (*connect.Response[v1.GetImageResponse], error)
 	Tag(context.Context, *connect.Request[v1.TagImageRequest]) (*connect.Response[v1.TagImageResponse], error)
 	Remove(context.Context, *connect.Request[v1.RemoveImageRequest]) (*connect.Response[v1.RemoveImageResponse], error)
+	Push(context.Context, *connect.Request[v1.PushImageRequest]) (*connect.ServerStreamForClient[v1.PushImageResponse], error)
+	// Save answers with the bytes of one tar archive.
+	Save(context.Context, *connect.Request[v1.SaveImagesRequest]) (*connect.ServerStreamForClient[v1.SaveImagesResponse], error)
+	// Load takes the bytes of one tar archive. All images in it are loaded, or none.
+	Load(context.Context) *connect.BidiStreamForClient[v1.LoadImagesRequest, v1.LoadImagesResponse]
+	// Import makes an image of the tar archive of a root file system. The first message is start.
+	Import(context.Context) *connect.BidiStreamForClient[v1.ImportImageRequest, v1.ImportImageResponse]
+	History(context.Context, *connect.Request[v1.ImageHistoryRequest]) (*connect.Response[v1.ImageHistoryResponse], error)
+	Prune(context.Context, *connect.Request[v1.PruneImagesRequest]) (*connect.Response[v1.PruneImagesResponse], error)
+	// Login asks a registry whether it takes a name and a password. The daemon stores nothing: its user does, in Docker's config.json.
+	Login(context.Context, *connect.Request[v1.LoginRequest]) (*connect.Response[v1.LoginResponse], error)
 }
 
 // NewImageServiceClient constructs a client for the atoll.v1.ImageService service. By default, it
@@ -490,16 +522,65 @@ func NewImageServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(imageServiceMethods.ByName("Remove")),
 			connect.WithClientOptions(opts...),
 		),
+		push: connect.NewClient[v1.PushImageRequest, v1.PushImageResponse](
+			httpClient,
+			baseURL+ImageServicePushProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("Push")),
+			connect.WithClientOptions(opts...),
+		),
+		save: connect.NewClient[v1.SaveImagesRequest, v1.SaveImagesResponse](
+			httpClient,
+			baseURL+ImageServiceSaveProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("Save")),
+			connect.WithClientOptions(opts...),
+		),
+		load: connect.NewClient[v1.LoadImagesRequest, v1.LoadImagesResponse](
+			httpClient,
+			baseURL+ImageServiceLoadProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("Load")),
+			connect.WithClientOptions(opts...),
+		),
+		_import: connect.NewClient[v1.ImportImageRequest, v1.ImportImageResponse](
+			httpClient,
+			baseURL+ImageServiceImportProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("Import")),
+			connect.WithClientOptions(opts...),
+		),
+		history: connect.NewClient[v1.ImageHistoryRequest, v1.ImageHistoryResponse](
+			httpClient,
+			baseURL+ImageServiceHistoryProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("History")),
+			connect.WithClientOptions(opts...),
+		),
+		prune: connect.NewClient[v1.PruneImagesRequest, v1.PruneImagesResponse](
+			httpClient,
+			baseURL+ImageServicePruneProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("Prune")),
+			connect.WithClientOptions(opts...),
+		),
+		login: connect.NewClient[v1.LoginRequest, v1.LoginResponse](
+			httpClient,
+			baseURL+ImageServiceLoginProcedure,
+			connect.WithSchema(imageServiceMethods.ByName("Login")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // imageServiceClient implements ImageServiceClient.
 type imageServiceClient struct {
-	pull   *connect.Client[v1.PullImageRequest, v1.PullImageResponse]
-	list   *connect.Client[v1.ListImagesRequest, v1.ListImagesResponse]
-	get    *connect.Client[v1.GetImageRequest, v1.GetImageResponse]
-	tag    *connect.Client[v1.TagImageRequest, v1.TagImageResponse]
-	remove *connect.Client[v1.RemoveImageRequest, v1.RemoveImageResponse]
+	pull    *connect.Client[v1.PullImageRequest, v1.PullImageResponse]
+	list    *connect.Client[v1.ListImagesRequest, v1.ListImagesResponse]
+	get     *connect.Client[v1.GetImageRequest, v1.GetImageResponse]
+	tag     *connect.Client[v1.TagImageRequest, v1.TagImageResponse]
+	remove  *connect.Client[v1.RemoveImageRequest, v1.RemoveImageResponse]
+	push    *connect.Client[v1.PushImageRequest, v1.PushImageResponse]
+	save    *connect.Client[v1.SaveImagesRequest, v1.SaveImagesResponse]
+	load    *connect.Client[v1.LoadImagesRequest, v1.LoadImagesResponse]
+	_import *connect.Client[v1.ImportImageRequest, v1.ImportImageResponse]
+	history *connect.Client[v1.ImageHistoryRequest, v1.ImageHistoryResponse]
+	prune   *connect.Client[v1.PruneImagesRequest, v1.PruneImagesResponse]
+	login   *connect.Client[v1.LoginRequest, v1.LoginResponse]
 }
 
 // Pull calls atoll.v1.ImageService.Pull.
@@ -527,6 +608,41 @@ func (c *imageServiceClient) Remove(ctx context.Context, req *connect.Request[v1
 	return c.remove.CallUnary(ctx, req)
 }
 
+// Push calls atoll.v1.ImageService.Push.
+func (c *imageServiceClient) Push(ctx context.Context, req *connect.Request[v1.PushImageRequest]) (*connect.ServerStreamForClient[v1.PushImageResponse], error) {
+	return c.push.CallServerStream(ctx, req)
+}
+
+// Save calls atoll.v1.ImageService.Save.
+func (c *imageServiceClient) Save(ctx context.Context, req *connect.Request[v1.SaveImagesRequest]) (*connect.ServerStreamForClient[v1.SaveImagesResponse], error) {
+	return c.save.CallServerStream(ctx, req)
+}
+
+// Load calls atoll.v1.ImageService.Load.
+func (c *imageServiceClient) Load(ctx context.Context) *connect.BidiStreamForClient[v1.LoadImagesRequest, v1.LoadImagesResponse] {
+	return c.load.CallBidiStream(ctx)
+}
+
+// Import calls atoll.v1.ImageService.Import.
+func (c *imageServiceClient) Import(ctx context.Context) *connect.BidiStreamForClient[v1.ImportImageRequest, v1.ImportImageResponse] {
+	return c._import.CallBidiStream(ctx)
+}
+
+// History calls atoll.v1.ImageService.History.
+func (c *imageServiceClient) History(ctx context.Context, req *connect.Request[v1.ImageHistoryRequest]) (*connect.Response[v1.ImageHistoryResponse], error) {
+	return c.history.CallUnary(ctx, req)
+}
+
+// Prune calls atoll.v1.ImageService.Prune.
+func (c *imageServiceClient) Prune(ctx context.Context, req *connect.Request[v1.PruneImagesRequest]) (*connect.Response[v1.PruneImagesResponse], error) {
+	return c.prune.CallUnary(ctx, req)
+}
+
+// Login calls atoll.v1.ImageService.Login.
+func (c *imageServiceClient) Login(ctx context.Context, req *connect.Request[v1.LoginRequest]) (*connect.Response[v1.LoginResponse], error) {
+	return c.login.CallUnary(ctx, req)
+}
+
 // ImageServiceHandler is an implementation of the atoll.v1.ImageService service.
 type ImageServiceHandler interface {
 	Pull(context.Context, *connect.Request[v1.PullImageRequest], *connect.ServerStream[v1.PullImageResponse]) error
@@ -534,6 +650,17 @@ type ImageServiceHandler interface {
 	Get(context.Context, *connect.Request[v1.GetImageRequest]) (*connect.Response[v1.GetImageResponse], error)
 	Tag(context.Context, *connect.Request[v1.TagImageRequest]) (*connect.Response[v1.TagImageResponse], error)
 	Remove(context.Context, *connect.Request[v1.RemoveImageRequest]) (*connect.Response[v1.RemoveImageResponse], error)
+	Push(context.Context, *connect.Request[v1.PushImageRequest], *connect.ServerStream[v1.PushImageResponse]) error
+	// Save answers with the bytes of one tar archive.
+	Save(context.Context, *connect.Request[v1.SaveImagesRequest], *connect.ServerStream[v1.SaveImagesResponse]) error
+	// Load takes the bytes of one tar archive. All images in it are loaded, or none.
+	Load(context.Context, *connect.BidiStream[v1.LoadImagesRequest, v1.LoadImagesResponse]) error
+	// Import makes an image of the tar archive of a root file system. The first message is start.
+	Import(context.Context, *connect.BidiStream[v1.ImportImageRequest, v1.ImportImageResponse]) error
+	History(context.Context, *connect.Request[v1.ImageHistoryRequest]) (*connect.Response[v1.ImageHistoryResponse], error)
+	Prune(context.Context, *connect.Request[v1.PruneImagesRequest]) (*connect.Response[v1.PruneImagesResponse], error)
+	// Login asks a registry whether it takes a name and a password. The daemon stores nothing: its user does, in Docker's config.json.
+	Login(context.Context, *connect.Request[v1.LoginRequest]) (*connect.Response[v1.LoginResponse], error)
 }
 
 // NewImageServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -573,6 +700,48 @@ func NewImageServiceHandler(svc ImageServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(imageServiceMethods.ByName("Remove")),
 		connect.WithHandlerOptions(opts...),
 	)
+	imageServicePushHandler := connect.NewServerStreamHandler(
+		ImageServicePushProcedure,
+		svc.Push,
+		connect.WithSchema(imageServiceMethods.ByName("Push")),
+		connect.WithHandlerOptions(opts...),
+	)
+	imageServiceSaveHandler := connect.NewServerStreamHandler(
+		ImageServiceSaveProcedure,
+		svc.Save,
+		connect.WithSchema(imageServiceMethods.ByName("Save")),
+		connect.WithHandlerOptions(opts...),
+	)
+	imageServiceLoadHandler := connect.NewBidiStreamHandler(
+		ImageServiceLoadProcedure,
+		svc.Load,
+		connect.WithSchema(imageServiceMethods.ByName("Load")),
+		connect.WithHandlerOptions(opts...),
+	)
+	imageServiceImportHandler := connect.NewBidiStreamHandler(
+		ImageServiceImportProcedure,
+		svc.Import,
+		connect.WithSchema(imageServiceMethods.ByName("Import")),
+		connect.WithHandlerOptions(opts...),
+	)
+	imageServiceHistoryHandler := connect.NewUnaryHandler(
+		ImageServiceHistoryProcedure,
+		svc.History,
+		connect.WithSchema(imageServiceMethods.ByName("History")),
+		connect.WithHandlerOptions(opts...),
+	)
+	imageServicePruneHandler := connect.NewUnaryHandler(
+		ImageServicePruneProcedure,
+		svc.Prune,
+		connect.WithSchema(imageServiceMethods.ByName("Prune")),
+		connect.WithHandlerOptions(opts...),
+	)
+	imageServiceLoginHandler := connect.NewUnaryHandler(
+		ImageServiceLoginProcedure,
+		svc.Login,
+		connect.WithSchema(imageServiceMethods.ByName("Login")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/atoll.v1.ImageService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case ImageServicePullProcedure:
@@ -585,6 +754,20 @@ func NewImageServiceHandler(svc ImageServiceHandler, opts ...connect.HandlerOpti
 			imageServiceTagHandler.ServeHTTP(w, r)
 		case ImageServiceRemoveProcedure:
 			imageServiceRemoveHandler.ServeHTTP(w, r)
+		case ImageServicePushProcedure:
+			imageServicePushHandler.ServeHTTP(w, r)
+		case ImageServiceSaveProcedure:
+			imageServiceSaveHandler.ServeHTTP(w, r)
+		case ImageServiceLoadProcedure:
+			imageServiceLoadHandler.ServeHTTP(w, r)
+		case ImageServiceImportProcedure:
+			imageServiceImportHandler.ServeHTTP(w, r)
+		case ImageServiceHistoryProcedure:
+			imageServiceHistoryHandler.ServeHTTP(w, r)
+		case ImageServicePruneProcedure:
+			imageServicePruneHandler.ServeHTTP(w, r)
+		case ImageServiceLoginProcedure:
+			imageServiceLoginHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -612,6 +795,34 @@ func (UnimplementedImageServiceHandler) Tag(context.Context, *connect.Request[v1
 
 func (UnimplementedImageServiceHandler) Remove(context.Context, *connect.Request[v1.RemoveImageRequest]) (*connect.Response[v1.RemoveImageResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.ImageService.Remove is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) Push(context.Context, *connect.Request[v1.PushImageRequest], *connect.ServerStream[v1.PushImageResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.ImageService.Push is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) Save(context.Context, *connect.Request[v1.SaveImagesRequest], *connect.ServerStream[v1.SaveImagesResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.ImageService.Save is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) Load(context.Context, *connect.BidiStream[v1.LoadImagesRequest, v1.LoadImagesResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.ImageService.Load is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) Import(context.Context, *connect.BidiStream[v1.ImportImageRequest, v1.ImportImageResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.ImageService.Import is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) History(context.Context, *connect.Request[v1.ImageHistoryRequest]) (*connect.Response[v1.ImageHistoryResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.ImageService.History is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) Prune(context.Context, *connect.Request[v1.PruneImagesRequest]) (*connect.Response[v1.PruneImagesResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.ImageService.Prune is not implemented"))
+}
+
+func (UnimplementedImageServiceHandler) Login(context.Context, *connect.Request[v1.LoginRequest]) (*connect.Response[v1.LoginResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.ImageService.Login is not implemented"))
 }
 
 // BuildServiceClient is a client for the atoll.v1.BuildService service.
@@ -787,6 +998,10 @@ type KernelServiceClient interface {
 	Pull(context.Context, *connect.Request[v1.PullKernelRequest]) (*connect.ServerStreamForClient[v1.PullKernelResponse], error)
 	// Import takes a kernel from a file of the daemon's host.
 	Import(context.Context, *connect.Request[v1.ImportKernelRequest]) (*connect.Response[v1.ImportKernelResponse], error)
+	// Build builds a kernel from verified source, unless the same was built before, and makes it the default when it is for the host's architecture.
+	Build(context.Context, *connect.Request[v1.BuildKernelRequest]) (*connect.ServerStreamForClient[v1.BuildKernelResponse], error)
+	Remove(context.Context, *connect.Request[v1.RemoveKernelRequest]) (*connect.Response[v1.RemoveKernelResponse], error)
+	SetDefault(context.Context, *connect.Request[v1.SetDefaultKernelRequest]) (*connect.Response[v1.SetDefaultKernelResponse], error)
 }
 
 // NewKernelServiceClient constructs a client for the atoll.v1.KernelService service. By default, it
@@ -824,15 +1039,36 @@ func NewKernelServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(kernelServiceMethods.ByName("Import")),
 			connect.WithClientOptions(opts...),
 		),
+		build: connect.NewClient[v1.BuildKernelRequest, v1.BuildKernelResponse](
+			httpClient,
+			baseURL+KernelServiceBuildProcedure,
+			connect.WithSchema(kernelServiceMethods.ByName("Build")),
+			connect.WithClientOptions(opts...),
+		),
+		remove: connect.NewClient[v1.RemoveKernelRequest, v1.RemoveKernelResponse](
+			httpClient,
+			baseURL+KernelServiceRemoveProcedure,
+			connect.WithSchema(kernelServiceMethods.ByName("Remove")),
+			connect.WithClientOptions(opts...),
+		),
+		setDefault: connect.NewClient[v1.SetDefaultKernelRequest, v1.SetDefaultKernelResponse](
+			httpClient,
+			baseURL+KernelServiceSetDefaultProcedure,
+			connect.WithSchema(kernelServiceMethods.ByName("SetDefault")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // kernelServiceClient implements KernelServiceClient.
 type kernelServiceClient struct {
-	list    *connect.Client[v1.ListKernelsRequest, v1.ListKernelsResponse]
-	get     *connect.Client[v1.GetKernelRequest, v1.GetKernelResponse]
-	pull    *connect.Client[v1.PullKernelRequest, v1.PullKernelResponse]
-	_import *connect.Client[v1.ImportKernelRequest, v1.ImportKernelResponse]
+	list       *connect.Client[v1.ListKernelsRequest, v1.ListKernelsResponse]
+	get        *connect.Client[v1.GetKernelRequest, v1.GetKernelResponse]
+	pull       *connect.Client[v1.PullKernelRequest, v1.PullKernelResponse]
+	_import    *connect.Client[v1.ImportKernelRequest, v1.ImportKernelResponse]
+	build      *connect.Client[v1.BuildKernelRequest, v1.BuildKernelResponse]
+	remove     *connect.Client[v1.RemoveKernelRequest, v1.RemoveKernelResponse]
+	setDefault *connect.Client[v1.SetDefaultKernelRequest, v1.SetDefaultKernelResponse]
 }
 
 // List calls atoll.v1.KernelService.List.
@@ -855,6 +1091,21 @@ func (c *kernelServiceClient) Import(ctx context.Context, req *connect.Request[v
 	return c._import.CallUnary(ctx, req)
 }
 
+// Build calls atoll.v1.KernelService.Build.
+func (c *kernelServiceClient) Build(ctx context.Context, req *connect.Request[v1.BuildKernelRequest]) (*connect.ServerStreamForClient[v1.BuildKernelResponse], error) {
+	return c.build.CallServerStream(ctx, req)
+}
+
+// Remove calls atoll.v1.KernelService.Remove.
+func (c *kernelServiceClient) Remove(ctx context.Context, req *connect.Request[v1.RemoveKernelRequest]) (*connect.Response[v1.RemoveKernelResponse], error) {
+	return c.remove.CallUnary(ctx, req)
+}
+
+// SetDefault calls atoll.v1.KernelService.SetDefault.
+func (c *kernelServiceClient) SetDefault(ctx context.Context, req *connect.Request[v1.SetDefaultKernelRequest]) (*connect.Response[v1.SetDefaultKernelResponse], error) {
+	return c.setDefault.CallUnary(ctx, req)
+}
+
 // KernelServiceHandler is an implementation of the atoll.v1.KernelService service.
 type KernelServiceHandler interface {
 	List(context.Context, *connect.Request[v1.ListKernelsRequest]) (*connect.Response[v1.ListKernelsResponse], error)
@@ -862,6 +1113,10 @@ type KernelServiceHandler interface {
 	Pull(context.Context, *connect.Request[v1.PullKernelRequest], *connect.ServerStream[v1.PullKernelResponse]) error
 	// Import takes a kernel from a file of the daemon's host.
 	Import(context.Context, *connect.Request[v1.ImportKernelRequest]) (*connect.Response[v1.ImportKernelResponse], error)
+	// Build builds a kernel from verified source, unless the same was built before, and makes it the default when it is for the host's architecture.
+	Build(context.Context, *connect.Request[v1.BuildKernelRequest], *connect.ServerStream[v1.BuildKernelResponse]) error
+	Remove(context.Context, *connect.Request[v1.RemoveKernelRequest]) (*connect.Response[v1.RemoveKernelResponse], error)
+	SetDefault(context.Context, *connect.Request[v1.SetDefaultKernelRequest]) (*connect.Response[v1.SetDefaultKernelResponse], error)
 }
 
 // NewKernelServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -895,6 +1150,24 @@ func NewKernelServiceHandler(svc KernelServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(kernelServiceMethods.ByName("Import")),
 		connect.WithHandlerOptions(opts...),
 	)
+	kernelServiceBuildHandler := connect.NewServerStreamHandler(
+		KernelServiceBuildProcedure,
+		svc.Build,
+		connect.WithSchema(kernelServiceMethods.ByName("Build")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kernelServiceRemoveHandler := connect.NewUnaryHandler(
+		KernelServiceRemoveProcedure,
+		svc.Remove,
+		connect.WithSchema(kernelServiceMethods.ByName("Remove")),
+		connect.WithHandlerOptions(opts...),
+	)
+	kernelServiceSetDefaultHandler := connect.NewUnaryHandler(
+		KernelServiceSetDefaultProcedure,
+		svc.SetDefault,
+		connect.WithSchema(kernelServiceMethods.ByName("SetDefault")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/atoll.v1.KernelService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case KernelServiceListProcedure:
@@ -905,6 +1178,12 @@ func NewKernelServiceHandler(svc KernelServiceHandler, opts ...connect.HandlerOp
 			kernelServicePullHandler.ServeHTTP(w, r)
 		case KernelServiceImportProcedure:
 			kernelServiceImportHandler.ServeHTTP(w, r)
+		case KernelServiceBuildProcedure:
+			kernelServiceBuildHandler.ServeHTTP(w, r)
+		case KernelServiceRemoveProcedure:
+			kernelServiceRemoveHandler.ServeHTTP(w, r)
+		case KernelServiceSetDefaultProcedure:
+			kernelServiceSetDefaultHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -928,6 +1207,18 @@ func (UnimplementedKernelServiceHandler) Pull(context.Context, *connect.Request[
 
 func (UnimplementedKernelServiceHandler) Import(context.Context, *connect.Request[v1.ImportKernelRequest]) (*connect.Response[v1.ImportKernelResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.KernelService.Import is not implemented"))
+}
+
+func (UnimplementedKernelServiceHandler) Build(context.Context, *connect.Request[v1.BuildKernelRequest], *connect.ServerStream[v1.BuildKernelResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.KernelService.Build is not implemented"))
+}
+
+func (UnimplementedKernelServiceHandler) Remove(context.Context, *connect.Request[v1.RemoveKernelRequest]) (*connect.Response[v1.RemoveKernelResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.KernelService.Remove is not implemented"))
+}
+
+func (UnimplementedKernelServiceHandler) SetDefault(context.Context, *connect.Request[v1.SetDefaultKernelRequest]) (*connect.Response[v1.SetDefaultKernelResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.KernelService.SetDefault is not implemented"))
 }
 
 // SystemServiceClient is a client for the atoll.v1.SystemService service.

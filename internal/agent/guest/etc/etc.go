@@ -4,6 +4,8 @@ package etc
 
 import (
 	"bytes"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -23,6 +25,11 @@ func Write(dir string, c *agentv1.Config) error {
 	}
 	if err := replace(filepath.Join(dir, "hosts"), hosts(c)); err != nil {
 		return err
+	}
+	if c.GetInit() {
+		if err := writeMachineID(dir, c.GetMachineId()); err != nil {
+			return err
+		}
 	}
 	if len(c.GetDnsServers()) == 0 {
 		return nil // the image's own
@@ -48,6 +55,20 @@ func hosts(c *agentv1.Config) []byte {
 		b.WriteString("127.0.1.1\t" + c.GetHostname() + "\n")
 	}
 	return b.Bytes()
+}
+
+// writeMachineID gives an image that has no machine-id, as no image should, the machine's own (machine-id(5)): it lasts as long as the
+// machine, and no two have the same.
+func writeMachineID(dir, id string) error {
+	path := filepath.Join(dir, "machine-id")
+	old, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if have := strings.TrimSpace(string(old)); id == "" || have != "" && have != "uninitialized" {
+		return nil
+	}
+	return replace(path, []byte(id+"\n"))
 }
 
 func resolvConf(c *agentv1.Config) []byte {

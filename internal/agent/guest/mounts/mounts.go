@@ -65,16 +65,17 @@ type Root struct {
 
 const newRoot = "/newroot"
 
-// Mount joins the root disk and the scratch disk by overlayfs.
+// Mount joins the root disks and the scratch disk by overlayfs.
 func Mount(r *agentv1.Root) (*Root, error) {
-	const lower, scratch = "/lower", "/scratch"
-	for _, d := range []string{lower, scratch, newRoot} {
+	const scratch = "/scratch"
+	for _, d := range []string{scratch, newRoot} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return nil, err
 		}
 	}
-	if err := mountDisk(r.GetDisk(), lower, r.GetDiskType(), unix.MS_RDONLY|unix.MS_NOATIME, ""); err != nil {
-		return nil, fmt.Errorf("mounting the root disk %s: %w", r.GetDisk(), err)
+	lower, like, err := mountLower(r.GetDisks())
+	if err != nil {
+		return nil, err
 	}
 	root := &Root{scratch: -1}
 	if r.GetScratch() == "" {
@@ -91,18 +92,48 @@ func Mount(r *agentv1.Root) (*Root, error) {
 		}
 		root.scratch = fd
 	}
-	if err := makeUpper(lower, scratch); err != nil {
+	if err := makeUpper(like, scratch); err != nil {
 		return nil, fmt.Errorf("preparing the scratch disk: %w", err)
 	}
-	options := "lowerdir=" + lower + ",upperdir=" + scratch + "/upper,workdir=" + scratch + "/work"
+	options := "lowerdir=" + strings.Join(lower, ":") + ",upperdir=" + scratch + "/upper,workdir=" + scratch + "/work"
 	if err := unix.Mount("overlay", newRoot, "overlay", unix.MS_NOATIME, options); err != nil {
 		return nil, fmt.Errorf("joining root and scratch disk: %w", err)
 	}
 	return root, nil
 }
 
-// makeUpper makes the overlay's own directories; the root directory's owner and mode are the image's.
-func makeUpper(lower, scratch string) error {
+// mountLower mounts the root disks, the topmost first. like is where the one is that says what the root directory is like.
+func mountLower(disks []*agentv1.RootDisk) (lower []string, like string, err error) {
+	if len(disks) == 0 {
+		return nil, "", errors.New("the machine has no root disk")
+	}
+	for i, d := range disks {
+		device := d.GetDevice()
+		if v := d.GetVerity(); v != nil {
+			if device, err = setUpVerity(i, device, v); err != nil {
+				return nil, "", fmt.Errorf("setting up dm-verity for the root disk %s: %w", d.GetDevice(), err)
+			}
+		}
+		on := fmt.Sprint("/lower", i)
+		if err := os.Mkdir(on, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+			return nil, "", err
+		}
+		if err := mountDisk(device, on, d.GetType(), unix.MS_RDONLY|unix.MS_NOATIME, ""); err != nil {
+			return nil, "", fmt.Errorf("mounting the root disk %s: %w", d.GetDevice(), err)
+		}
+		lower = append(lower, on)
+		if like == "" && d.GetHasRoot() {
+			like = on
+		}
+	}
+	if like == "" {
+		like = lower[len(lower)-1]
+	}
+	return lower, like, nil
+}
+
+// makeUpper makes the overlay's own directories; the root directory's owner and mode are those of like.
+func makeUpper(like, scratch string) error {
 	if err := os.Mkdir(scratch+"/work", 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
@@ -114,7 +145,7 @@ func makeUpper(lower, scratch string) error {
 		return err
 	}
 	var st unix.Stat_t
-	if err := unix.Stat(lower, &st); err != nil {
+	if err := unix.Stat(like, &st); err != nil {
 		return err
 	}
 	if err := unix.Chown(upper, int(st.Uid), int(st.Gid)); err != nil {
@@ -207,6 +238,14 @@ func Shares(shares []*agentv1.Share) error {
 		if err := mountDisk(s.GetTag(), s.GetPath(), "virtiofs", flags, ""); err != nil {
 			return fmt.Errorf("mounting share %q on %s: %w", s.GetTag(), s.GetPath(), err)
 		}
+	}
+	return nil
+}
+
+// Console makes a terminal, open as fd, the /dev/console of all processes.
+func Console(fd int) error {
+	if err := unix.Mount(fdPath(fd), "/dev/console", "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("mounting the console: %w", err)
 	}
 	return nil
 }

@@ -181,6 +181,26 @@ func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
 	return p, nil
 }
 
+// LookUp finds what Start would run for a command of root, and with which environment. The error is an *Error where the fault is the
+// caller's.
+func LookUp(argv, env []string, dir string) (path string, full []string, err error) {
+	if len(argv) == 0 || argv[0] == "" {
+		return "", nil, invalid("no command")
+	}
+	root, err := lookUpUser("")
+	if err != nil {
+		return "", nil, err
+	}
+	full = withDefaults(env, root.home)
+	path, err = lookUpCommand(argv[0], full, dir)
+	return path, full, err
+}
+
+// Adopt makes a Process of one that is not the agent's child and never ends, with the master of its terminal.
+func (s *Supervisor) Adopt(pid int, terminal *os.File) *Process {
+	return &Process{PID: pid, Stdin: terminal, Stdout: terminal, tty: true, owner: s, done: make(chan struct{})}
+}
+
 func closeAll(fds []int) {
 	for i, fd := range fds {
 		if i == 0 || fd != fds[i-1] { // a terminal is there three times

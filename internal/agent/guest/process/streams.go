@@ -1,6 +1,7 @@
 package process
 
 import (
+	"errors"
 	"os"
 	"time"
 
@@ -44,28 +45,56 @@ func pipe(ours **os.File, end int, u *user) (theirs int, err error) {
 }
 
 func (p *Process) openTerminal(spec Spec, u *user) ([]int, error) {
-	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	master, slave, err := OpenTerminal(spec.Rows, spec.Cols)
 	if err != nil {
 		return nil, err
 	}
-	p.Stdout = os.NewFile(uintptr(fd), "ptmx")
+	p.Stdout = os.NewFile(uintptr(master), "ptmx")
 	if spec.Stdin {
 		p.Stdin = p.Stdout
 	}
-	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
-		return nil, err
-	}
-	// By the ioctl, not the path: the image may have mounted what it likes on /dev/pts.
-	slave, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.TIOCGPTPEER, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC)
-	if errno != 0 {
-		return nil, errno
-	}
 	const ttyGroup = 5 // as devpts is mounted
-	unix.Fchown(int(slave), int(u.uid), ttyGroup)
-	if spec.Rows > 0 && spec.Cols > 0 {
-		unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Row: spec.Rows, Col: spec.Cols})
+	unix.Fchown(slave, int(u.uid), ttyGroup)
+	return []int{slave, slave, slave}, nil
+}
+
+// OpenTerminal makes a terminal of that size, or of none. Its master does not block.
+func OpenTerminal(rows, cols uint16) (master, slave int, err error) {
+	master, err = unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return -1, -1, err
 	}
-	return []int{int(slave), int(slave), int(slave)}, nil
+	if err := unix.IoctlSetPointerInt(master, unix.TIOCSPTLCK, 0); err != nil {
+		unix.Close(master)
+		return -1, -1, err
+	}
+	if slave, err = openSlave(uintptr(master)); err != nil {
+		unix.Close(master)
+		return -1, -1, err
+	}
+	if rows > 0 && cols > 0 {
+		unix.IoctlSetWinsize(master, unix.TIOCSWINSZ, &unix.Winsize{Row: rows, Col: cols})
+	}
+	return master, slave, nil
+}
+
+// OpenSlave opens the other end of a terminal once more.
+func OpenSlave(master *os.File) (slave int, err error) {
+	conn, err := master.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	cerr := conn.Control(func(fd uintptr) { slave, err = openSlave(fd) })
+	return slave, errors.Join(cerr, err)
+}
+
+// openSlave goes by the ioctl, not the path: the image may have mounted what it likes on /dev/pts.
+func openSlave(master uintptr) (int, error) {
+	fd, _, errno := unix.Syscall(unix.SYS_IOCTL, master, unix.TIOCGPTPEER, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC)
+	if errno != 0 {
+		return -1, errno
+	}
+	return int(fd), nil
 }
 
 // Resize sets the size of the terminal.
