@@ -57,6 +57,9 @@ type Build struct {
 	VMMemory  Bytes    `toml:"vmMemory"`  // of a build's VM, as "4G"; 0: a quarter of the host's, 2G at most
 }
 
+// minVMMemory is what a build's VM boots with and has something left for a step.
+const minVMMemory = 256 << 20
+
 // Bytes is a size in bytes, written as 512M or 2G (binary units).
 type Bytes int64
 
@@ -142,6 +145,9 @@ func (s Settings) check() error {
 	}
 	if s.Build.VMCPUs < 0 {
 		faults = append(faults, fmt.Errorf("build: vmCPUs %d: give 1 or more", s.Build.VMCPUs))
+	}
+	if m := s.Build.VMMemory; m != 0 && m < minVMMemory {
+		faults = append(faults, fmt.Errorf("build: vmMemory of %s: give at least %s", units.BytesSize(float64(m)), units.BytesSize(minVMMemory)))
 	}
 	for _, path := range s.TLS.CA {
 		if !filepath.IsAbs(path) {

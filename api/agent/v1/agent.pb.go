@@ -201,6 +201,7 @@ type Request struct {
 	//	*Request_Signal
 	//	*Request_Shutdown
 	//	*Request_Container
+	//	*Request_Accept
 	Kind          isRequest_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -324,6 +325,15 @@ func (x *Request) GetContainer() *Container {
 	return nil
 }
 
+func (x *Request) GetAccept() *Accept {
+	if x != nil {
+		if x, ok := x.Kind.(*Request_Accept); ok {
+			return x.Accept
+		}
+	}
+	return nil
+}
+
 type isRequest_Kind interface {
 	isRequest_Kind()
 }
@@ -364,6 +374,10 @@ type Request_Container struct {
 	Container *Container `protobuf:"bytes,20,opt,name=container,proto3,oneof"` // ⇄ ExecInput… / ExecOutput…, the last one with exit or error
 }
 
+type Request_Accept struct {
+	Accept *Accept `protobuf:"bytes,21,opt,name=accept,proto3,oneof"` // → AcceptReply, then that connection's bytes both ways
+}
+
 func (*Request_Hello) isRequest_Kind() {}
 
 func (*Request_Configure) isRequest_Kind() {}
@@ -381,6 +395,8 @@ func (*Request_Signal) isRequest_Kind() {}
 func (*Request_Shutdown) isRequest_Kind() {}
 
 func (*Request_Container) isRequest_Kind() {}
+
+func (*Request_Accept) isRequest_Kind() {}
 
 type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1906,11 +1922,16 @@ func (x *Container) GetNoNetwork() bool {
 }
 
 type Mount struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Source        string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"` // a directory or file of the guest; empty: a tmpfs
-	Target        string                 `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"` // below the container's root; made when it is not there
-	ReadOnly      bool                   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
-	Options       string                 `protobuf:"bytes,4,opt,name=options,proto3" json:"options,omitempty"` // of a tmpfs, as size=1m,mode=0700
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Source   string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"` // a directory or file of the guest; empty: a tmpfs
+	Target   string                 `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"` // below the container's root; made when it is not there
+	ReadOnly bool                   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	Options  string                 `protobuf:"bytes,4,opt,name=options,proto3" json:"options,omitempty"` // of a tmpfs, as size=1m,mode=0700
+	// A unix socket in the place of a source, whose connections the host takes by Accept.
+	Socket        bool   `protobuf:"varint,5,opt,name=socket,proto3" json:"socket,omitempty"`
+	Mode          uint32 `protobuf:"varint,6,opt,name=mode,proto3" json:"mode,omitempty"` // of the socket, and its owner
+	Uid           uint32 `protobuf:"varint,7,opt,name=uid,proto3" json:"uid,omitempty"`
+	Gid           uint32 `protobuf:"varint,8,opt,name=gid,proto3" json:"gid,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1973,6 +1994,131 @@ func (x *Mount) GetOptions() string {
 	return ""
 }
 
+func (x *Mount) GetSocket() bool {
+	if x != nil {
+		return x.Socket
+	}
+	return false
+}
+
+func (x *Mount) GetMode() uint32 {
+	if x != nil {
+		return x.Mode
+	}
+	return 0
+}
+
+func (x *Mount) GetUid() uint32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
+func (x *Mount) GetGid() uint32 {
+	if x != nil {
+		return x.Gid
+	}
+	return 0
+}
+
+// Accept waits for the next connection to a socket of a container.
+type Accept struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Container     string                 `protobuf:"bytes,1,opt,name=container,proto3" json:"container,omitempty"`
+	Mount         uint32                 `protobuf:"varint,2,opt,name=mount,proto3" json:"mount,omitempty"` // which of Container.mounts
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Accept) Reset() {
+	*x = Accept{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Accept) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Accept) ProtoMessage() {}
+
+func (x *Accept) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Accept.ProtoReflect.Descriptor instead.
+func (*Accept) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *Accept) GetContainer() string {
+	if x != nil {
+		return x.Container
+	}
+	return ""
+}
+
+func (x *Accept) GetMount() uint32 {
+	if x != nil {
+		return x.Mount
+	}
+	return 0
+}
+
+type AcceptReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Error         string                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptReply) Reset() {
+	*x = AcceptReply{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptReply) ProtoMessage() {}
+
+func (x *AcceptReply) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptReply.ProtoReflect.Descriptor instead.
+func (*AcceptReply) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *AcceptReply) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 type ExecInput struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Kind:
@@ -1988,7 +2134,7 @@ type ExecInput struct {
 
 func (x *ExecInput) Reset() {
 	*x = ExecInput{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2000,7 +2146,7 @@ func (x *ExecInput) String() string {
 func (*ExecInput) ProtoMessage() {}
 
 func (x *ExecInput) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2013,7 +2159,7 @@ func (x *ExecInput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecInput.ProtoReflect.Descriptor instead.
 func (*ExecInput) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ExecInput) GetKind() isExecInput_Kind {
@@ -2097,7 +2243,7 @@ type Resize struct {
 
 func (x *Resize) Reset() {
 	*x = Resize{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2109,7 +2255,7 @@ func (x *Resize) String() string {
 func (*Resize) ProtoMessage() {}
 
 func (x *Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2122,7 +2268,7 @@ func (x *Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resize.ProtoReflect.Descriptor instead.
 func (*Resize) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Resize) GetRows() uint32 {
@@ -2156,7 +2302,7 @@ type ExecOutput struct {
 
 func (x *ExecOutput) Reset() {
 	*x = ExecOutput{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2168,7 +2314,7 @@ func (x *ExecOutput) String() string {
 func (*ExecOutput) ProtoMessage() {}
 
 func (x *ExecOutput) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2181,7 +2327,7 @@ func (x *ExecOutput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecOutput.ProtoReflect.Descriptor instead.
 func (*ExecOutput) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ExecOutput) GetKind() isExecOutput_Kind {
@@ -2297,7 +2443,7 @@ type ExecError struct {
 
 func (x *ExecError) Reset() {
 	*x = ExecError{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2309,7 +2455,7 @@ func (x *ExecError) String() string {
 func (*ExecError) ProtoMessage() {}
 
 func (x *ExecError) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2322,7 +2468,7 @@ func (x *ExecError) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecError.ProtoReflect.Descriptor instead.
 func (*ExecError) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ExecError) GetFailure() FailureClass {
@@ -2347,7 +2493,7 @@ type Stdin struct {
 
 func (x *Stdin) Reset() {
 	*x = Stdin{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2359,7 +2505,7 @@ func (x *Stdin) String() string {
 func (*Stdin) ProtoMessage() {}
 
 func (x *Stdin) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2372,7 +2518,7 @@ func (x *Stdin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stdin.ProtoReflect.Descriptor instead.
 func (*Stdin) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 type Signal struct {
@@ -2384,7 +2530,7 @@ type Signal struct {
 
 func (x *Signal) Reset() {
 	*x = Signal{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2396,7 +2542,7 @@ func (x *Signal) String() string {
 func (*Signal) ProtoMessage() {}
 
 func (x *Signal) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2409,7 +2555,7 @@ func (x *Signal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Signal.ProtoReflect.Descriptor instead.
 func (*Signal) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Signal) GetName() string {
@@ -2428,7 +2574,7 @@ type SignalReply struct {
 
 func (x *SignalReply) Reset() {
 	*x = SignalReply{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2440,7 +2586,7 @@ func (x *SignalReply) String() string {
 func (*SignalReply) ProtoMessage() {}
 
 func (x *SignalReply) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2453,7 +2599,7 @@ func (x *SignalReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalReply.ProtoReflect.Descriptor instead.
 func (*SignalReply) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SignalReply) GetError() string {
@@ -2473,7 +2619,7 @@ type Shutdown struct {
 
 func (x *Shutdown) Reset() {
 	*x = Shutdown{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2485,7 +2631,7 @@ func (x *Shutdown) String() string {
 func (*Shutdown) ProtoMessage() {}
 
 func (x *Shutdown) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2498,7 +2644,7 @@ func (x *Shutdown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Shutdown.ProtoReflect.Descriptor instead.
 func (*Shutdown) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Shutdown) GetSignal() string {
@@ -2524,7 +2670,7 @@ type ShutdownReply struct {
 
 func (x *ShutdownReply) Reset() {
 	*x = ShutdownReply{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2536,7 +2682,7 @@ func (x *ShutdownReply) String() string {
 func (*ShutdownReply) ProtoMessage() {}
 
 func (x *ShutdownReply) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2549,7 +2695,7 @@ func (x *ShutdownReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownReply.ProtoReflect.Descriptor instead.
 func (*ShutdownReply) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ShutdownReply) GetError() string {
@@ -2568,7 +2714,7 @@ type ExecOutput_Started struct {
 
 func (x *ExecOutput_Started) Reset() {
 	*x = ExecOutput_Started{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2580,7 +2726,7 @@ func (x *ExecOutput_Started) String() string {
 func (*ExecOutput_Started) ProtoMessage() {}
 
 func (x *ExecOutput_Started) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2593,7 +2739,7 @@ func (x *ExecOutput_Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecOutput_Started.ProtoReflect.Descriptor instead.
 func (*ExecOutput_Started) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26, 0}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28, 0}
 }
 
 func (x *ExecOutput_Started) GetPid() uint32 {
@@ -2607,7 +2753,7 @@ var File_api_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x18api/agent/v1/agent.proto\x12\x0eatoll.agent.v1\"\xe7\x03\n" +
+	"\x18api/agent/v1/agent.proto\x12\x0eatoll.agent.v1\"\x99\x04\n" +
 	"\aRequest\x12-\n" +
 	"\x05hello\x18\x01 \x01(\v2\x15.atoll.agent.v1.HelloH\x00R\x05hello\x126\n" +
 	"\tconfigure\x18\x02 \x01(\v2\x16.atoll.agent.v1.ConfigH\x00R\tconfigure\x127\n" +
@@ -2617,7 +2763,8 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05stdin\x18\x06 \x01(\v2\x15.atoll.agent.v1.StdinH\x00R\x05stdin\x120\n" +
 	"\x06signal\x18\a \x01(\v2\x16.atoll.agent.v1.SignalH\x00R\x06signal\x126\n" +
 	"\bshutdown\x18\b \x01(\v2\x18.atoll.agent.v1.ShutdownH\x00R\bshutdown\x129\n" +
-	"\tcontainer\x18\x14 \x01(\v2\x19.atoll.agent.v1.ContainerH\x00R\tcontainerB\x06\n" +
+	"\tcontainer\x18\x14 \x01(\v2\x19.atoll.agent.v1.ContainerH\x00R\tcontainer\x120\n" +
+	"\x06accept\x18\x15 \x01(\v2\x16.atoll.agent.v1.AcceptH\x00R\x06acceptB\x06\n" +
 	"\x04kind\"#\n" +
 	"\x05Hello\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\"\x84\x02\n" +
@@ -2751,12 +2898,21 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\vresolv_conf\x18\b \x01(\fR\n" +
 	"resolvConf\x12\x1d\n" +
 	"\n" +
-	"no_network\x18\t \x01(\bR\tnoNetwork\"n\n" +
+	"no_network\x18\t \x01(\bR\tnoNetwork\"\xbe\x01\n" +
 	"\x05Mount\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x1b\n" +
 	"\tread_only\x18\x03 \x01(\bR\breadOnly\x12\x18\n" +
-	"\aoptions\x18\x04 \x01(\tR\aoptions\"\x9a\x01\n" +
+	"\aoptions\x18\x04 \x01(\tR\aoptions\x12\x16\n" +
+	"\x06socket\x18\x05 \x01(\bR\x06socket\x12\x12\n" +
+	"\x04mode\x18\x06 \x01(\rR\x04mode\x12\x10\n" +
+	"\x03uid\x18\a \x01(\rR\x03uid\x12\x10\n" +
+	"\x03gid\x18\b \x01(\rR\x03gid\"<\n" +
+	"\x06Accept\x12\x1c\n" +
+	"\tcontainer\x18\x01 \x01(\tR\tcontainer\x12\x14\n" +
+	"\x05mount\x18\x02 \x01(\rR\x05mount\"#\n" +
+	"\vAcceptReply\x12\x14\n" +
+	"\x05error\x18\x01 \x01(\tR\x05error\"\x9a\x01\n" +
 	"\tExecInput\x12\x16\n" +
 	"\x05stdin\x18\x01 \x01(\fH\x00R\x05stdin\x12!\n" +
 	"\vclose_stdin\x18\x02 \x01(\bH\x00R\n" +
@@ -2816,7 +2972,7 @@ func file_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_api_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_api_agent_v1_agent_proto_goTypes = []any{
 	(FailureClass)(0),          // 0: atoll.agent.v1.FailureClass
 	(Stream)(0),                // 1: atoll.agent.v1.Stream
@@ -2845,16 +3001,18 @@ var file_api_agent_v1_agent_proto_goTypes = []any{
 	(*Exec)(nil),               // 24: atoll.agent.v1.Exec
 	(*Container)(nil),          // 25: atoll.agent.v1.Container
 	(*Mount)(nil),              // 26: atoll.agent.v1.Mount
-	(*ExecInput)(nil),          // 27: atoll.agent.v1.ExecInput
-	(*Resize)(nil),             // 28: atoll.agent.v1.Resize
-	(*ExecOutput)(nil),         // 29: atoll.agent.v1.ExecOutput
-	(*ExecError)(nil),          // 30: atoll.agent.v1.ExecError
-	(*Stdin)(nil),              // 31: atoll.agent.v1.Stdin
-	(*Signal)(nil),             // 32: atoll.agent.v1.Signal
-	(*SignalReply)(nil),        // 33: atoll.agent.v1.SignalReply
-	(*Shutdown)(nil),           // 34: atoll.agent.v1.Shutdown
-	(*ShutdownReply)(nil),      // 35: atoll.agent.v1.ShutdownReply
-	(*ExecOutput_Started)(nil), // 36: atoll.agent.v1.ExecOutput.Started
+	(*Accept)(nil),             // 27: atoll.agent.v1.Accept
+	(*AcceptReply)(nil),        // 28: atoll.agent.v1.AcceptReply
+	(*ExecInput)(nil),          // 29: atoll.agent.v1.ExecInput
+	(*Resize)(nil),             // 30: atoll.agent.v1.Resize
+	(*ExecOutput)(nil),         // 31: atoll.agent.v1.ExecOutput
+	(*ExecError)(nil),          // 32: atoll.agent.v1.ExecError
+	(*Stdin)(nil),              // 33: atoll.agent.v1.Stdin
+	(*Signal)(nil),             // 34: atoll.agent.v1.Signal
+	(*SignalReply)(nil),        // 35: atoll.agent.v1.SignalReply
+	(*Shutdown)(nil),           // 36: atoll.agent.v1.Shutdown
+	(*ShutdownReply)(nil),      // 37: atoll.agent.v1.ShutdownReply
+	(*ExecOutput_Started)(nil), // 38: atoll.agent.v1.ExecOutput.Started
 }
 var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	4,  // 0: atoll.agent.v1.Request.hello:type_name -> atoll.agent.v1.Hello
@@ -2862,37 +3020,38 @@ var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	15, // 2: atoll.agent.v1.Request.output:type_name -> atoll.agent.v1.OutputRequest
 	18, // 3: atoll.agent.v1.Request.watch:type_name -> atoll.agent.v1.WatchRequest
 	24, // 4: atoll.agent.v1.Request.exec:type_name -> atoll.agent.v1.Exec
-	31, // 5: atoll.agent.v1.Request.stdin:type_name -> atoll.agent.v1.Stdin
-	32, // 6: atoll.agent.v1.Request.signal:type_name -> atoll.agent.v1.Signal
-	34, // 7: atoll.agent.v1.Request.shutdown:type_name -> atoll.agent.v1.Shutdown
+	33, // 5: atoll.agent.v1.Request.stdin:type_name -> atoll.agent.v1.Stdin
+	34, // 6: atoll.agent.v1.Request.signal:type_name -> atoll.agent.v1.Signal
+	36, // 7: atoll.agent.v1.Request.shutdown:type_name -> atoll.agent.v1.Shutdown
 	25, // 8: atoll.agent.v1.Request.container:type_name -> atoll.agent.v1.Container
-	19, // 9: atoll.agent.v1.HelloReply.state:type_name -> atoll.agent.v1.Event
-	7,  // 10: atoll.agent.v1.Config.hosts:type_name -> atoll.agent.v1.HostEntry
-	8,  // 11: atoll.agent.v1.Config.interfaces:type_name -> atoll.agent.v1.Interface
-	10, // 12: atoll.agent.v1.Config.root:type_name -> atoll.agent.v1.Root
-	13, // 13: atoll.agent.v1.Config.process:type_name -> atoll.agent.v1.Process
-	9,  // 14: atoll.agent.v1.Config.shares:type_name -> atoll.agent.v1.Share
-	11, // 15: atoll.agent.v1.Root.disks:type_name -> atoll.agent.v1.RootDisk
-	12, // 16: atoll.agent.v1.RootDisk.verity:type_name -> atoll.agent.v1.Verity
-	0,  // 17: atoll.agent.v1.Progress.failure:type_name -> atoll.agent.v1.FailureClass
-	1,  // 18: atoll.agent.v1.Output.stream:type_name -> atoll.agent.v1.Stream
-	20, // 19: atoll.agent.v1.Event.started:type_name -> atoll.agent.v1.EntrypointStarted
-	21, // 20: atoll.agent.v1.Event.exited:type_name -> atoll.agent.v1.EntrypointExited
-	22, // 21: atoll.agent.v1.Event.going_down:type_name -> atoll.agent.v1.GoingDown
-	2,  // 22: atoll.agent.v1.GoingDown.reason:type_name -> atoll.agent.v1.GoingDown.Reason
-	13, // 23: atoll.agent.v1.Exec.process:type_name -> atoll.agent.v1.Process
-	13, // 24: atoll.agent.v1.Container.process:type_name -> atoll.agent.v1.Process
-	26, // 25: atoll.agent.v1.Container.mounts:type_name -> atoll.agent.v1.Mount
-	28, // 26: atoll.agent.v1.ExecInput.resize:type_name -> atoll.agent.v1.Resize
-	36, // 27: atoll.agent.v1.ExecOutput.started:type_name -> atoll.agent.v1.ExecOutput.Started
-	21, // 28: atoll.agent.v1.ExecOutput.exit:type_name -> atoll.agent.v1.EntrypointExited
-	30, // 29: atoll.agent.v1.ExecOutput.error:type_name -> atoll.agent.v1.ExecError
-	0,  // 30: atoll.agent.v1.ExecError.failure:type_name -> atoll.agent.v1.FailureClass
-	31, // [31:31] is the sub-list for method output_type
-	31, // [31:31] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	27, // 9: atoll.agent.v1.Request.accept:type_name -> atoll.agent.v1.Accept
+	19, // 10: atoll.agent.v1.HelloReply.state:type_name -> atoll.agent.v1.Event
+	7,  // 11: atoll.agent.v1.Config.hosts:type_name -> atoll.agent.v1.HostEntry
+	8,  // 12: atoll.agent.v1.Config.interfaces:type_name -> atoll.agent.v1.Interface
+	10, // 13: atoll.agent.v1.Config.root:type_name -> atoll.agent.v1.Root
+	13, // 14: atoll.agent.v1.Config.process:type_name -> atoll.agent.v1.Process
+	9,  // 15: atoll.agent.v1.Config.shares:type_name -> atoll.agent.v1.Share
+	11, // 16: atoll.agent.v1.Root.disks:type_name -> atoll.agent.v1.RootDisk
+	12, // 17: atoll.agent.v1.RootDisk.verity:type_name -> atoll.agent.v1.Verity
+	0,  // 18: atoll.agent.v1.Progress.failure:type_name -> atoll.agent.v1.FailureClass
+	1,  // 19: atoll.agent.v1.Output.stream:type_name -> atoll.agent.v1.Stream
+	20, // 20: atoll.agent.v1.Event.started:type_name -> atoll.agent.v1.EntrypointStarted
+	21, // 21: atoll.agent.v1.Event.exited:type_name -> atoll.agent.v1.EntrypointExited
+	22, // 22: atoll.agent.v1.Event.going_down:type_name -> atoll.agent.v1.GoingDown
+	2,  // 23: atoll.agent.v1.GoingDown.reason:type_name -> atoll.agent.v1.GoingDown.Reason
+	13, // 24: atoll.agent.v1.Exec.process:type_name -> atoll.agent.v1.Process
+	13, // 25: atoll.agent.v1.Container.process:type_name -> atoll.agent.v1.Process
+	26, // 26: atoll.agent.v1.Container.mounts:type_name -> atoll.agent.v1.Mount
+	30, // 27: atoll.agent.v1.ExecInput.resize:type_name -> atoll.agent.v1.Resize
+	38, // 28: atoll.agent.v1.ExecOutput.started:type_name -> atoll.agent.v1.ExecOutput.Started
+	21, // 29: atoll.agent.v1.ExecOutput.exit:type_name -> atoll.agent.v1.EntrypointExited
+	32, // 30: atoll.agent.v1.ExecOutput.error:type_name -> atoll.agent.v1.ExecError
+	0,  // 31: atoll.agent.v1.ExecError.failure:type_name -> atoll.agent.v1.FailureClass
+	32, // [32:32] is the sub-list for method output_type
+	32, // [32:32] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_api_agent_v1_agent_proto_init() }
@@ -2910,19 +3069,20 @@ func file_api_agent_v1_agent_proto_init() {
 		(*Request_Signal)(nil),
 		(*Request_Shutdown)(nil),
 		(*Request_Container)(nil),
+		(*Request_Accept)(nil),
 	}
 	file_api_agent_v1_agent_proto_msgTypes[16].OneofWrappers = []any{
 		(*Event_Started)(nil),
 		(*Event_Exited)(nil),
 		(*Event_GoingDown)(nil),
 	}
-	file_api_agent_v1_agent_proto_msgTypes[24].OneofWrappers = []any{
+	file_api_agent_v1_agent_proto_msgTypes[26].OneofWrappers = []any{
 		(*ExecInput_Stdin)(nil),
 		(*ExecInput_CloseStdin)(nil),
 		(*ExecInput_Resize)(nil),
 		(*ExecInput_Signal)(nil),
 	}
-	file_api_agent_v1_agent_proto_msgTypes[26].OneofWrappers = []any{
+	file_api_agent_v1_agent_proto_msgTypes[28].OneofWrappers = []any{
 		(*ExecOutput_Started_)(nil),
 		(*ExecOutput_Stdout)(nil),
 		(*ExecOutput_Stderr)(nil),
@@ -2936,7 +3096,7 @@ func file_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_agent_v1_agent_proto_rawDesc), len(file_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   34,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

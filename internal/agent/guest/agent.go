@@ -141,6 +141,8 @@ func (a *Agent) serve(s net.Conn) {
 		a.exec(s, k.Exec)
 	case *agentv1.Request_Container:
 		a.container(s, k.Container)
+	case *agentv1.Request_Accept:
+		a.acceptIn(s, k.Accept)
 	case *agentv1.Request_Stdin:
 		a.stdin(s)
 	case *agentv1.Request_Signal:

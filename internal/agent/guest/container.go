@@ -2,6 +2,7 @@ package guest
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strconv"
@@ -10,6 +11,7 @@ import (
 	"github.com/atollvm/atoll/internal/agent/guest/container"
 	"github.com/atollvm/atoll/internal/agent/guest/mounts"
 	"github.com/atollvm/atoll/internal/agent/guest/process"
+	"github.com/atollvm/atoll/internal/agent/transport"
 )
 
 // container runs a process in a container of its own. The host hears of its end when the guest holds nothing of the container's root
@@ -63,6 +65,35 @@ func startIn(c *container.Container, s *process.Supervisor, sp process.Spec) (p 
 		return nil, gone
 	}
 	return p, err
+}
+
+// acceptIn hands the host one connection to a socket of a container.
+func (a *Agent) acceptIn(s net.Conn, req *agentv1.Accept) {
+	a.mu.Lock()
+	c := a.containers[req.GetContainer()]
+	a.mu.Unlock()
+	if c == nil {
+		transport.WriteMsg(s, &agentv1.AcceptReply{Error: fmt.Sprintf("container %q does not run", req.GetContainer())})
+		return
+	}
+	conn, err := c.Accept(req.GetMount())
+	if err != nil {
+		transport.WriteMsg(s, &agentv1.AcceptReply{Error: err.Error()})
+		return
+	}
+	defer conn.Close()
+	if transport.WriteMsg(s, &agentv1.AcceptReply{}) != nil {
+		return
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		io.Copy(conn, s)
+		conn.CloseWrite()
+	}()
+	io.Copy(s, conn)
+	s.Close() // the host's end may still send
+	<-ended
 }
 
 // startInside starts one more process in a container.

@@ -74,6 +74,7 @@ func (v *VM) Run(ctx context.Context, id string, root executor.Mount, mounts []e
 	if err != nil {
 		return nil, err
 	}
+	sockets := takeSockets(guest)
 	req := containerOf(id, process, root.Readonly, guest, resolvConf)
 	x, err := vm.agent.Container(context.WithoutCancel(ctx), req)
 	if err != nil {
@@ -81,6 +82,16 @@ func (v *VM) Run(ctx context.Context, id string, root executor.Mount, mounts []e
 	}
 	defer x.Close()
 	began()
+	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		serveSockets(serving, vm.agent, id, sockets)
+	}()
+	defer func() {
+		stop()
+		<-served
+	}()
 	return nil, v.follow(ctx, vm, x, process)
 }
 

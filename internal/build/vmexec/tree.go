@@ -10,11 +10,11 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/containerd/containerd/v2/core/mount"
-	"github.com/containerd/errdefs"
 	"github.com/moby/buildkit/executor"
 	"golang.org/x/sys/unix"
 )
@@ -84,11 +84,20 @@ func (t *tree) mountOne(ctx context.Context, name string, m executor.Mount) (*ag
 			return nil, err
 		}
 		if info.Mode()&os.ModeSocket != 0 {
-			return nil, fmt.Errorf("a socket of the host (RUN --mount=type=ssh) is not available with --isolation vm: %w", errdefs.ErrNotImplemented)
+			return t.socket(m.Dest, mounts[0].Source, info)
 		}
 		dir = info.IsDir()
 	}
 	return g, t.mount(mounts, target, dir)
+}
+
+// socket has the guest make a socket like the host's, since none works through a share.
+func (t *tree) socket(target, path string, info os.FileInfo) (*agentv1.Mount, error) {
+	owner, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return nil, fmt.Errorf("socket %s: its owner is unknown", path)
+	}
+	return &agentv1.Mount{Source: path, Target: target, Socket: true, Mode: uint32(info.Mode().Perm()), Uid: owner.Uid, Gid: owner.Gid}, nil
 }
 
 // tmpfs splits the options that are flags of mount(2) from the file system's own.

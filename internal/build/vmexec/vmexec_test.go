@@ -130,6 +130,14 @@ func TestTree(t *testing.T) {
 	if err := errors.Join(os.Symlink(outside, filepath.Join(data, "absolute")), os.Symlink("../../../../../../../"+outside, filepath.Join(data, "up"))); err != nil {
 		t.Fatal(err)
 	}
+	agent, err := net.Listen("unix", filepath.Join(dir, "agent"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer agent.Close()
+	if err := errors.Join(os.Chmod(filepath.Join(dir, "agent"), 0o640), os.Chown(filepath.Join(dir, "agent"), 12, 34)); err != nil {
+		t.Fatal(err)
+	}
 	released := 0
 	bind := func(path string) source {
 		return source{[]mount.Mount{{Type: "bind", Source: path, Options: []string{"rbind"}}}, &released}
@@ -145,6 +153,7 @@ func TestTree(t *testing.T) {
 		{Src: bind(data), Selector: "/sub/file", Dest: "/one"},
 		{Src: bind(filepath.Join(data, "sub/file")), Dest: "/run/secrets/x", Readonly: true},
 		{Src: source{[]mount.Mount{{Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "ro", "size=100"}}}, &released}, Dest: "/tmp"},
+		{Src: bind(filepath.Join(dir, "agent")), Dest: "/run/agent"},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -155,9 +164,13 @@ func TestTree(t *testing.T) {
 		{Source: "/share/step/2", Target: "/one"},
 		{Source: "/share/step/3", Target: "/run/secrets/x", ReadOnly: true},
 		{Target: "/tmp", ReadOnly: true, Options: "size=100"},
+		{Source: filepath.Join(dir, "agent"), Target: "/run/agent", Socket: true, Mode: 0o640, Uid: 12, Gid: 34},
 	}
 	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
+	}
+	if paths := takeSockets(got); paths[5] != filepath.Join(dir, "agent") || len(paths) != 1 || got[5].GetSource() != "" {
+		t.Errorf("sockets %v, and to the guest %v", paths, got[5])
 	}
 	for name, text := range map[string]string{"root/file": "in the root", "0/sub/file": "in a part", "1/file": "in a part", "2": "in a part", "3": "in a part"} {
 		if data, err := os.ReadFile(filepath.Join(tr.dir, name)); string(data) != text {

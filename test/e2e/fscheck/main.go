@@ -1,13 +1,16 @@
 //go:build linux
 
 // Command fscheck does to a directory what the programs of a build do to files, and says how each went: the same words wherever a
-// build runs. What it makes stays there.
+// build runs. What it makes stays there. With the argument -agent it asks the SSH agent of its environment for its keys instead.
 package main
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"time"
@@ -16,6 +19,10 @@ import (
 )
 
 func main() {
+	if os.Args[1] == "-agent" {
+		fmt.Println(askAgent(os.Getenv("SSH_AUTH_SOCK")))
+		return
+	}
 	if err := os.MkdirAll(os.Args[1], 0o755); err == nil {
 		err = os.Chdir(os.Args[1])
 		if err != nil {
@@ -42,6 +49,24 @@ func main() {
 
 func write(name string, data string, mode os.FileMode) error {
 	return errors.Join(os.WriteFile(name, []byte(data), 0o600), os.Chmod(name, mode))
+}
+
+// askAgent asks for the keys that the agent has: draft-miller-ssh-agent, sections 3 and 4.4.
+func askAgent(socket string) string {
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		return err.Error()
+	}
+	defer conn.Close()
+	const request, answer = 11, 12
+	if _, err := conn.Write([]byte{0, 0, 0, 1, request}); err != nil {
+		return err.Error()
+	}
+	head := make([]byte, 9)
+	if _, err := io.ReadFull(conn, head); err != nil || head[4] != answer {
+		return fmt.Sprintf("answer %v: %v", head, err)
+	}
+	return fmt.Sprintf("the agent has %d keys", binary.BigEndian.Uint32(head[5:]))
 }
 
 func modes() error {

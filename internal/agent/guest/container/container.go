@@ -6,6 +6,7 @@ package container
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -23,12 +24,13 @@ const killPatience = 5 * time.Second
 
 // Container is an entered place: a thread that lives in its namespaces, and the PID 1 of its processes.
 type Container struct {
-	files  string // the directory of what was written for it
-	init   int
-	ended  sync.Once // init
-	tid    int
-	calls  chan func()
-	closed chan struct{}
+	files   string                       // the directory of what was written for it
+	sockets map[uint32]*net.UnixListener // by the numbers of their mounts
+	init    int
+	ended   sync.Once // init
+	tid     int
+	calls   chan func()
+	closed  chan struct{}
 }
 
 // Open makes a container.
@@ -37,15 +39,54 @@ func Open(c *agentv1.Container) (*Container, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &Container{files: files, calls: make(chan func()), closed: make(chan struct{})}
+	k := &Container{files: files, sockets: map[uint32]*net.UnixListener{}, calls: make(chan func()), closed: make(chan struct{})}
+	if err := k.listen(c.GetMounts()); err != nil {
+		k.remove()
+		return nil, err
+	}
 	entered := make(chan error, 1)
 	go k.live(c, entered)
 	if err := <-entered; err != nil {
 		k.End()
-		os.RemoveAll(files)
+		k.remove()
 		return nil, err
 	}
 	return k, nil
+}
+
+// listen makes the sockets, each the source of its mount.
+func (k *Container) listen(mounts []*agentv1.Mount) error {
+	for i, m := range mounts {
+		if !m.GetSocket() {
+			continue
+		}
+		m.Source = filepath.Join(k.files, fmt.Sprint("socket-", i))
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: m.Source, Net: "unix"})
+		if err != nil {
+			return err
+		}
+		k.sockets[uint32(i)] = l
+		if err := errors.Join(os.Chmod(m.Source, os.FileMode(m.GetMode()&0o777)), os.Chown(m.Source, int(m.GetUid()), int(m.GetGid()))); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Accept waits for a process to connect to a socket, until Close.
+func (k *Container) Accept(mount uint32) (*net.UnixConn, error) {
+	l := k.sockets[mount]
+	if l == nil {
+		return nil, fmt.Errorf("mount %d is no socket", mount)
+	}
+	return l.AcceptUnix()
+}
+
+func (k *Container) remove() {
+	for _, l := range k.sockets {
+		l.Close()
+	}
+	os.RemoveAll(k.files)
 }
 
 // live is the thread's life. It is locked and never unlocked, so that Go ends the thread with the function. The main thread, which Go
@@ -89,7 +130,7 @@ func (k *Container) End() { k.ended.Do(func() { endInit(k.init) }) }
 func (k *Container) Close() {
 	k.End()
 	close(k.closed)
-	defer os.RemoveAll(k.files)
+	defer k.remove()
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for deadline := time.Now().Add(killPatience); time.Now().Before(deadline); <-tick.C {
