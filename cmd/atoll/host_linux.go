@@ -37,6 +37,7 @@ SIGTERM and SIGINT end it; machines run on and are taken back by the next one.`,
 			if err != nil {
 				return err
 			}
+			settings.Proxy = settings.Proxy.OrEnvironment(os.LookupEnv)
 			level := slog.LevelInfo
 			if debug {
 				level = slog.LevelDebug

@@ -6,27 +6,26 @@
 package build
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
-	"os"
-	"path/filepath"
+	"os/exec"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/atollvm/atoll/internal/build/child"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
-	"github.com/docker/cli/cli/config"
 	"github.com/moby/buildkit/client"
-	"github.com/moby/buildkit/session"
+	gateway "github.com/moby/buildkit/frontend/gateway/client"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"github.com/tonistiigi/fsutil"
 )
 
 // Options is what a Builder needs of the rest of the system.
@@ -37,9 +36,31 @@ type Options struct {
 	Registry        http.Handler               // the image store as an OCI distribution API; the registry's name is in ns=
 	KnownBase       func(reference.Named) bool // whether `atoll base build` can make it; nil: none
 	DockerConfigDir string                     // credentials for registries; empty: Docker's own default
+	Registries      map[string]Registry        // how they are reached, by host[:port]
+	Proxy           Proxy                      // for RUN steps, and for what the builder fetches itself
+	CA              []string                   // PEM files of more certificate authorities, for the same
+	CacheSize       int64                      // bytes that the cache may grow to; 0: 10 GB or a fifth of the disk, whichever is less
+	Timeout         time.Duration              // of a build that sets none itself; 0: none
 	// VM describes the virtual machine of a build that asks for one, or says why there can be none; nil: there is none.
 	VM  func(context.Context) (child.Isolation, error)
 	Log *slog.Logger
+}
+
+// Registry is how a registry is reached.
+type Registry = child.Registry
+
+// Proxy is how the outside is reached; empty fields are unset.
+type Proxy struct{ HTTP, HTTPS, No string }
+
+// variables are the proxy's environment variables, in both spellings: programs differ in which they read.
+func (p Proxy) variables() map[string]string {
+	all := map[string]string{}
+	for name, value := range map[string]string{"HTTP_PROXY": p.HTTP, "HTTPS_PROXY": p.HTTPS, "NO_PROXY": p.No} {
+		if value != "" {
+			all[name], all[strings.ToLower(name)] = value, value
+		}
+	}
+	return all
 }
 
 // Builder runs builds in one child.
@@ -54,23 +75,18 @@ type Builder struct {
 // New returns a builder. The child starts with the first build.
 func New(o Options) *Builder { return &Builder{o: o} }
 
-// Request is one build.
-type Request struct {
-	ContextDir string // absolute
-	Dockerfile string // a relative path starts at ContextDir; empty: Dockerfile
-	Target     string
-	BuildArgs  map[string]string
-	Labels     map[string]string
-	NoCache    bool
-	Pull       bool   // ask the registry what tags in FROM stand for, not the image store
-	Platform   string // empty: the host's
-	Isolation  string // where RUN steps run: IsolationHost (or empty), IsolationVM
+// Result is what a build made.
+type Result struct {
+	Manifest ocispec.Descriptor // of the image in the content store; none for a Request with NoImage
+	Metadata map[string]string  // what BuildKit's exporters say, as containerimage.digest
+	Solve    time.Duration      // BuildKit's own share
 }
 
-// Result is an image in the content store.
-type Result struct {
-	Manifest ocispec.Descriptor
-	Solve    time.Duration // BuildKit's own share
+// Report is the answer of a build that only asks.
+type Report struct {
+	Text     string
+	JSON     []byte
+	ExitCode int // not 0: there is something to mend
 }
 
 // Status is BuildKit's progress, as JSON what progress.Printer takes.
@@ -80,28 +96,86 @@ type Status = client.SolveStatus
 // with BuildKit's progress. Until the caller has named the image, nothing but the caller's lease holds its blobs against garbage
 // collection of the image store.
 func (b *Builder) Build(ctx context.Context, r Request, status func(*Status)) (Result, error) {
-	res, err := b.build(ctx, r, status)
+	res := Result{Metadata: map[string]string{}}
+	err := b.run(ctx, r, status, func(ctx context.Context, c *client.Client, opt client.SolveOpt, statuses chan *client.SolveStatus) error {
+		start := time.Now()
+		resp, err := c.Solve(ctx, nil, opt, statuses)
+		res.Solve = time.Since(start)
+		if err != nil {
+			return err
+		}
+		for k, v := range resp.ExporterResponse {
+			if k != child.DescriptorKey {
+				res.Metadata[k] = v
+			}
+		}
+		if r.NoImage {
+			return nil
+		}
+		if err := json.Unmarshal([]byte(resp.ExporterResponse[child.DescriptorKey]), &res.Manifest); err != nil {
+			return fmt.Errorf("reading the builder's answer: %w", err)
+		}
+		return nil
+	})
 	if err != nil {
-		return Result{}, fmt.Errorf("building %s: %w", r.ContextDir, err)
+		return Result{}, fmt.Errorf("building %s: %w", r.context(), err)
 	}
 	return res, nil
 }
 
-func (b *Builder) build(ctx context.Context, r Request, status func(*client.SolveStatus)) (Result, error) {
-	opt, err := b.solveOpt(r)
-	if err != nil {
-		return Result{}, err
+// Ask answers a question about the Dockerfile and builds nothing: "check" lints it, "outline" lists its arguments, secrets and SSH
+// agents, "targets" its stages.
+func (b *Builder) Ask(ctx context.Context, r Request, question string, status func(*Status)) (Report, error) {
+	requests := map[string]string{"check": "frontend.lint", "outline": "frontend.outline", "targets": "frontend.targets"}
+	id, ok := requests[question]
+	if !ok {
+		return Report{}, fmt.Errorf("asking a Dockerfile for %q: want check, outline or targets: %w", question, errdefs.ErrInvalidArgument)
 	}
+	r.NoImage, r.Outputs, r.CacheTo, r.Isolation = true, nil, nil, "" // nothing runs
+	var report Report
+	err := b.run(ctx, r, status, func(ctx context.Context, c *client.Client, opt client.SolveOpt, statuses chan *client.SolveStatus) error {
+		frontend, attrs := opt.Frontend, opt.FrontendAttrs
+		attrs["requestid"] = id
+		_, err := c.Build(ctx, opt, "atoll", func(ctx context.Context, g gateway.Client) (*gateway.Result, error) {
+			res, err := g.Solve(ctx, gateway.SolveRequest{Frontend: frontend, FrontendOpt: attrs})
+			if err != nil {
+				return nil, err
+			}
+			report.Text, report.JSON = string(res.Metadata["result.txt"]), res.Metadata["result.json"]
+			report.ExitCode, _ = strconv.Atoi(string(res.Metadata["result.statuscode"])) // only a lint has one
+			return gateway.NewResult(), nil
+		}, statuses)
+		return err
+	})
+	if err != nil {
+		return Report{}, fmt.Errorf("%s of %s: %w", question, r.context(), err)
+	}
+	return report, nil
+}
+
+// run lets solve work with the child, follows its statuses and explains its error. solve closes the channel of statuses.
+func (b *Builder) run(ctx context.Context, r Request, status func(*Status),
+	solve func(context.Context, *client.Client, client.SolveOpt, chan *client.SolveStatus) error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if limit := cmp.Or(r.Timeout, b.o.Timeout); limit > 0 {
+		defer time.AfterFunc(limit, func() {
+			cancel(hint.With(fmt.Errorf("it was not done after %s, the time limit of this build: %w", limit, context.DeadlineExceeded),
+				"allow more with --timeout, or with timeout in the section [build] of the settings file"))
+		}).Stop()
+	}
+	opt, done, err := b.solveOpt(ctx, r)
+	if err != nil {
+		return err
+	}
+	defer done()
 	if err := b.isolate(ctx, r.Isolation, &opt); err != nil {
-		return Result{}, err
+		return err
 	}
 	p, err := b.process(ctx)
 	if err != nil {
-		return Result{}, err
+		return err
 	}
-
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
 	solved := make(chan struct{})
 	defer close(solved)
 	go func() {
@@ -124,110 +198,10 @@ func (b *Builder) build(ctx context.Context, r Request, status func(*client.Solv
 			}
 		}
 	}()
-	start := time.Now()
-	resp, err := p.client.Solve(ctx, nil, opt, statuses)
-	took := time.Since(start)
+	err = solve(ctx, p.client, opt, statuses)
 	<-followed
 	if err != nil {
-		return Result{}, b.explain(ctx, p, steps, err)
-	}
-	var res Result
-	if err := json.Unmarshal([]byte(resp.ExporterResponse[child.DescriptorKey]), &res.Manifest); err != nil {
-		return Result{}, fmt.Errorf("reading the builder's answer: %w", err)
-	}
-	res.Solve = took
-	return res, nil
-}
-
-// solveOpt checks the request and puts it in BuildKit's words.
-func (b *Builder) solveOpt(r Request) (client.SolveOpt, error) {
-	if info, err := os.Stat(r.ContextDir); err != nil {
-		return client.SolveOpt{}, hint.With(errdefs.ErrInvalidArgument.WithMessage("build context: "+err.Error()),
-			"give the directory that holds your Dockerfile: atoll build -t name DIR")
-	} else if !info.IsDir() {
-		return client.SolveOpt{}, hint.With(errdefs.ErrInvalidArgument.WithMessage("build context: it is not a directory"),
-			"give the directory that holds your Dockerfile: atoll build -t name DIR")
-	}
-	dockerfile := r.Dockerfile
-	if dockerfile == "" {
-		dockerfile = "Dockerfile"
-	}
-	if !filepath.IsAbs(dockerfile) {
-		dockerfile = filepath.Join(r.ContextDir, dockerfile)
-	}
-	if info, err := os.Stat(dockerfile); err != nil {
-		return client.SolveOpt{}, hint.With(errdefs.ErrInvalidArgument.WithMessage("Dockerfile: "+err.Error()),
-			"name it with -f, or create %s", dockerfile)
-	} else if info.IsDir() {
-		return client.SolveOpt{}, hint.With(errdefs.ErrInvalidArgument.WithMessage("Dockerfile: "+dockerfile+" is a directory"),
-			"name the file with -f")
-	}
-	if err := checkPlatform(r.Platform); err != nil {
-		return client.SolveOpt{}, err
-	}
-
-	contextFS, err := fsutil.NewFS(r.ContextDir)
-	if err != nil {
-		return client.SolveOpt{}, err
-	}
-	dockerfileFS, err := fsutil.NewFS(filepath.Dir(dockerfile))
-	if err != nil {
-		return client.SolveOpt{}, err
-	}
-	credentialFile, err := config.Load(b.o.DockerConfigDir)
-	if err != nil {
-		return client.SolveOpt{}, fmt.Errorf("reading the registries' credentials: %w", err)
-	}
-	return client.SolveOpt{
-		Exports:     []client.ExportEntry{{Type: child.ExporterName}},
-		LocalMounts: map[string]fsutil.FS{"context": contextFS, "dockerfile": dockerfileFS},
-		// Files of an earlier build of the same context are not sent again.
-		SharedKey:           r.ContextDir,
-		Frontend:            "dockerfile.v0",
-		FrontendAttrs:       frontendAttrs(r, filepath.Base(dockerfile)),
-		Session:             []session.Attachable{&credentials{file: credentialFile}},
-		AllowedEntitlements: []string{"network.host"},
-		// Leave no record in BuildKit's history: we keep our own.
-		Internal: true,
-	}, nil
-}
-
-func frontendAttrs(r Request, dockerfile string) map[string]string {
-	attrs := map[string]string{
-		"filename":           dockerfile,
-		"target":             r.Target,
-		"image-resolve-mode": "local",
-		"force-network-mode": "host",
-		// Its presence alone keeps the built-in frontend: a `# syntax=` line would fetch an image.
-		"cmdline": "",
-	}
-	if r.Pull {
-		attrs["image-resolve-mode"] = "pull"
-	}
-	if r.NoCache {
-		attrs["no-cache"] = ""
-	}
-	for k, v := range r.BuildArgs {
-		attrs["build-arg:"+k] = v
-	}
-	for k, v := range r.Labels {
-		attrs["label:"+k] = v
-	}
-	return attrs
-}
-
-// checkPlatform refuses what this host cannot run: RUN steps are executed, not emulated.
-func checkPlatform(name string) error {
-	if name == "" {
-		return nil
-	}
-	want, err := platforms.Parse(name)
-	if err != nil {
-		return errdefs.ErrInvalidArgument.WithMessage(fmt.Sprintf("platform %q: %v", name, err))
-	}
-	if host := platforms.DefaultSpec(); !platforms.OnlyStrict(host).Match(want) {
-		return hint.With(fmt.Errorf("platform %s: this host builds for %s only: %w", name, platforms.Format(host), errdefs.ErrInvalidArgument),
-			"leave --platform out, or build on a host of that architecture")
+		return b.explain(ctx, p, steps, r, err)
 	}
 	return nil
 }
@@ -252,6 +226,21 @@ func (b *Builder) process(ctx context.Context) (*process, error) {
 	}
 	b.running = p
 	return p, nil
+}
+
+// Recover ends what builds of a killed daemon and its killed builder left running. It does nothing where there is nothing.
+func (b *Builder) Recover(ctx context.Context) error {
+	if !child.NeedsCleaning(b.o.Dir) {
+		return nil
+	}
+	runc, err := exec.LookPath("runc")
+	if err == nil {
+		err = child.Clean(ctx, b.o.Dir, runc)
+	}
+	if err != nil {
+		return fmt.Errorf("cleaning up after an earlier builder: %w", err)
+	}
+	return nil
 }
 
 // Close ends the child and with it every build, and waits. It may be called more than once.

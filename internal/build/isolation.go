@@ -5,7 +5,6 @@ package build
 import (
 	"context"
 	"fmt"
-	"os/exec"
 
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/containerd/errdefs"
@@ -14,17 +13,14 @@ import (
 
 // Where the RUN steps of a build run.
 const (
-	IsolationHost = "host" // in containers on this host, by runc
+	IsolationHost = "host" // in containers on this host, by runc; the default
 	IsolationVM   = "vm"   // in one virtual machine per build
 )
 
-// isolate sees that the steps can run where the request wants them to.
+// isolate tells the child where the steps are to run.
 func (b *Builder) isolate(ctx context.Context, isolation string, opt *client.SolveOpt) error {
 	switch isolation {
 	case "", IsolationHost:
-		if _, err := exec.LookPath("runc"); err != nil {
-			return hint.With(fmt.Errorf("RUN needs runc: %v: %w", err, errdefs.ErrFailedPrecondition), "apt install runc, or build with --isolation vm")
-		}
 		return nil
 	case IsolationVM:
 		if b.o.VM == nil {

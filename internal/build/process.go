@@ -5,6 +5,7 @@ package build
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -31,13 +33,20 @@ import (
 const (
 	startTimeout = 30 * time.Second
 	stopTimeout  = 10 * time.Second
+	cleanTimeout = 20 * time.Second
 )
+
+// logName is the child's log, in its directory.
+const logName = "child.log"
 
 // process is a running child.
 type process struct {
 	client *client.Client
 	stdin  io.Closer // closed: the child ends
 	cmd    *exec.Cmd
+	dir    string
+	runc   string
+	log    *slog.Logger
 
 	mu       sync.Mutex // guards stopping
 	stopping bool
@@ -52,11 +61,11 @@ func start(ctx context.Context, o Options) (*process, error) {
 		return nil, hint.With(fmt.Errorf("building needs root: %w", errdefs.ErrPermissionDenied),
 			"run the daemon as root (sudo atoll …)")
 	}
-	runc, _ := exec.LookPath("runc") // without it there is --isolation vm, see isolate
+	runc, _ := exec.LookPath("runc") // empty where there is none
 	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
 		return nil, err
 	}
-	logFile, err := os.OpenFile(filepath.Join(o.Dir, "child.log"), os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	logFile, err := os.OpenFile(filepath.Join(o.Dir, logName), os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -73,8 +82,23 @@ func start(ctx context.Context, o Options) (*process, error) {
 	}
 	defer registryChild.Close()
 
-	args := append(append([]string(nil), o.Child[1:]...), "--dir", o.Dir, "--content", o.ContentDir, "--runc", runc)
+	args := append(append([]string(nil), o.Child[1:]...), "--dir", o.Dir, "--content", o.ContentDir, "--runc", runc,
+		"--cache-size", strconv.FormatInt(o.CacheSize, 10))
+	if len(o.Registries) > 0 {
+		text, err := json.Marshal(o.Registries)
+		if err != nil {
+			return nil, err
+		}
+		args = append(args, "--registries", string(text))
+	}
+	for _, ca := range o.CA {
+		args = append(args, "--ca", ca)
+	}
 	cmd := exec.Command(o.Child[0], args...)
+	cmd.Env = cmd.Environ()
+	for name, value := range o.Proxy.variables() {
+		cmd.Env = append(cmd.Env, name+"="+value)
+	}
 	cmd.Stderr = logFile
 	cmd.ExtraFiles = []*os.File{controlChild, registryChild}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
@@ -94,7 +118,7 @@ func start(ctx context.Context, o Options) (*process, error) {
 		return nil, errors.Join(err, control.Close(), registry.Close())
 	}
 
-	p := &process{stdin: stdin, cmd: cmd, done: make(chan struct{})}
+	p := &process{stdin: stdin, cmd: cmd, dir: o.Dir, runc: runc, log: o.Log, done: make(chan struct{})}
 	said := make(chan string, 1)
 	go func() {
 		line, _ := bufio.NewReader(stdout).ReadString('\n')
@@ -144,11 +168,18 @@ func (p *process) run(control, registry net.Conn, server *http.Server) {
 		served.Go(func() { _ = server.Serve(session) }) // ends with the session
 	}
 	waitErr := p.cmd.Wait()
+	// What a killed child's steps run on in is no part of it; their mounts went with its mount namespace.
+	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
+	if err := child.Clean(ctx, p.dir, p.runc); err != nil {
+		p.log.Error("cleaning up after the builder", "err", err)
+	}
+	cancel()
 	p.mu.Lock()
 	if p.stopping {
 		p.err = fmt.Errorf("%w: %w", errClosed, errdefs.ErrAborted)
 	} else {
-		p.err = fmt.Errorf("the builder (process %d) died: %v: %w", p.cmd.Process.Pid, waitErr, errdefs.ErrUnavailable)
+		p.err = hint.With(fmt.Errorf("the builder (process %d) died: %v: %w", p.cmd.Process.Pid, waitErr, errdefs.ErrUnavailable),
+			"build again: it is started anew; what it said is in %s", filepath.Join(p.dir, logName))
 	}
 	p.mu.Unlock()
 	p.client.Close()

@@ -113,8 +113,6 @@ func TestExitCodes(t *testing.T) {
 		{name: "build without a context", args: "build", code: 2, err: "Error: accepts 1 arg(s), received 0"},
 		{name: "build, no directory", args: "build /nowhere", code: 1, err: `Error: build context "/nowhere": no such directory: not found`},
 		{name: "build from a file", args: "build main.go", code: 1, err: `Error: build context "main.go": not a directory: invalid argument`},
-		{name: "build from stdin", args: "build -", code: 1, err: `Error: build context "-": a context on standard input is not supported yet: invalid argument`},
-		{name: "build from git", args: "build https://x/y.git", code: 1, err: `Error: build context "https://x/y.git": a URL is not supported yet: invalid argument`},
 		{name: "port", args: "port up 81", code: 1, err: `Error: machine "up": port 81/tcp is not published: not found`},
 		{name: "wait", args: "wait up down", out: "0\n0\n"},
 		{name: "several, one fails", args: "stop up ghost down", code: 1, out: "up\ndown\n", err: `Error: machine "ghost": not found`},
@@ -125,6 +123,11 @@ func TestExitCodes(t *testing.T) {
 		{name: "tag, not implemented by this daemon", args: "tag a b", code: 1, err: "Error: atoll.v1.ImageService.Tag is not implemented"},
 		{name: "base build", args: "base build --mirror http://m debian:bookworm", out: "sha256:ba5e\n", err: "I: installing http://m"},
 		{name: "kernel pull", args: "kernel pull", out: "debian-6.1\n"},
+		{name: "kernel build", args: "kernel build --version 6.1 --arch arm64 -j 3 -t mine --config /etc/hostname-that-is-not-there", code: 1, err: "Error: reading the file of --config: open /etc/hostname-that-is-not-there: no such file or directory"},
+		{name: "kernel build, all defaults", args: "kernel build", out: "atoll-6.1.2\n", err: `debian  ""  0`},
+		{name: "kernel build from a directory", args: "kernel build -j 3 --arch arm64 --version 6.1 -t mine --source /usr/../src/linux", out: "mine\n", err: `/src/linux 6.1 "" arm64 3`},
+		{name: "kernel rm, one fails", args: "kernel rm a ghost b", code: 1, out: "a\nb\n", err: `Error: kernel "ghost": not found`},
+		{name: "kernel set-default", args: "kernel set-default a", out: "a\n"},
 		{name: "version flag", args: "--version", out: "atoll v0\n"},
 	}
 	for _, tt := range tests {
@@ -352,7 +355,7 @@ func TestRequests(t *testing.T) {
 	}
 
 	a.ok("build", "-t", "a:1", "-t", "b", "-f", "../cli/main.go", "--target", "x", "--build-arg", "A=1", "--build-arg", "HERE", "--build-arg", "ABSENT", "--label", "l=2", "--no-cache", "--pull", "--progress", "plain", "ui")
-	want := &atollv1.BuildRequest{
+	want := &atollv1.BuildStart{
 		ContextDir: filepath.Join(cwd, "ui"), Dockerfile: filepath.Join(cwd, "main.go"), Tags: []string{"a:1", "b"}, Target: "x",
 		BuildArgs: map[string]string{"A": "1", "HERE": "from here"}, Labels: map[string]string{"l": "2"}, NoCache: true, Pull: true,
 	}

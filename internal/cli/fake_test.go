@@ -67,7 +67,10 @@ type fake struct {
 	machines []*fakeMachine
 	images   []*atollv1.Image
 	pulled   []*atollv1.PullImageRequest
-	built    *atollv1.BuildRequest
+	built    *atollv1.BuildStart
+	question []byte // to an SSH agent
+	answer   []byte
+	pruned   *atollv1.PruneBuildRequest
 	logs     *atollv1.LogsRequest
 	stopped  []*atollv1.StopMachineRequest
 	execed   *atollv1.ExecStart
@@ -464,14 +467,68 @@ func (f fakeImages) Remove(_ context.Context, r *connect.Request[atollv1.RemoveI
 
 type fakeBuild struct{ *fake }
 
-func (f fakeBuild) Build(_ context.Context, r *connect.Request[atollv1.BuildRequest], s *connect.ServerStream[atollv1.BuildResponse]) error {
+func (f fakeBuild) Build(_ context.Context, s *connect.BidiStream[atollv1.BuildRequest, atollv1.BuildResponse]) error {
+	first, err := s.Receive()
+	if err != nil {
+		return err
+	}
+	start := first.GetStart()
 	f.mu.Lock()
-	f.built = r.Msg
+	f.built = start
 	f.mu.Unlock()
-	if r.Msg.GetTarget() == "broken" {
+	if start.GetTarget() == "broken" {
 		return fmt.Errorf("building: Dockerfile:3\n   2 | FROM x\n>>> 3 | RUN false\nexit code 1: %w", errdefs.ErrInvalidArgument)
 	}
-	return s.Send(&atollv1.BuildResponse{Kind: &atollv1.BuildResponse_Result{Result: &atollv1.BuildResult{Digest: "sha256:beef"}}})
+	if start.GetCall() != "" {
+		return s.Send(&atollv1.BuildResponse{Kind: &atollv1.BuildResponse_Report{Report: &atollv1.BuildReport{Text: "WARNING: Rule\n", ExitCode: 1}}})
+	}
+	var context []byte
+	for ended := !start.GetContextStream(); !ended; {
+		r, err := s.Receive()
+		if err != nil {
+			return err
+		}
+		context = append(context, r.GetContext()...)
+		ended = r.GetContextEnd()
+	}
+	for i := range start.GetOutputs() {
+		s.Send(&atollv1.BuildResponse{Kind: &atollv1.BuildResponse_Output{Output: &atollv1.OutputData{Index: uint32(i), Data: context}}})
+	}
+	if len(start.GetSsh()) > 0 {
+		if err := f.askAgent(s, start.GetSsh()[0]); err != nil {
+			return err
+		}
+	}
+	return s.Send(&atollv1.BuildResponse{Kind: &atollv1.BuildResponse_Result{Result: &atollv1.BuildResult{
+		Digest: "sha256:beef", Metadata: map[string]string{"containerimage.descriptor": "eyJhIjoxfQ=="},
+	}}})
+}
+
+// askAgent sends an agent one request and keeps what it answers.
+func (f fakeBuild) askAgent(s *connect.BidiStream[atollv1.BuildRequest, atollv1.BuildResponse], id string) error {
+	s.Send(&atollv1.BuildResponse{Kind: &atollv1.BuildResponse_Agent{Agent: &atollv1.AgentData{Connection: 1, Id: id}}})
+	s.Send(&atollv1.BuildResponse{Kind: &atollv1.BuildResponse_Agent{Agent: &atollv1.AgentData{Connection: 1, Data: f.question}}})
+	r, err := s.Receive()
+	if err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.answer = r.GetAgent().GetData()
+	return nil
+}
+
+func (f fakeBuild) DiskUsage(context.Context, *connect.Request[atollv1.BuildDiskUsageRequest]) (*connect.Response[atollv1.BuildDiskUsageResponse], error) {
+	return connect.NewResponse(&atollv1.BuildDiskUsageResponse{Records: []*atollv1.BuildCacheRecord{
+		{Id: "abcdefghijklmno", Type: "regular", Description: "RUN make\nmore", SizeBytes: 3 << 20, LastUsedAt: timestamppb.New(epoch), CreatedAt: timestamppb.New(epoch)},
+	}}), nil
+}
+
+func (f fakeBuild) Prune(_ context.Context, r *connect.Request[atollv1.PruneBuildRequest]) (*connect.Response[atollv1.PruneBuildResponse], error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.pruned = r.Msg
+	return connect.NewResponse(&atollv1.PruneBuildResponse{ReclaimedBytes: 5 << 20}), nil
 }
 
 type fakeBases struct{}
@@ -501,6 +558,23 @@ func (k fakeKernels) Get(ctx context.Context, _ *connect.Request[atollv1.GetKern
 	return connect.NewResponse(&atollv1.GetKernelResponse{Kernel: all.Msg.GetKernels()[0]}), nil
 }
 
+func (fakeKernels) Build(_ context.Context, r *connect.Request[atollv1.BuildKernelRequest], s *connect.ServerStream[atollv1.BuildKernelResponse]) error {
+	s.Send(&atollv1.BuildKernelResponse{Kind: &atollv1.BuildKernelResponse_Line{Line: fmt.Sprintf("%s %s %q %s %d", r.Msg.GetSource(), r.Msg.GetVersion(), r.Msg.GetConfig(), r.Msg.GetArchitecture(), r.Msg.GetJobs())}})
+	s.Send(&atollv1.BuildKernelResponse{Kind: &atollv1.BuildKernelResponse_Transfer{Transfer: &atollv1.Transfer{Id: "linux", Status: "Building a.o (1 files)"}}})
+	return s.Send(&atollv1.BuildKernelResponse{Kind: &atollv1.BuildKernelResponse_Kernel{Kernel: &atollv1.Kernel{Name: cmp.Or(r.Msg.GetName(), "atoll-6.1.2")}}})
+}
+
+func (fakeKernels) Remove(_ context.Context, r *connect.Request[atollv1.RemoveKernelRequest]) (*connect.Response[atollv1.RemoveKernelResponse], error) {
+	if r.Msg.GetName() == "ghost" {
+		return nil, fmt.Errorf("kernel %q: %w", r.Msg.GetName(), errdefs.ErrNotFound)
+	}
+	return connect.NewResponse(&atollv1.RemoveKernelResponse{}), nil
+}
+
+func (fakeKernels) SetDefault(context.Context, *connect.Request[atollv1.SetDefaultKernelRequest]) (*connect.Response[atollv1.SetDefaultKernelResponse], error) {
+	return connect.NewResponse(&atollv1.SetDefaultKernelResponse{}), nil
+}
+
 func (fakeKernels) Pull(_ context.Context, _ *connect.Request[atollv1.PullKernelRequest], s *connect.ServerStream[atollv1.PullKernelResponse]) error {
 	return s.Send(&atollv1.PullKernelResponse{Kind: &atollv1.PullKernelResponse_Kernel{Kernel: &atollv1.Kernel{Name: "debian-6.1"}}})
 }
@@ -512,6 +586,10 @@ type fakeSystem struct {
 
 func (f fakeSystem) Version(context.Context, *connect.Request[atollv1.VersionRequest]) (*connect.Response[atollv1.VersionResponse], error) {
 	return connect.NewResponse(&atollv1.VersionResponse{Version: "v1", Commit: "c1", GoVersion: "go1", Platform: "linux/amd64", Pid: 42, Home: "/h"}), nil
+}
+
+func (f fakeSystem) Prune(context.Context, *connect.Request[atollv1.PruneSystemRequest]) (*connect.Response[atollv1.PruneSystemResponse], error) {
+	return connect.NewResponse(&atollv1.PruneSystemResponse{Images: &atollv1.PruneImagesResponse{}, BuildCacheBytes: 5 << 20}), nil
 }
 
 func (f fakeSystem) Doctor(context.Context, *connect.Request[atollv1.DoctorRequest]) (*connect.Response[atollv1.DoctorResponse], error) {

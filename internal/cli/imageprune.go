@@ -1,11 +1,7 @@
 package cli
 
 import (
-	"bufio"
-	"errors"
 	"fmt"
-	"io"
-	"strings"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -48,15 +44,7 @@ label=KEY[=VALUE] and label!=KEY[=VALUE].`,
 			if req.GetDryRun() {
 				untagged, deleted, total = "would untag:", "would delete:", "Total reclaimable space:"
 			}
-			for _, r := range m.GetUntagged() {
-				fmt.Fprintln(e.Stdout, untagged, r)
-			}
-			for _, d := range m.GetDeleted() {
-				fmt.Fprintln(e.Stdout, deleted, d)
-			}
-			if m.GetLater() {
-				ui.Warnings(e.Stderr, []string{"a build or a transfer is under way: the space is reclaimed when it ends"})
-			}
+			e.printPruned(m, untagged, deleted)
 			fmt.Fprintln(e.Stdout, total, ui.Size(m.GetReclaimedBytes()))
 			return nil
 		},
@@ -68,17 +56,14 @@ label=KEY[=VALUE] and label!=KEY[=VALUE].`,
 	return cmd
 }
 
-// confirm asks before something is lost. No answer is no.
-func (e *environment) confirm(what string) bool {
-	fmt.Fprintf(e.Stderr, "WARNING! %s\nAre you sure you want to continue? [y/N] ", what)
-	answer, err := bufio.NewReader(io.LimitReader(e.Stdin, 100)).ReadString('\n')
-	if err != nil && !errors.Is(err, io.EOF) {
-		return false
+func (e *environment) printPruned(m *atollv1.PruneImagesResponse, untagged, deleted string) {
+	for _, r := range m.GetUntagged() {
+		fmt.Fprintln(e.Stdout, untagged, r)
 	}
-	switch strings.ToLower(strings.TrimSpace(answer)) {
-	case "y", "yes":
-		return true
+	for _, d := range m.GetDeleted() {
+		fmt.Fprintln(e.Stdout, deleted, d)
 	}
-	fmt.Fprintln(e.Stderr, "nothing was removed")
-	return false
+	if m.GetLater() {
+		ui.Warnings(e.Stderr, []string{"a build or a transfer is under way: the space is reclaimed when it ends"})
+	}
 }

@@ -39,9 +39,9 @@ command needs it. ATOLL_HOST or --host choose another daemon.`
 		newRunCmd(e), newCreateCmd(e), newStartCmd(e), newStopCmd(e), newRestartCmd(e), newKillCmd(e), newRmCmd(e), newWaitCmd(e),
 		newPsCmd(e), newInspectCmd(e), newLogsCmd(e), newPortCmd(e), newExecCmd(e), newAttachCmd(e))
 	add(images,
-		newBuildCmd(e), newImageCmd(e), newImagesCmd(e), newPullCmd(e), newPushCmd(e), newTagCmd(e), newRmiCmd(e),
+		newBuildCmd(e), newBuilderCmd(e), newImageCmd(e), newImagesCmd(e), newPullCmd(e), newPushCmd(e), newTagCmd(e), newRmiCmd(e),
 		newSaveCmd(e), newLoadCmd(e), newImportCmd(e), newHistoryCmd(e), newLoginCmd(e), newLogoutCmd(e), newBaseCmd(e), newKernelCmd(e))
-	add(other, newEventsCmd(e), newDoctorCmd(e), newVersionCmd(e))
+	add(other, newEventsCmd(e), newDoctorCmd(e), newSystemCmd(e), newVersionCmd(e))
 	root.AddCommand(e.Extra...)
 	e.markRunning(root)
 	return root

@@ -43,6 +43,18 @@ type Proxy struct {
 	No    string `toml:"no"` // comma-separated, as NO_PROXY
 }
 
+// OrEnvironment fills empty fields from HTTP_PROXY, HTTPS_PROXY and NO_PROXY, in either spelling; the lower one wins, as curl has it.
+func (p Proxy) OrEnvironment(lookup func(string) (string, bool)) Proxy {
+	for name, field := range map[string]*string{"http_proxy": &p.HTTP, "https_proxy": &p.HTTPS, "no_proxy": &p.No} {
+		for _, spelling := range []string{name, strings.ToUpper(name)} {
+			if value, ok := lookup(spelling); ok && *field == "" {
+				*field = value
+			}
+		}
+	}
+	return p
+}
+
 // TLS names more certificate authorities.
 type TLS struct {
 	CA []string `toml:"ca"` // PEM files, trusted beside the system's: by Atoll, in RUN steps and in guests

@@ -4,12 +4,15 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"os"
 	"runtime"
 
 	"github.com/atollvm/atoll/internal/agent/embedded"
 	"github.com/atollvm/atoll/internal/base"
+	"github.com/atollvm/atoll/internal/build"
 	"github.com/atollvm/atoll/internal/config"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/image"
@@ -116,6 +119,31 @@ func (d *disksOf) Make(ctx context.Context, img digest.Digest, progress func(don
 	return d.s.disks.Ensure(ctx, img, layersOf(ctx, d.s.images, i), progress)
 }
 
+// Flat writes all of an image as one disk, in a file without a name.
+func (d *disksOf) Flat(ctx context.Context, img digest.Digest) (*os.File, error) {
+	release := d.s.images.Hold()
+	defer release()
+	i, err := d.s.images.Resolve(ctx, img.String(), "")
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.CreateTemp(d.s.tmp, "disk-")
+	if err != nil {
+		return nil, err
+	}
+	err = os.Remove(f.Name())
+	if err == nil {
+		err = rootdisk.WriteFlat(ctx, f, layersOf(ctx, d.s.images, i), nil)
+	}
+	if err == nil {
+		_, err = f.Seek(0, io.SeekStart)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("making one disk of image %s: %w", img, err), f.Close())
+	}
+	return f, nil
+}
+
 // kernelsOf is the kernels as the machine room sees them.
 type kernelsOf struct{ s *system }
 
@@ -152,6 +180,14 @@ func registriesOf(set config.Settings) map[string]image.Registry {
 	all := map[string]image.Registry{}
 	for host, r := range set.Registries {
 		all[host] = image.Registry{Mirrors: r.Mirrors, Insecure: r.Insecure, CA: r.CA}
+	}
+	return all
+}
+
+func buildRegistries(settings map[string]config.Registry) map[string]build.Registry {
+	all := map[string]build.Registry{}
+	for host, r := range settings {
+		all[host] = build.Registry{Mirrors: r.Mirrors, Insecure: r.Insecure, CA: r.CA}
 	}
 	return all
 }

@@ -79,6 +79,9 @@ func Run(ctx context.Context, c Config) (err error) {
 	}
 	defer func() { err = errors.Join(err, s.close()) }()
 	s.machines.Recover(ctx)
+	if err := s.builder.Recover(ctx); err != nil {
+		c.Log.Error("recovering from a killed daemon", "err", err)
+	}
 	if err := s.removeOrphans(ctx); err != nil {
 		c.Log.Error("removing root disks without an image", "err", err)
 	}
@@ -88,6 +91,7 @@ func Run(ctx context.Context, c Config) (err error) {
 }
 
 type system struct {
+	tmp      string // for files on their way
 	events   *event.Bus
 	images   *image.Store
 	disks    *rootdisk.Store
@@ -101,8 +105,11 @@ type system struct {
 }
 
 func assemble(c Config, db *state.DB) (*system, error) {
-	s := &system{events: event.New()}
 	at := func(name string) string { return filepath.Join(c.Home, name) }
+	s := &system{tmp: at("tmp"), events: event.New()}
+	if err := os.MkdirAll(s.tmp, 0o755); err != nil {
+		return nil, err
+	}
 	var err error
 	s.images, err = image.Open(image.Options{
 		Dir: at("images"), DB: db, DockerConfigDir: c.DockerConfigDir, Registries: registriesOf(c.Settings),
@@ -119,10 +126,12 @@ func assemble(c Config, db *state.DB) (*system, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.bases = base.New(base.Config{Content: s.images.Content(), TempDir: at("tmp"), Cache: at("cache"), Log: c.Log, Pull: s.pullBase})
+	s.bases = base.New(base.Config{Content: s.images.Content(), TempDir: s.tmp, Cache: at("cache"), Log: c.Log, Pull: s.pullBase})
 	s.builder = build.New(build.Options{
 		Dir: at("build"), Child: []string{c.Exe, BuildChild}, ContentDir: at("images"), Registry: s.images.Handler(),
-		KnownBase: func(r reference.Named) bool { return isBase(reference.FamiliarString(r)) }, DockerConfigDir: c.DockerConfigDir, Log: c.Log,
+		KnownBase: func(r reference.Named) bool { return isBase(reference.FamiliarString(r)) }, DockerConfigDir: c.DockerConfigDir,
+		Registries: buildRegistries(c.Settings.Registries), Proxy: build.Proxy(c.Settings.Proxy), CA: c.Settings.TLS.CA,
+		CacheSize: int64(c.Settings.Build.CacheSize), Timeout: time.Duration(c.Settings.Build.Timeout), Log: c.Log,
 		VM: func(ctx context.Context) (child.Isolation, error) {
 			return s.buildVM(ctx, c.Settings.Build, at("qemu"))
 		},

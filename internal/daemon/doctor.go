@@ -6,10 +6,13 @@ import (
 	"context"
 	"fmt"
 	"os/exec"
+	"runtime"
+	"strings"
 	"syscall"
 	"time"
 
 	"github.com/atollvm/atoll/internal/hint"
+	"github.com/atollvm/atoll/internal/kernel"
 	"github.com/atollvm/atoll/internal/server"
 	"github.com/docker/go-units"
 )
@@ -23,6 +26,7 @@ func (s *system) doctor(ctx context.Context, c Config) []server.Check {
 		checkTool("runc", "runs the RUN steps of atoll build", "apt install runc"),
 		checkTool("mmdebstrap", "makes Debian base images", "apt install mmdebstrap"),
 		s.checkKernel(),
+		checkKernelBuild(ctx),
 		checkDisk(c.Home),
 		s.checkBoot(ctx),
 	}
@@ -56,6 +60,14 @@ func (s *system) checkKernel() server.Check {
 		return server.Check{Name: "kernel", Level: server.Warn, Message: "no kernel yet; the first run gets one", Hint: "atoll kernel pull"}
 	}
 	return server.Check{Name: "kernel", Level: server.OK, Message: k.Name}
+}
+
+func checkKernelBuild(ctx context.Context) server.Check {
+	const name = "kernel build"
+	if missing, install := kernel.MissingBuildTools(ctx, runtime.GOARCH, runtime.GOARCH); len(missing) > 0 {
+		return server.Check{Name: name, Level: server.Warn, Message: strings.Join(missing, ", ") + ": not found; atoll kernel build uses them", Hint: install}
+	}
+	return server.Check{Name: name, Level: server.OK, Message: "all tools are there"}
 }
 
 func checkDisk(home string) server.Check {

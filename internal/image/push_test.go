@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -168,6 +169,19 @@ func TestPushIndex(t *testing.T) {
 		}
 		if got, err = s.Push(t.Context(), host+"/copy:1", PushOptions{Platform: "linux/arm64"}); err != nil || got.Digest != arm.Digest {
 			t.Errorf("linux/arm64 alone: %+v, %v", got, err)
+		}
+		// The builder finds each platform here.
+		mirror := httptest.NewServer(s.Handler())
+		defer mirror.Close()
+		for _, path := range []string{"/manifests/1", "/manifests/" + arm.Digest.String(), "/blobs/" + arm.ConfigDesc.Digest.String(), "/blobs/" + arm.Layers[0].Digest.String()} {
+			resp, err := http.Get(mirror.URL + "/v2/copy" + path + "?ns=" + host)
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusOK {
+				t.Errorf("the store's own registry answers %s for %s", resp.Status, path)
+			}
 		}
 		// With the index its other platforms go.
 		for _, n := range []string{"/multi:1", "/copy:1"} {

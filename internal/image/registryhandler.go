@@ -1,9 +1,11 @@
 package image
 
 import (
+	"context"
 	"encoding/json"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -68,6 +70,10 @@ func (s *Store) serveManifest(w http.ResponseWriter, r *http.Request, name, id s
 	rec, ok := s.lookupLocked(parsed)
 	s.mu.RUnlock()
 	if !ok {
+		if desc, ok := s.keptOf(parsed.Name, parsed.Digest); ok {
+			s.serveContent(w, r, desc, "MANIFEST_UNKNOWN")
+			return
+		}
 		refuse(w, http.StatusNotFound, "MANIFEST_UNKNOWN", parsed.String()+" is not in the store")
 		return
 	}
@@ -85,32 +91,59 @@ func (s *Store) serveBlob(w http.ResponseWriter, r *http.Request, name, id strin
 		refuse(w, http.StatusBadRequest, "DIGEST_INVALID", err.Error())
 		return
 	}
-	if !s.has(name, d) {
+	if !s.has(r.Context(), name, d) {
 		refuse(w, http.StatusNotFound, "BLOB_UNKNOWN", name+"@"+id+" is not in the store")
 		return
 	}
 	s.serveContent(w, r, ocispec.Descriptor{MediaType: "application/octet-stream", Digest: d}, "BLOB_UNKNOWN")
 }
 
-// has says whether an image of that name has the blob.
-func (s *Store) has(name string, d digest.Digest) bool {
+// keptOf finds another platform's manifest of an image of that name.
+func (s *Store) keptOf(name string, d digest.Digest) (ocispec.Descriptor, bool) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	for key, rec := range s.refs {
 		if nameOf(key) != name {
 			continue
 		}
-		img := s.images[rec.Manifest.Digest]
-		if d == rec.Manifest.Digest || d == rec.Source.Digest || d == img.ConfigDesc.Digest {
-			return true
-		}
-		for _, l := range img.Layers {
-			if l.Digest == d {
-				return true
+		for _, k := range rec.Kept {
+			if k.Digest == d {
+				return k, true
 			}
 		}
 	}
+	return ocispec.Descriptor{}, false
+}
+
+// has says whether an image of that name has the blob.
+func (s *Store) has(ctx context.Context, name string, d digest.Digest) bool {
+	var kept []ocispec.Descriptor
+	s.mu.RLock()
+	for key, rec := range s.refs {
+		if nameOf(key) != name {
+			continue
+		}
+		img := s.images[rec.Manifest.Digest]
+		if d == rec.Manifest.Digest || d == rec.Source.Digest || d == img.ConfigDesc.Digest || isLayer(img.Layers, d) {
+			s.mu.RUnlock()
+			return true
+		}
+		kept = append(kept, rec.Kept...)
+	}
+	s.mu.RUnlock()
+	for _, k := range kept {
+		if k.Digest == d {
+			return true
+		}
+		if doc, err := s.document(ctx, k); err == nil && (doc.Config != nil && doc.Config.Digest == d || isLayer(doc.Layers, d)) {
+			return true
+		}
+	}
 	return false
+}
+
+func isLayer(layers []ocispec.Descriptor, d digest.Digest) bool {
+	return slices.ContainsFunc(layers, func(l ocispec.Descriptor) bool { return l.Digest == d })
 }
 
 func (s *Store) serveContent(w http.ResponseWriter, r *http.Request, desc ocispec.Descriptor, code string) {

@@ -201,6 +201,9 @@ func (e *erofs) encode(i *inode, size int64, start uint32, inline int) []byte {
 	le.PutUint32(b[40:], i.mtimeNsec)
 	le.PutUint32(b[nlinkOffset:], max(i.nlink, 1))
 	n := inodeSize + copy(b[inodeSize:], i.xattrs)
+	if !i.isDir() {
+		i.xattrs = nil // a directory's are looked at once more
+	}
 	return b[n : n+inline]
 }
 

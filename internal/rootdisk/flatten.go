@@ -51,7 +51,8 @@ type flattener struct {
 	below   func() (stack, error) // what lies below, once it is there; nil at the bottom
 	leans   bool                  // something was taken from there
 	hasRoot bool                  // a layer has an entry for the root directory
-	hidden  *inode                // the whiteout, which all names of hidden files share
+	left    budget
+	hidden  *inode // the whiteout, which all names of hidden files share
 }
 
 // want is the promise to a hard link whose target is hidden from the tree or in a lower layer.
@@ -62,7 +63,7 @@ type want struct {
 }
 
 func newFlattener(fs *erofs, below func() (stack, error), progress func(int)) *flattener {
-	return &flattener{fs: fs, root: newDir(nil, 0), wants: map[string]*want{}, below: below, progress: progress}
+	return &flattener{fs: fs, root: newDir(nil, 0), wants: map[string]*want{}, below: below, progress: progress, left: budget{maxMemory, maxData}}
 }
 
 // flatten reads all layers, given bottom first, and leaves the tree in f.root.
@@ -298,7 +299,7 @@ func each(ctx context.Context, l Layer, count func(int), fn func(h *tar.Header, 
 		}
 		name, err := cleanName(h.Name)
 		if err == nil {
-			err = fn(h, name, tr)
+			err = fn(h, name, &untilDone{ctx, tr})
 		}
 		if errors.Is(err, errEnough) {
 			return nil
@@ -346,9 +347,16 @@ func (f *flattener) entry(h *tar.Header, name string, r io.Reader, depth int, la
 		return f.rootEntry(h, depth)
 	}
 	base := path.Base(name)
-	parent, err := f.root.dir(strings.Split(path.Dir(name), "/"), depth)
+	parent, err := f.root.dir(strings.Split(path.Dir(name), "/"), depth, &f.left)
+	if errdefs.IsResourceExhausted(err) {
+		return err
+	}
 	if err != nil {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	// Whatever it is, it may leave its name behind; what it replaces is not given back.
+	if err := f.left.spend(nodeCost + int64(len(name)+len(h.Linkname))); err != nil {
+		return err
 	}
 	if strings.HasPrefix(base, whiteoutPrefix) {
 		return whiteout(parent, base, depth)
@@ -481,8 +489,11 @@ func (f *flattener) store(ino *inode, h *tar.Header, r io.Reader) error {
 	ino.xattrs = xattrs
 	switch kind {
 	case unix.S_IFDIR:
-		return nil
+		return f.left.spend(int64(len(xattrs))) // kept until the end
 	case unix.S_IFREG:
+		if err := f.left.write(h.Size); err != nil {
+			return err
+		}
 		return f.fs.addFile(ino, h.Size, r)
 	case unix.S_IFLNK:
 		if h.Linkname == "" || len(h.Linkname) > maxPath {
@@ -539,6 +550,19 @@ func (c *counter) Read(b []byte) (int, error) {
 	n, err := c.r.Read(b)
 	c.count(n)
 	return n, err
+}
+
+// untilDone ends with its context: the holes of a sparse file are read from nowhere, and may be long.
+type untilDone struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (u *untilDone) Read(b []byte) (int, error) {
+	if u.ctx.Err() != nil {
+		return 0, context.Cause(u.ctx)
+	}
+	return u.r.Read(b)
 }
 
 // readAhead lets decompression run beside the reader of its output.

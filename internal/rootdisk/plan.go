@@ -13,7 +13,7 @@ type run struct{ from, to int }
 const (
 	maxDisks = 4 // of one image: a machine without ACPI has eight devices, and needs four for other ends
 	// diskCost is what one disk more must save, in compressed bytes: it takes a device and a mount at each boot.
-	diskCost = 2 << 20
+	diskCost = 512 << 10
 	// lastCost is what the last disk must save. It is left for what is put on top of this image later.
 	lastCost = 32 << 20
 )

@@ -592,7 +592,7 @@ type zeroReader struct{}
 
 func (zeroReader) Read(b []byte) (int, error) { clear(b); return len(b), nil }
 
-func tarHeader(t *testing.T, h *tar.Header) []byte {
+func tarHeader(t testing.TB, h *tar.Header) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	if err := tar.NewWriter(&b).WriteHeader(h); err != nil {

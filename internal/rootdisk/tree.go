@@ -6,12 +6,39 @@ import (
 	"math"
 	"strings"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
 // The layers are read from the top down, so what is in the tree already wins. Layers are counted from the top: 0 is the topmost,
 // and a node with cut n hides what layers greater than n have beneath it.
 const noCut = math.MaxInt
+
+// budget bounds what strangers can make of a tree: its memory, and the bytes of the disk, holes included.
+type budget struct {
+	memory int64 // bytes left
+	data   int64
+}
+
+const (
+	maxMemory = 3 << 29   // 1.5 GiB: about four million names
+	maxData   = 256 << 30 // a layer of zeros packs a thousandfold; what is to be read takes its time
+	nodeCost  = 384       // a node, its inode and its place in a map, measured (TestMemoryOfTree)
+)
+
+func (b *budget) spend(n int64) error {
+	if b.memory -= n; b.memory < 0 {
+		return fmt.Errorf("the layers have too many or too long names and attributes: their tree would take more than %d MiB: %w", maxMemory>>20, errdefs.ErrResourceExhausted)
+	}
+	return nil
+}
+
+func (b *budget) write(n int64) error {
+	if b.data -= n; b.data < 0 {
+		return fmt.Errorf("the layers unpack to more than %d GiB: %w", maxData>>30, errdefs.ErrResourceExhausted)
+	}
+	return nil
+}
 
 // node is a name in the tree.
 type node struct {
@@ -38,7 +65,7 @@ func (n *node) hide(layer int) { n.cut = min(n.cut, layer) }
 // dir walks to a directory and makes what is missing on the way. It returns nil when an upper layer hides the place.
 // A symbolic link of the same layer on the way is followed within the tree, as extracting the layer would do; one of a lower
 // layer is not: the directory takes its name, as it does in overlayfs.
-func (n *node) dir(path []string, layer int) (*node, error) {
+func (n *node) dir(path []string, layer int, left *budget) (*node, error) {
 	root, links := n, 0
 	for len(path) > 0 {
 		name := path[0]
@@ -58,6 +85,9 @@ func (n *node) dir(path []string, layer int) (*node, error) {
 		kid := n.kids[name]
 		switch {
 		case kid == nil:
+			if err := left.spend(nodeCost + int64(len(name))); err != nil {
+				return nil, err
+			}
 			kid = newDir(n, layer)
 			n.kids[name] = kid
 		case kid.kids != nil:

@@ -8,6 +8,7 @@ import (
 	"context"
 	"log/slog"
 	"net/http"
+	"os"
 	"time"
 
 	"connectrpc.com/connect"
@@ -53,6 +54,8 @@ type Disks interface {
 	Users() (map[string]int, error)
 	// Make makes an image's root disk, unless it is there; progress may be nil.
 	Make(ctx context.Context, img digest.Digest, progress func(done int64)) (rootdisk.Root, error)
+	// Flat writes all of an image as one disk, in a file without a name; the caller closes it.
+	Flat(ctx context.Context, img digest.Digest) (*os.File, error)
 }
 
 // Check is one finding of the doctor.

@@ -13,6 +13,7 @@ import (
 
 	"connectrpc.com/connect"
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
+	"github.com/atollvm/atoll/internal/build"
 	"github.com/atollvm/atoll/internal/event"
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -31,6 +32,22 @@ func (s *system) Doctor(ctx context.Context, _ *connect.Request[atollv1.DoctorRe
 	res := &atollv1.DoctorResponse{}
 	for _, c := range s.Options.Doctor(ctx) {
 		res.Checks = append(res.Checks, &atollv1.Check{Name: c.Name, Level: atollv1.Check_Level(c.Level), Message: c.Message, Hint: c.Hint})
+	}
+	return connect.NewResponse(res), nil
+}
+
+func (s *system) Prune(ctx context.Context, r *connect.Request[atollv1.PruneSystemRequest]) (*connect.Response[atollv1.PruneSystemResponse], error) {
+	pruned, err := (&images{s.Options}).Prune(ctx, connect.NewRequest(&atollv1.PruneImagesRequest{All: r.Msg.GetAll()}))
+	if err != nil {
+		return nil, err
+	}
+	res := &atollv1.PruneSystemResponse{Images: pruned.Msg}
+	records, err := s.Builds.Prune(ctx, build.PruneOptions{All: r.Msg.GetAll()})
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range records {
+		res.BuildCacheBytes += r.Size
 	}
 	return connect.NewResponse(res), nil
 }

@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -24,9 +25,6 @@ import (
 	"github.com/atollvm/atoll/client"
 	"github.com/atollvm/atoll/internal/agent/host"
 	"github.com/atollvm/atoll/internal/agent/transport"
-	"github.com/atollvm/atoll/internal/rootdisk"
-	"github.com/opencontainers/go-digest"
-	"log/slog"
 )
 
 type bench struct {
@@ -41,14 +39,15 @@ func main() {
 	out := flag.String("out", "", "the file to write; empty: stdout only")
 	home := flag.String("home", "", "an ATOLL_HOME with a kernel and the images busybox and debian:bookworm")
 	rounds := flag.Int("n", 9, "rounds of each measurement that boots a machine")
+	only := flag.String("only", "", "measure only this: boots, kernels, builds, disks, execs, or filesystems, which is measured only then")
 	flag.Parse()
-	if err := run(*atoll, *home, *out, *rounds); err != nil {
+	if err := run(*atoll, *home, *out, *rounds, *only); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(atoll, home, out string, rounds int) error {
+func run(atoll, home, out string, rounds int, only string) error {
 	path, err := filepath.Abs(atoll)
 	if err != nil {
 		return err
@@ -60,8 +59,15 @@ func run(atoll, home, out string, rounds int) error {
 	if b.client, err = client.New("unix://" + filepath.Join(home, "atoll.sock")); err != nil {
 		return err
 	}
-	for _, measure := range []func(int) error{b.boots, b.builds, b.rootDisks, b.execs} {
-		if err := measure(rounds); err != nil {
+	measures := []struct {
+		name string
+		do   func(int) error
+	}{{"boots", b.boots}, {"kernels", b.kernels}, {"builds", b.builds}, {"disks", b.rootDisks}, {"execs", b.execs}, {"filesystems", b.fileSystems}}
+	for _, m := range measures {
+		if m.name != only && (only != "" || m.name == "filesystems") {
+			continue
+		}
+		if err := m.do(rounds); err != nil {
 			return err
 		}
 	}
@@ -166,8 +172,41 @@ func (b *bench) boots(rounds int) error {
 
 func ratio(a, b time.Duration) float64 { return float64(a) / float64(b) }
 
-func (b *bench) firstOutput() (time.Duration, error) {
-	cmd := b.command("run", "--rm", "busybox", "echo", "x")
+// kernels: the same run on our own kernel and on Debian's, turn by turn.
+func (b *bench) kernels(rounds int) error {
+	own := os.Getenv("ATOLL_TEST_OWN_KERNEL")
+	if own == "" {
+		return errors.New("ATOLL_TEST_OWN_KERNEL is not set: test/fixture prints it")
+	}
+	debian, err := b.cli("kernel", "inspect", "--format", "{{.Name}}")
+	if err != nil {
+		return err
+	}
+	if _, err := b.cli("kernel", "import", own, "bench-own"); err != nil {
+		return err
+	}
+	defer b.cli("kernel", "rm", "bench-own")
+	var slow, fast []time.Duration
+	for range rounds {
+		d, err := b.firstOutput("--kernel", debian)
+		if err != nil {
+			return err
+		}
+		o, err := b.firstOutput("--kernel", "bench-own")
+		if err != nil {
+			return err
+		}
+		slow, fast = append(slow, d), append(fast, o)
+	}
+	b.row("## Kernels\n\n`atoll run --rm busybox echo x`, image cached, until the first byte of the output, on the kernel of `atoll kernel build` and on that of")
+	b.row("`atoll kernel pull`. %d rounds, turn by turn.\n\n| | median | fastest |\n|---|---|---|", rounds)
+	b.row("| Debian's cloud kernel | %s | %s |\n| our own | %s | %s |", ms(quantile(slow, .5)), ms(slices.Min(slow)), ms(quantile(fast, .5)), ms(slices.Min(fast)))
+	b.row("| **own ÷ Debian's** | **%.2f** | %.2f |\n", ratio(quantile(fast, .5), quantile(slow, .5)), ratio(slices.Min(fast), slices.Min(slow)))
+	return nil
+}
+
+func (b *bench) firstOutput(options ...string) (time.Duration, error) {
+	cmd := b.command(append(append([]string{"run", "--rm"}, options...), "busybox", "echo", "x")...)
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
 		return 0, err
@@ -208,32 +247,45 @@ func (b *bench) beforeExec() (time.Duration, error) {
 }
 
 func (b *bench) floor(m *atollv1.Machine, argv []string) (time.Duration, error) {
+	var took time.Duration
+	began := time.Now()
+	err := b.byHand(argv, configOf(m), func(*agentv1.Output) error {
+		took = time.Since(began)
+		return io.EOF
+	})
+	if took == 0 {
+		return 0, fmt.Errorf("floor: no output: %w", err)
+	}
+	return took, nil
+}
+
+// byHand starts QEMU with these words and configures the guest; output gets what the entrypoint writes until it returns an error.
+func (b *bench) byHand(argv []string, c *agentv1.Config, output func(*agentv1.Output) error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	sockets := make([]*os.File, 2)
 	paths := make([]string, 2)
 	dir, err := os.MkdirTemp("", "floor")
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer os.RemoveAll(dir)
 	for i := range sockets {
 		paths[i] = filepath.Join(dir, fmt.Sprint(i))
 		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: paths[i]})
 		if err != nil {
-			return 0, err
+			return err
 		}
 		l.SetUnlinkOnClose(false)
 		if sockets[i], err = l.File(); err != nil {
-			return 0, err
+			return err
 		}
 		l.Close()
 	}
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.ExtraFiles = sockets
-	began := time.Now()
 	if err := cmd.Start(); err != nil {
-		return 0, err
+		return err
 	}
 	defer cmd.Wait()
 	defer cmd.Process.Kill()
@@ -242,26 +294,18 @@ func (b *bench) floor(m *atollv1.Machine, argv []string) (time.Duration, error) 
 	}
 	conn, err := net.Dial("unix", paths[1]) // fd 3 is QMP, fd 4 the agent
 	if err != nil {
-		return 0, err
+		return err
 	}
 	session, err := transport.Connect(ctx, conn, transport.NewToken())
 	if err != nil {
-		return 0, err
+		return err
 	}
 	agent := host.New(session)
 	defer agent.Close()
-	if err := agent.Configure(ctx, configOf(m), func(string) {}); err != nil {
-		return 0, err
+	if err := agent.Configure(ctx, c, func(string) {}); err != nil {
+		return err
 	}
-	var took time.Duration
-	err = agent.Output(ctx, 0, func(o *agentv1.Output) error {
-		took = time.Since(began)
-		return io.EOF
-	})
-	if took == 0 {
-		return 0, fmt.Errorf("floor: no output: %w", err)
-	}
-	return took, nil
+	return agent.Output(ctx, 0, output)
 }
 
 // argv is how the driver started the machine, as it keeps it beside the console; the NIC's socket gets a place of its own.
@@ -308,17 +352,8 @@ func (b *bench) builds(int) error {
 	var whole, solve []time.Duration
 	for i := range 12 {
 		began := time.Now()
-		stream, err := b.client.Build.Build(context.Background(), connect.NewRequest(&atollv1.BuildRequest{ContextDir: dir, Tags: []string{"bench-build"}}))
+		res, err := b.buildOnce(&atollv1.BuildStart{ContextDir: dir, Tags: []string{"bench-build"}})
 		if err != nil {
-			return err
-		}
-		var res *atollv1.BuildResult
-		for stream.Receive() {
-			if r := stream.Msg().GetResult(); r != nil {
-				res = r
-			}
-		}
-		if err := stream.Err(); err != nil {
 			return err
 		}
 		if i > 1 {
@@ -326,47 +361,25 @@ func (b *bench) builds(int) error {
 		}
 	}
 	b.row("## Building\n\nA build with nothing changed: two instructions after `FROM busybox`. 10 rounds.\n\n| | median |\n|---|---|")
-	b.row("| BuildKit's own solve | %s |\n| `Build` call | %s |\n| **build ÷ solve** (≤ 2) | **%.2f** |\n", ms(quantile(solve, .5)), ms(quantile(whole, .5)), ratio(quantile(whole, .5), quantile(solve, .5)))
+	b.row("| BuildKit's own solve | %s |\n| `Build` call | %s |\n| **build ÷ solve** (≤ 1.2) | **%.2f** |\n", ms(quantile(solve, .5)), ms(quantile(whole, .5)), ratio(quantile(whole, .5), quantile(solve, .5)))
 	return nil
 }
 
-// rootDisks: image layers to a root disk, in MB of the uncompressed disk per second.
-func (b *bench) rootDisks(int) error {
-	got, err := b.client.Images.Get(context.Background(), connect.NewRequest(&atollv1.GetImageRequest{Reference: "debian:bookworm"}))
-	if err != nil {
-		return err
+func (b *bench) buildOnce(start *atollv1.BuildStart) (*atollv1.BuildResult, error) {
+	stream := b.client.Build.Build(context.Background())
+	defer stream.CloseResponse()
+	if err := stream.Send(&atollv1.BuildRequest{Kind: &atollv1.BuildRequest_Start{Start: start}}); err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
 	}
-	img := got.Msg.GetImage()
-	var layers []rootdisk.Layer
-	for _, l := range img.GetLayers() {
-		d := digest.Digest(l.GetDigest())
-		layers = append(layers, rootdisk.Layer{Digest: d, MediaType: l.GetMediaType(), Size: l.GetSizeBytes(), Open: func() (io.ReadCloser, error) {
-			return os.Open(filepath.Join(b.home, "images", "blobs", "sha256", d.Encoded()))
-		}})
+	for {
+		r, err := stream.Receive()
+		if err != nil {
+			return nil, err
+		}
+		if res := r.GetResult(); res != nil {
+			return res, nil
+		}
 	}
-	var took []time.Duration
-	var size int64
-	for range 5 {
-		dir, err := os.MkdirTemp(b.home, "bench-disk")
-		if err != nil {
-			return err
-		}
-		store, err := rootdisk.Open(dir, slog.New(slog.DiscardHandler))
-		if err != nil {
-			return err
-		}
-		began := time.Now()
-		disk, err := store.Ensure(context.Background(), digest.Digest(img.GetDigest()), layers, nil)
-		took = append(took, time.Since(began))
-		os.RemoveAll(dir)
-		if err != nil {
-			return err
-		}
-		size = disk.Size()
-	}
-	b.row("## Root disks\n\ndebian:bookworm as built here (one zstd layer of %.0f MB) to a root disk of %.0f MB, fsync included. 5 rounds.\n\n| | median |\n|---|---|", float64(img.GetSizeBytes())/1e6, float64(size)/1e6)
-	b.row("| time | %s |\n| **speed** (≥ 200 MB/s) | **%.0f MB/s** |\n", ms(quantile(took, .5)), float64(size)/1e6/quantile(took, .5).Seconds())
-	return nil
 }
 
 // execs: round trips of exec /bin/true through the API and through the CLI.

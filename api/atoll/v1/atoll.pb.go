@@ -188,7 +188,7 @@ func (x Check_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Check_Level.Descriptor instead.
 func (Check_Level) EnumDescriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96, 0}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{109, 0}
 }
 
 // Hint is an error detail: the next step for a person.
@@ -4710,17 +4710,14 @@ func (*LoginResponse) Descriptor() ([]byte, []int) {
 }
 
 type BuildRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ContextDir    string                 `protobuf:"bytes,1,opt,name=context_dir,json=contextDir,proto3" json:"context_dir,omitempty"` // an absolute path on the daemon's host
-	Dockerfile    string                 `protobuf:"bytes,2,opt,name=dockerfile,proto3" json:"dockerfile,omitempty"`                   // an absolute path; default: Dockerfile in the context
-	Tags          []string               `protobuf:"bytes,3,rep,name=tags,proto3" json:"tags,omitempty"`
-	Target        string                 `protobuf:"bytes,4,opt,name=target,proto3" json:"target,omitempty"`
-	BuildArgs     map[string]string      `protobuf:"bytes,5,rep,name=build_args,json=buildArgs,proto3" json:"build_args,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Labels        map[string]string      `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	NoCache       bool                   `protobuf:"varint,7,opt,name=no_cache,json=noCache,proto3" json:"no_cache,omitempty"`
-	Pull          bool                   `protobuf:"varint,8,opt,name=pull,proto3" json:"pull,omitempty"`
-	Platform      string                 `protobuf:"bytes,9,opt,name=platform,proto3" json:"platform,omitempty"`
-	Isolation     string                 `protobuf:"bytes,30,opt,name=isolation,proto3" json:"isolation,omitempty"` // where RUN steps run: host or vm; default: the daemon's setting
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*BuildRequest_Start
+	//	*BuildRequest_Context
+	//	*BuildRequest_ContextEnd
+	//	*BuildRequest_Agent
+	Kind          isBuildRequest_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4755,74 +4752,501 @@ func (*BuildRequest) Descriptor() ([]byte, []int) {
 	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
 }
 
-func (x *BuildRequest) GetContextDir() string {
+func (x *BuildRequest) GetKind() isBuildRequest_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *BuildRequest) GetStart() *BuildStart {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildRequest_Start); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *BuildRequest) GetContext() []byte {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildRequest_Context); ok {
+			return x.Context
+		}
+	}
+	return nil
+}
+
+func (x *BuildRequest) GetContextEnd() bool {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildRequest_ContextEnd); ok {
+			return x.ContextEnd
+		}
+	}
+	return false
+}
+
+func (x *BuildRequest) GetAgent() *AgentData {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildRequest_Agent); ok {
+			return x.Agent
+		}
+	}
+	return nil
+}
+
+type isBuildRequest_Kind interface {
+	isBuildRequest_Kind()
+}
+
+type BuildRequest_Start struct {
+	Start *BuildStart `protobuf:"bytes,1,opt,name=start,proto3,oneof"`
+}
+
+type BuildRequest_Context struct {
+	Context []byte `protobuf:"bytes,2,opt,name=context,proto3,oneof"` // of a streamed context
+}
+
+type BuildRequest_ContextEnd struct {
+	ContextEnd bool `protobuf:"varint,3,opt,name=context_end,json=contextEnd,proto3,oneof"`
+}
+
+type BuildRequest_Agent struct {
+	Agent *AgentData `protobuf:"bytes,4,opt,name=agent,proto3,oneof"`
+}
+
+func (*BuildRequest_Start) isBuildRequest_Kind() {}
+
+func (*BuildRequest_Context) isBuildRequest_Kind() {}
+
+func (*BuildRequest_ContextEnd) isBuildRequest_Kind() {}
+
+func (*BuildRequest_Agent) isBuildRequest_Kind() {}
+
+type BuildStart struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The context is one of these three.
+	ContextDir     string               `protobuf:"bytes,1,opt,name=context_dir,json=contextDir,proto3" json:"context_dir,omitempty"`             // an absolute path on the daemon's host
+	ContextUrl     string               `protobuf:"bytes,2,opt,name=context_url,json=contextUrl,proto3" json:"context_url,omitempty"`             // a git repository, or http(s) of a Dockerfile or an archive
+	ContextStream  bool                 `protobuf:"varint,3,opt,name=context_stream,json=contextStream,proto3" json:"context_stream,omitempty"`   // messages follow: an archive, or a Dockerfile alone
+	Dockerfile     string               `protobuf:"bytes,4,opt,name=dockerfile,proto3" json:"dockerfile,omitempty"`                               // an absolute path, or one in the context; default: Dockerfile in the context
+	DockerfileText []byte               `protobuf:"bytes,5,opt,name=dockerfile_text,json=dockerfileText,proto3" json:"dockerfile_text,omitempty"` // instead of a file
+	Tags           []string             `protobuf:"bytes,6,rep,name=tags,proto3" json:"tags,omitempty"`
+	Target         string               `protobuf:"bytes,7,opt,name=target,proto3" json:"target,omitempty"`
+	BuildArgs      map[string]string    `protobuf:"bytes,8,rep,name=build_args,json=buildArgs,proto3" json:"build_args,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Labels         map[string]string    `protobuf:"bytes,9,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	NoCache        bool                 `protobuf:"varint,10,opt,name=no_cache,json=noCache,proto3" json:"no_cache,omitempty"`
+	NoCacheStages  []string             `protobuf:"bytes,11,rep,name=no_cache_stages,json=noCacheStages,proto3" json:"no_cache_stages,omitempty"`
+	Pull           bool                 `protobuf:"varint,12,opt,name=pull,proto3" json:"pull,omitempty"`
+	Platform       string               `protobuf:"bytes,13,opt,name=platform,proto3" json:"platform,omitempty"`
+	BuildContexts  map[string]string    `protobuf:"bytes,14,rep,name=build_contexts,json=buildContexts,proto3" json:"build_contexts,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // by name: dir:PATH, docker-image://REFERENCE, oci-layout://PATH[:TAG][@DIGEST], or a URL
+	Secrets        map[string][]byte    `protobuf:"bytes,15,rep,name=secrets,proto3" json:"secrets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`                                  // by ID; nothing of them is kept
+	Ssh            []string             `protobuf:"bytes,16,rep,name=ssh,proto3" json:"ssh,omitempty"`                                                                                                                    // IDs of the SSH agents that the client answers for
+	Network        string               `protobuf:"bytes,17,opt,name=network,proto3" json:"network,omitempty"`                                                                                                            // of RUN: host (default) or none
+	AddHosts       []string             `protobuf:"bytes,18,rep,name=add_hosts,json=addHosts,proto3" json:"add_hosts,omitempty"`                                                                                          // NAME=ADDRESS
+	ShmBytes       int64                `protobuf:"varint,19,opt,name=shm_bytes,json=shmBytes,proto3" json:"shm_bytes,omitempty"`
+	Ulimits        []string             `protobuf:"bytes,20,rep,name=ulimits,proto3" json:"ulimits,omitempty"` // NAME=SOFT[:HARD]
+	CacheTo        []*CacheOption       `protobuf:"bytes,21,rep,name=cache_to,json=cacheTo,proto3" json:"cache_to,omitempty"`
+	CacheFrom      []*CacheOption       `protobuf:"bytes,22,rep,name=cache_from,json=cacheFrom,proto3" json:"cache_from,omitempty"`
+	Outputs        []*BuildOutput       `protobuf:"bytes,23,rep,name=outputs,proto3" json:"outputs,omitempty"`
+	Call           string               `protobuf:"bytes,24,opt,name=call,proto3" json:"call,omitempty"`           // check, outline or targets: answers a report and builds nothing
+	Quiet          bool                 `protobuf:"varint,25,opt,name=quiet,proto3" json:"quiet,omitempty"`        // no statuses but warnings; the output of a step that failed then comes with the error
+	Timeout        *durationpb.Duration `protobuf:"bytes,26,opt,name=timeout,proto3" json:"timeout,omitempty"`     // of the whole build; 0: as the daemon's settings say
+	Isolation      string               `protobuf:"bytes,27,opt,name=isolation,proto3" json:"isolation,omitempty"` // where RUN steps run: host or vm; default: as the daemon's settings say
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *BuildStart) Reset() {
+	*x = BuildStart{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildStart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildStart) ProtoMessage() {}
+
+func (x *BuildStart) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildStart.ProtoReflect.Descriptor instead.
+func (*BuildStart) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
+}
+
+func (x *BuildStart) GetContextDir() string {
 	if x != nil {
 		return x.ContextDir
 	}
 	return ""
 }
 
-func (x *BuildRequest) GetDockerfile() string {
+func (x *BuildStart) GetContextUrl() string {
+	if x != nil {
+		return x.ContextUrl
+	}
+	return ""
+}
+
+func (x *BuildStart) GetContextStream() bool {
+	if x != nil {
+		return x.ContextStream
+	}
+	return false
+}
+
+func (x *BuildStart) GetDockerfile() string {
 	if x != nil {
 		return x.Dockerfile
 	}
 	return ""
 }
 
-func (x *BuildRequest) GetTags() []string {
+func (x *BuildStart) GetDockerfileText() []byte {
+	if x != nil {
+		return x.DockerfileText
+	}
+	return nil
+}
+
+func (x *BuildStart) GetTags() []string {
 	if x != nil {
 		return x.Tags
 	}
 	return nil
 }
 
-func (x *BuildRequest) GetTarget() string {
+func (x *BuildStart) GetTarget() string {
 	if x != nil {
 		return x.Target
 	}
 	return ""
 }
 
-func (x *BuildRequest) GetBuildArgs() map[string]string {
+func (x *BuildStart) GetBuildArgs() map[string]string {
 	if x != nil {
 		return x.BuildArgs
 	}
 	return nil
 }
 
-func (x *BuildRequest) GetLabels() map[string]string {
+func (x *BuildStart) GetLabels() map[string]string {
 	if x != nil {
 		return x.Labels
 	}
 	return nil
 }
 
-func (x *BuildRequest) GetNoCache() bool {
+func (x *BuildStart) GetNoCache() bool {
 	if x != nil {
 		return x.NoCache
 	}
 	return false
 }
 
-func (x *BuildRequest) GetPull() bool {
+func (x *BuildStart) GetNoCacheStages() []string {
+	if x != nil {
+		return x.NoCacheStages
+	}
+	return nil
+}
+
+func (x *BuildStart) GetPull() bool {
 	if x != nil {
 		return x.Pull
 	}
 	return false
 }
 
-func (x *BuildRequest) GetPlatform() string {
+func (x *BuildStart) GetPlatform() string {
 	if x != nil {
 		return x.Platform
 	}
 	return ""
 }
 
-func (x *BuildRequest) GetIsolation() string {
+func (x *BuildStart) GetBuildContexts() map[string]string {
+	if x != nil {
+		return x.BuildContexts
+	}
+	return nil
+}
+
+func (x *BuildStart) GetSecrets() map[string][]byte {
+	if x != nil {
+		return x.Secrets
+	}
+	return nil
+}
+
+func (x *BuildStart) GetSsh() []string {
+	if x != nil {
+		return x.Ssh
+	}
+	return nil
+}
+
+func (x *BuildStart) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
+func (x *BuildStart) GetAddHosts() []string {
+	if x != nil {
+		return x.AddHosts
+	}
+	return nil
+}
+
+func (x *BuildStart) GetShmBytes() int64 {
+	if x != nil {
+		return x.ShmBytes
+	}
+	return 0
+}
+
+func (x *BuildStart) GetUlimits() []string {
+	if x != nil {
+		return x.Ulimits
+	}
+	return nil
+}
+
+func (x *BuildStart) GetCacheTo() []*CacheOption {
+	if x != nil {
+		return x.CacheTo
+	}
+	return nil
+}
+
+func (x *BuildStart) GetCacheFrom() []*CacheOption {
+	if x != nil {
+		return x.CacheFrom
+	}
+	return nil
+}
+
+func (x *BuildStart) GetOutputs() []*BuildOutput {
+	if x != nil {
+		return x.Outputs
+	}
+	return nil
+}
+
+func (x *BuildStart) GetCall() string {
+	if x != nil {
+		return x.Call
+	}
+	return ""
+}
+
+func (x *BuildStart) GetQuiet() bool {
+	if x != nil {
+		return x.Quiet
+	}
+	return false
+}
+
+func (x *BuildStart) GetTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.Timeout
+	}
+	return nil
+}
+
+func (x *BuildStart) GetIsolation() string {
 	if x != nil {
 		return x.Isolation
 	}
 	return ""
+}
+
+type CacheOption struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"` // registry, local or inline
+	Attributes    map[string]string      `protobuf:"bytes,2,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CacheOption) Reset() {
+	*x = CacheOption{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CacheOption) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CacheOption) ProtoMessage() {}
+
+func (x *CacheOption) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CacheOption.ProtoReflect.Descriptor instead.
+func (*CacheOption) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
+}
+
+func (x *CacheOption) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *CacheOption) GetAttributes() map[string]string {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
+}
+
+type BuildOutput struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"` // disk, oci, docker or tar
+	Attributes    map[string]string      `protobuf:"bytes,2,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildOutput) Reset() {
+	*x = BuildOutput{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildOutput) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildOutput) ProtoMessage() {}
+
+func (x *BuildOutput) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildOutput.ProtoReflect.Descriptor instead.
+func (*BuildOutput) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
+}
+
+func (x *BuildOutput) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *BuildOutput) GetAttributes() map[string]string {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
+}
+
+// AgentData is a piece of one connection to an SSH agent. The daemon opens connections, by the first message of a number.
+type AgentData struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Connection    uint32                 `protobuf:"varint,1,opt,name=connection,proto3" json:"connection,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"` // of the agent, in the first message
+	Data          []byte                 `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	Close         bool                   `protobuf:"varint,4,opt,name=close,proto3" json:"close,omitempty"` // nothing follows from this side
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentData) Reset() {
+	*x = AgentData{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentData) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentData) ProtoMessage() {}
+
+func (x *AgentData) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentData.ProtoReflect.Descriptor instead.
+func (*AgentData) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
+}
+
+func (x *AgentData) GetConnection() uint32 {
+	if x != nil {
+		return x.Connection
+	}
+	return 0
+}
+
+func (x *AgentData) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AgentData) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *AgentData) GetClose() bool {
+	if x != nil {
+		return x.Close
+	}
+	return false
 }
 
 type BuildResponse struct {
@@ -4831,6 +5255,9 @@ type BuildResponse struct {
 	//
 	//	*BuildResponse_Status
 	//	*BuildResponse_Result
+	//	*BuildResponse_Agent
+	//	*BuildResponse_Output
+	//	*BuildResponse_Report
 	Kind          isBuildResponse_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4838,7 +5265,7 @@ type BuildResponse struct {
 
 func (x *BuildResponse) Reset() {
 	*x = BuildResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4850,7 +5277,7 @@ func (x *BuildResponse) String() string {
 func (*BuildResponse) ProtoMessage() {}
 
 func (x *BuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4863,7 +5290,7 @@ func (x *BuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResponse.ProtoReflect.Descriptor instead.
 func (*BuildResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *BuildResponse) GetKind() isBuildResponse_Kind {
@@ -4891,6 +5318,33 @@ func (x *BuildResponse) GetResult() *BuildResult {
 	return nil
 }
 
+func (x *BuildResponse) GetAgent() *AgentData {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildResponse_Agent); ok {
+			return x.Agent
+		}
+	}
+	return nil
+}
+
+func (x *BuildResponse) GetOutput() *OutputData {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildResponse_Output); ok {
+			return x.Output
+		}
+	}
+	return nil
+}
+
+func (x *BuildResponse) GetReport() *BuildReport {
+	if x != nil {
+		if x, ok := x.Kind.(*BuildResponse_Report); ok {
+			return x.Report
+		}
+	}
+	return nil
+}
+
 type isBuildResponse_Kind interface {
 	isBuildResponse_Kind()
 }
@@ -4900,26 +5354,157 @@ type BuildResponse_Status struct {
 }
 
 type BuildResponse_Result struct {
-	Result *BuildResult `protobuf:"bytes,2,opt,name=result,proto3,oneof"` // the last message
+	Result *BuildResult `protobuf:"bytes,2,opt,name=result,proto3,oneof"`
+}
+
+type BuildResponse_Agent struct {
+	Agent *AgentData `protobuf:"bytes,3,opt,name=agent,proto3,oneof"`
+}
+
+type BuildResponse_Output struct {
+	Output *OutputData `protobuf:"bytes,4,opt,name=output,proto3,oneof"`
+}
+
+type BuildResponse_Report struct {
+	Report *BuildReport `protobuf:"bytes,5,opt,name=report,proto3,oneof"`
 }
 
 func (*BuildResponse_Status) isBuildResponse_Kind() {}
 
 func (*BuildResponse_Result) isBuildResponse_Kind() {}
 
+func (*BuildResponse_Agent) isBuildResponse_Kind() {}
+
+func (*BuildResponse_Output) isBuildResponse_Kind() {}
+
+func (*BuildResponse_Report) isBuildResponse_Kind() {}
+
+type OutputData struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint32                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"` // of BuildStart.outputs
+	Data          []byte                 `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OutputData) Reset() {
+	*x = OutputData{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OutputData) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OutputData) ProtoMessage() {}
+
+func (x *OutputData) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OutputData.ProtoReflect.Descriptor instead.
+func (*OutputData) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{73}
+}
+
+func (x *OutputData) GetIndex() uint32 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *OutputData) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type BuildReport struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Text          string                 `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"`
+	Json          []byte                 `protobuf:"bytes,2,opt,name=json,proto3" json:"json,omitempty"`
+	ExitCode      int32                  `protobuf:"varint,3,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"` // not 0: there is something to mend
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildReport) Reset() {
+	*x = BuildReport{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildReport) ProtoMessage() {}
+
+func (x *BuildReport) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildReport.ProtoReflect.Descriptor instead.
+func (*BuildReport) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{74}
+}
+
+func (x *BuildReport) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+func (x *BuildReport) GetJson() []byte {
+	if x != nil {
+		return x.Json
+	}
+	return nil
+}
+
+func (x *BuildReport) GetExitCode() int32 {
+	if x != nil {
+		return x.ExitCode
+	}
+	return 0
+}
+
 type BuildResult struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"` // empty where no image was kept
 	References    []string               `protobuf:"bytes,2,rep,name=references,proto3" json:"references,omitempty"`
-	Solve         *durationpb.Duration   `protobuf:"bytes,3,opt,name=solve,proto3" json:"solve,omitempty"`                       // BuildKit's own share
-	RootDisk      *durationpb.Duration   `protobuf:"bytes,4,opt,name=root_disk,json=rootDisk,proto3" json:"root_disk,omitempty"` // 0 when it was there
+	Solve         *durationpb.Duration   `protobuf:"bytes,3,opt,name=solve,proto3" json:"solve,omitempty"`                                                                                 // BuildKit's own share
+	RootDisk      *durationpb.Duration   `protobuf:"bytes,4,opt,name=root_disk,json=rootDisk,proto3" json:"root_disk,omitempty"`                                                           // 0 when it was there
+	Metadata      map[string]string      `protobuf:"bytes,5,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // what BuildKit's exporters say, as containerimage.digest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BuildResult) Reset() {
 	*x = BuildResult{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4931,7 +5516,7 @@ func (x *BuildResult) String() string {
 func (*BuildResult) ProtoMessage() {}
 
 func (x *BuildResult) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4944,7 +5529,7 @@ func (x *BuildResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResult.ProtoReflect.Descriptor instead.
 func (*BuildResult) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *BuildResult) GetDigest() string {
@@ -4975,6 +5560,305 @@ func (x *BuildResult) GetRootDisk() *durationpb.Duration {
 	return nil
 }
 
+func (x *BuildResult) GetMetadata() map[string]string {
+	if x != nil {
+		return x.Metadata
+	}
+	return nil
+}
+
+type BuildDiskUsageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildDiskUsageRequest) Reset() {
+	*x = BuildDiskUsageRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildDiskUsageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildDiskUsageRequest) ProtoMessage() {}
+
+func (x *BuildDiskUsageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildDiskUsageRequest.ProtoReflect.Descriptor instead.
+func (*BuildDiskUsageRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{76}
+}
+
+type BuildDiskUsageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Records       []*BuildCacheRecord    `protobuf:"bytes,1,rep,name=records,proto3" json:"records,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildDiskUsageResponse) Reset() {
+	*x = BuildDiskUsageResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildDiskUsageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildDiskUsageResponse) ProtoMessage() {}
+
+func (x *BuildDiskUsageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildDiskUsageResponse.ProtoReflect.Descriptor instead.
+func (*BuildDiskUsageResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{77}
+}
+
+func (x *BuildDiskUsageResponse) GetRecords() []*BuildCacheRecord {
+	if x != nil {
+		return x.Records
+	}
+	return nil
+}
+
+type BuildCacheRecord struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Type          string                 `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"` // regular, source.local, exec.cachemount, …
+	Description   string                 `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	InUse         bool                   `protobuf:"varint,5,opt,name=in_use,json=inUse,proto3" json:"in_use,omitempty"`
+	Shared        bool                   `protobuf:"varint,6,opt,name=shared,proto3" json:"shared,omitempty"`
+	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	LastUsedAt    *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=last_used_at,json=lastUsedAt,proto3" json:"last_used_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildCacheRecord) Reset() {
+	*x = BuildCacheRecord{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildCacheRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildCacheRecord) ProtoMessage() {}
+
+func (x *BuildCacheRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildCacheRecord.ProtoReflect.Descriptor instead.
+func (*BuildCacheRecord) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{78}
+}
+
+func (x *BuildCacheRecord) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *BuildCacheRecord) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *BuildCacheRecord) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
+func (x *BuildCacheRecord) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *BuildCacheRecord) GetInUse() bool {
+	if x != nil {
+		return x.InUse
+	}
+	return false
+}
+
+func (x *BuildCacheRecord) GetShared() bool {
+	if x != nil {
+		return x.Shared
+	}
+	return false
+}
+
+func (x *BuildCacheRecord) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+func (x *BuildCacheRecord) GetLastUsedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastUsedAt
+	}
+	return nil
+}
+
+type PruneBuildRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	All           bool                   `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"`                              // also what builds may still use
+	UnusedFor     *durationpb.Duration   `protobuf:"bytes,2,opt,name=unused_for,json=unusedFor,proto3" json:"unused_for,omitempty"`  // only what was not used for so long
+	KeepBytes     int64                  `protobuf:"varint,3,opt,name=keep_bytes,json=keepBytes,proto3" json:"keep_bytes,omitempty"` // leave this much
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PruneBuildRequest) Reset() {
+	*x = PruneBuildRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneBuildRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneBuildRequest) ProtoMessage() {}
+
+func (x *PruneBuildRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneBuildRequest.ProtoReflect.Descriptor instead.
+func (*PruneBuildRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{79}
+}
+
+func (x *PruneBuildRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+func (x *PruneBuildRequest) GetUnusedFor() *durationpb.Duration {
+	if x != nil {
+		return x.UnusedFor
+	}
+	return nil
+}
+
+func (x *PruneBuildRequest) GetKeepBytes() int64 {
+	if x != nil {
+		return x.KeepBytes
+	}
+	return 0
+}
+
+type PruneBuildResponse struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Records        []*BuildCacheRecord    `protobuf:"bytes,1,rep,name=records,proto3" json:"records,omitempty"` // what was removed
+	ReclaimedBytes int64                  `protobuf:"varint,2,opt,name=reclaimed_bytes,json=reclaimedBytes,proto3" json:"reclaimed_bytes,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *PruneBuildResponse) Reset() {
+	*x = PruneBuildResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneBuildResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneBuildResponse) ProtoMessage() {}
+
+func (x *PruneBuildResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneBuildResponse.ProtoReflect.Descriptor instead.
+func (*PruneBuildResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{80}
+}
+
+func (x *PruneBuildResponse) GetRecords() []*BuildCacheRecord {
+	if x != nil {
+		return x.Records
+	}
+	return nil
+}
+
+func (x *PruneBuildResponse) GetReclaimedBytes() int64 {
+	if x != nil {
+		return x.ReclaimedBytes
+	}
+	return 0
+}
+
 type Base struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`     // debian:bookworm
@@ -4989,7 +5873,7 @@ type Base struct {
 
 func (x *Base) Reset() {
 	*x = Base{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5001,7 +5885,7 @@ func (x *Base) String() string {
 func (*Base) ProtoMessage() {}
 
 func (x *Base) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5014,7 +5898,7 @@ func (x *Base) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Base.ProtoReflect.Descriptor instead.
 func (*Base) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *Base) GetName() string {
@@ -5067,7 +5951,7 @@ type ListBasesRequest struct {
 
 func (x *ListBasesRequest) Reset() {
 	*x = ListBasesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5079,7 +5963,7 @@ func (x *ListBasesRequest) String() string {
 func (*ListBasesRequest) ProtoMessage() {}
 
 func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5092,7 +5976,7 @@ func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesRequest.ProtoReflect.Descriptor instead.
 func (*ListBasesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{82}
 }
 
 type ListBasesResponse struct {
@@ -5104,7 +5988,7 @@ type ListBasesResponse struct {
 
 func (x *ListBasesResponse) Reset() {
 	*x = ListBasesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5116,7 +6000,7 @@ func (x *ListBasesResponse) String() string {
 func (*ListBasesResponse) ProtoMessage() {}
 
 func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5129,7 +6013,7 @@ func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesResponse.ProtoReflect.Descriptor instead.
 func (*ListBasesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{72}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ListBasesResponse) GetBases() []*Base {
@@ -5153,7 +6037,7 @@ type BuildBaseRequest struct {
 
 func (x *BuildBaseRequest) Reset() {
 	*x = BuildBaseRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5165,7 +6049,7 @@ func (x *BuildBaseRequest) String() string {
 func (*BuildBaseRequest) ProtoMessage() {}
 
 func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5178,7 +6062,7 @@ func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseRequest.ProtoReflect.Descriptor instead.
 func (*BuildBaseRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{73}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *BuildBaseRequest) GetName() string {
@@ -5237,7 +6121,7 @@ type BuildBaseResponse struct {
 
 func (x *BuildBaseResponse) Reset() {
 	*x = BuildBaseResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5249,7 +6133,7 @@ func (x *BuildBaseResponse) String() string {
 func (*BuildBaseResponse) ProtoMessage() {}
 
 func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5262,7 +6146,7 @@ func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseResponse.ProtoReflect.Descriptor instead.
 func (*BuildBaseResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{74}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *BuildBaseResponse) GetKind() isBuildBaseResponse_Kind {
@@ -5341,7 +6225,7 @@ type Kernel struct {
 
 func (x *Kernel) Reset() {
 	*x = Kernel{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5353,7 +6237,7 @@ func (x *Kernel) String() string {
 func (*Kernel) ProtoMessage() {}
 
 func (x *Kernel) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5366,7 +6250,7 @@ func (x *Kernel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Kernel.ProtoReflect.Descriptor instead.
 func (*Kernel) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{75}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *Kernel) GetName() string {
@@ -5470,7 +6354,7 @@ type BuildKernelRequest struct {
 
 func (x *BuildKernelRequest) Reset() {
 	*x = BuildKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5482,7 +6366,7 @@ func (x *BuildKernelRequest) String() string {
 func (*BuildKernelRequest) ProtoMessage() {}
 
 func (x *BuildKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5495,7 +6379,7 @@ func (x *BuildKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildKernelRequest.ProtoReflect.Descriptor instead.
 func (*BuildKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{76}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *BuildKernelRequest) GetName() string {
@@ -5575,7 +6459,7 @@ type BuildKernelResponse struct {
 
 func (x *BuildKernelResponse) Reset() {
 	*x = BuildKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5587,7 +6471,7 @@ func (x *BuildKernelResponse) String() string {
 func (*BuildKernelResponse) ProtoMessage() {}
 
 func (x *BuildKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5600,7 +6484,7 @@ func (x *BuildKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildKernelResponse.ProtoReflect.Descriptor instead.
 func (*BuildKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{77}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *BuildKernelResponse) GetKind() isBuildKernelResponse_Kind {
@@ -5668,7 +6552,7 @@ type RemoveKernelRequest struct {
 
 func (x *RemoveKernelRequest) Reset() {
 	*x = RemoveKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5680,7 +6564,7 @@ func (x *RemoveKernelRequest) String() string {
 func (*RemoveKernelRequest) ProtoMessage() {}
 
 func (x *RemoveKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5693,7 +6577,7 @@ func (x *RemoveKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveKernelRequest.ProtoReflect.Descriptor instead.
 func (*RemoveKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{78}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *RemoveKernelRequest) GetName() string {
@@ -5711,7 +6595,7 @@ type RemoveKernelResponse struct {
 
 func (x *RemoveKernelResponse) Reset() {
 	*x = RemoveKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5723,7 +6607,7 @@ func (x *RemoveKernelResponse) String() string {
 func (*RemoveKernelResponse) ProtoMessage() {}
 
 func (x *RemoveKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5736,7 +6620,7 @@ func (x *RemoveKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveKernelResponse.ProtoReflect.Descriptor instead.
 func (*RemoveKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{79}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{90}
 }
 
 type SetDefaultKernelRequest struct {
@@ -5748,7 +6632,7 @@ type SetDefaultKernelRequest struct {
 
 func (x *SetDefaultKernelRequest) Reset() {
 	*x = SetDefaultKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5760,7 +6644,7 @@ func (x *SetDefaultKernelRequest) String() string {
 func (*SetDefaultKernelRequest) ProtoMessage() {}
 
 func (x *SetDefaultKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5773,7 +6657,7 @@ func (x *SetDefaultKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetDefaultKernelRequest.ProtoReflect.Descriptor instead.
 func (*SetDefaultKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{80}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *SetDefaultKernelRequest) GetName() string {
@@ -5791,7 +6675,7 @@ type SetDefaultKernelResponse struct {
 
 func (x *SetDefaultKernelResponse) Reset() {
 	*x = SetDefaultKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5803,7 +6687,7 @@ func (x *SetDefaultKernelResponse) String() string {
 func (*SetDefaultKernelResponse) ProtoMessage() {}
 
 func (x *SetDefaultKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5816,7 +6700,7 @@ func (x *SetDefaultKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetDefaultKernelResponse.ProtoReflect.Descriptor instead.
 func (*SetDefaultKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{81}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{92}
 }
 
 type ImportKernelRequest struct {
@@ -5829,7 +6713,7 @@ type ImportKernelRequest struct {
 
 func (x *ImportKernelRequest) Reset() {
 	*x = ImportKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5841,7 +6725,7 @@ func (x *ImportKernelRequest) String() string {
 func (*ImportKernelRequest) ProtoMessage() {}
 
 func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5854,7 +6738,7 @@ func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelRequest.ProtoReflect.Descriptor instead.
 func (*ImportKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{82}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ImportKernelRequest) GetPath() string {
@@ -5880,7 +6764,7 @@ type ImportKernelResponse struct {
 
 func (x *ImportKernelResponse) Reset() {
 	*x = ImportKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5892,7 +6776,7 @@ func (x *ImportKernelResponse) String() string {
 func (*ImportKernelResponse) ProtoMessage() {}
 
 func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5905,7 +6789,7 @@ func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelResponse.ProtoReflect.Descriptor instead.
 func (*ImportKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{83}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ImportKernelResponse) GetKernel() *Kernel {
@@ -5923,7 +6807,7 @@ type ListKernelsRequest struct {
 
 func (x *ListKernelsRequest) Reset() {
 	*x = ListKernelsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5935,7 +6819,7 @@ func (x *ListKernelsRequest) String() string {
 func (*ListKernelsRequest) ProtoMessage() {}
 
 func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5948,7 +6832,7 @@ func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsRequest.ProtoReflect.Descriptor instead.
 func (*ListKernelsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{84}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{95}
 }
 
 type ListKernelsResponse struct {
@@ -5960,7 +6844,7 @@ type ListKernelsResponse struct {
 
 func (x *ListKernelsResponse) Reset() {
 	*x = ListKernelsResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5972,7 +6856,7 @@ func (x *ListKernelsResponse) String() string {
 func (*ListKernelsResponse) ProtoMessage() {}
 
 func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5985,7 +6869,7 @@ func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsResponse.ProtoReflect.Descriptor instead.
 func (*ListKernelsResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{85}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *ListKernelsResponse) GetKernels() []*Kernel {
@@ -6004,7 +6888,7 @@ type GetKernelRequest struct {
 
 func (x *GetKernelRequest) Reset() {
 	*x = GetKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6016,7 +6900,7 @@ func (x *GetKernelRequest) String() string {
 func (*GetKernelRequest) ProtoMessage() {}
 
 func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6029,7 +6913,7 @@ func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelRequest.ProtoReflect.Descriptor instead.
 func (*GetKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{86}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *GetKernelRequest) GetName() string {
@@ -6048,7 +6932,7 @@ type GetKernelResponse struct {
 
 func (x *GetKernelResponse) Reset() {
 	*x = GetKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6060,7 +6944,7 @@ func (x *GetKernelResponse) String() string {
 func (*GetKernelResponse) ProtoMessage() {}
 
 func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6073,7 +6957,7 @@ func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelResponse.ProtoReflect.Descriptor instead.
 func (*GetKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{87}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *GetKernelResponse) GetKernel() *Kernel {
@@ -6094,7 +6978,7 @@ type PullKernelRequest struct {
 
 func (x *PullKernelRequest) Reset() {
 	*x = PullKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6106,7 +6990,7 @@ func (x *PullKernelRequest) String() string {
 func (*PullKernelRequest) ProtoMessage() {}
 
 func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6119,7 +7003,7 @@ func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelRequest.ProtoReflect.Descriptor instead.
 func (*PullKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{88}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *PullKernelRequest) GetName() string {
@@ -6156,7 +7040,7 @@ type PullKernelResponse struct {
 
 func (x *PullKernelResponse) Reset() {
 	*x = PullKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6168,7 +7052,7 @@ func (x *PullKernelResponse) String() string {
 func (*PullKernelResponse) ProtoMessage() {}
 
 func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6181,7 +7065,7 @@ func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelResponse.ProtoReflect.Descriptor instead.
 func (*PullKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{89}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *PullKernelResponse) GetKind() isPullKernelResponse_Kind {
@@ -6225,6 +7109,102 @@ func (*PullKernelResponse_Transfer) isPullKernelResponse_Kind() {}
 
 func (*PullKernelResponse_Kernel) isPullKernelResponse_Kind() {}
 
+type PruneSystemRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	All           bool                   `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"` // also images with names that no machine uses, and the builder's own records
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PruneSystemRequest) Reset() {
+	*x = PruneSystemRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneSystemRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneSystemRequest) ProtoMessage() {}
+
+func (x *PruneSystemRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneSystemRequest.ProtoReflect.Descriptor instead.
+func (*PruneSystemRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{101}
+}
+
+func (x *PruneSystemRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+type PruneSystemResponse struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Images          *PruneImagesResponse   `protobuf:"bytes,1,opt,name=images,proto3" json:"images,omitempty"`
+	BuildCacheBytes int64                  `protobuf:"varint,2,opt,name=build_cache_bytes,json=buildCacheBytes,proto3" json:"build_cache_bytes,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *PruneSystemResponse) Reset() {
+	*x = PruneSystemResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[102]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneSystemResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneSystemResponse) ProtoMessage() {}
+
+func (x *PruneSystemResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[102]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneSystemResponse.ProtoReflect.Descriptor instead.
+func (*PruneSystemResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{102}
+}
+
+func (x *PruneSystemResponse) GetImages() *PruneImagesResponse {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+func (x *PruneSystemResponse) GetBuildCacheBytes() int64 {
+	if x != nil {
+		return x.BuildCacheBytes
+	}
+	return 0
+}
+
 type VersionRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -6233,7 +7213,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6245,7 +7225,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6258,7 +7238,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{90}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{103}
 }
 
 type VersionResponse struct {
@@ -6275,7 +7255,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6287,7 +7267,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6300,7 +7280,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{91}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -6355,7 +7335,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6367,7 +7347,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6380,7 +7360,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{92}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *EventsRequest) GetSince() *timestamppb.Timestamp {
@@ -6412,7 +7392,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6424,7 +7404,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6437,7 +7417,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{93}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -6490,7 +7470,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6502,7 +7482,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6515,7 +7495,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{94}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{107}
 }
 
 type DoctorResponse struct {
@@ -6527,7 +7507,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6539,7 +7519,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6552,7 +7532,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{95}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *DoctorResponse) GetChecks() []*Check {
@@ -6574,7 +7554,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6586,7 +7566,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6599,7 +7579,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *Check) GetName() string {
@@ -6638,7 +7618,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6650,7 +7630,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6663,7 +7643,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{97}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{110}
 }
 
 type ShutdownResponse struct {
@@ -6674,7 +7654,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6686,7 +7666,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6699,7 +7679,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{98}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{111}
 }
 
 var File_api_atoll_v1_atoll_proto protoreflect.FileDescriptor
@@ -7038,39 +8018,135 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\bregistry\x18\x01 \x01(\tR\bregistry\x12\x1a\n" +
 	"\busername\x18\x02 \x01(\tR\busername\x12\x1a\n" +
 	"\bpassword\x18\x03 \x01(\tR\bpassword\"\x0f\n" +
-	"\rLoginResponse\"\xdf\x03\n" +
-	"\fBuildRequest\x12\x1f\n" +
+	"\rLoginResponse\"\xb0\x01\n" +
+	"\fBuildRequest\x12,\n" +
+	"\x05start\x18\x01 \x01(\v2\x14.atoll.v1.BuildStartH\x00R\x05start\x12\x1a\n" +
+	"\acontext\x18\x02 \x01(\fH\x00R\acontext\x12!\n" +
+	"\vcontext_end\x18\x03 \x01(\bH\x00R\n" +
+	"contextEnd\x12+\n" +
+	"\x05agent\x18\x04 \x01(\v2\x13.atoll.v1.AgentDataH\x00R\x05agentB\x06\n" +
+	"\x04kind\"\xf5\t\n" +
+	"\n" +
+	"BuildStart\x12\x1f\n" +
 	"\vcontext_dir\x18\x01 \x01(\tR\n" +
-	"contextDir\x12\x1e\n" +
+	"contextDir\x12\x1f\n" +
+	"\vcontext_url\x18\x02 \x01(\tR\n" +
+	"contextUrl\x12%\n" +
+	"\x0econtext_stream\x18\x03 \x01(\bR\rcontextStream\x12\x1e\n" +
 	"\n" +
-	"dockerfile\x18\x02 \x01(\tR\n" +
-	"dockerfile\x12\x12\n" +
-	"\x04tags\x18\x03 \x03(\tR\x04tags\x12\x16\n" +
-	"\x06target\x18\x04 \x01(\tR\x06target\x12D\n" +
+	"dockerfile\x18\x04 \x01(\tR\n" +
+	"dockerfile\x12'\n" +
+	"\x0fdockerfile_text\x18\x05 \x01(\fR\x0edockerfileText\x12\x12\n" +
+	"\x04tags\x18\x06 \x03(\tR\x04tags\x12\x16\n" +
+	"\x06target\x18\a \x01(\tR\x06target\x12B\n" +
 	"\n" +
-	"build_args\x18\x05 \x03(\v2%.atoll.v1.BuildRequest.BuildArgsEntryR\tbuildArgs\x12:\n" +
-	"\x06labels\x18\x06 \x03(\v2\".atoll.v1.BuildRequest.LabelsEntryR\x06labels\x12\x19\n" +
-	"\bno_cache\x18\a \x01(\bR\anoCache\x12\x12\n" +
-	"\x04pull\x18\b \x01(\bR\x04pull\x12\x1a\n" +
-	"\bplatform\x18\t \x01(\tR\bplatform\x12\x1c\n" +
-	"\tisolation\x18\x1e \x01(\tR\tisolation\x1a<\n" +
+	"build_args\x18\b \x03(\v2#.atoll.v1.BuildStart.BuildArgsEntryR\tbuildArgs\x128\n" +
+	"\x06labels\x18\t \x03(\v2 .atoll.v1.BuildStart.LabelsEntryR\x06labels\x12\x19\n" +
+	"\bno_cache\x18\n" +
+	" \x01(\bR\anoCache\x12&\n" +
+	"\x0fno_cache_stages\x18\v \x03(\tR\rnoCacheStages\x12\x12\n" +
+	"\x04pull\x18\f \x01(\bR\x04pull\x12\x1a\n" +
+	"\bplatform\x18\r \x01(\tR\bplatform\x12N\n" +
+	"\x0ebuild_contexts\x18\x0e \x03(\v2'.atoll.v1.BuildStart.BuildContextsEntryR\rbuildContexts\x12;\n" +
+	"\asecrets\x18\x0f \x03(\v2!.atoll.v1.BuildStart.SecretsEntryR\asecrets\x12\x10\n" +
+	"\x03ssh\x18\x10 \x03(\tR\x03ssh\x12\x18\n" +
+	"\anetwork\x18\x11 \x01(\tR\anetwork\x12\x1b\n" +
+	"\tadd_hosts\x18\x12 \x03(\tR\baddHosts\x12\x1b\n" +
+	"\tshm_bytes\x18\x13 \x01(\x03R\bshmBytes\x12\x18\n" +
+	"\aulimits\x18\x14 \x03(\tR\aulimits\x120\n" +
+	"\bcache_to\x18\x15 \x03(\v2\x15.atoll.v1.CacheOptionR\acacheTo\x124\n" +
+	"\n" +
+	"cache_from\x18\x16 \x03(\v2\x15.atoll.v1.CacheOptionR\tcacheFrom\x12/\n" +
+	"\aoutputs\x18\x17 \x03(\v2\x15.atoll.v1.BuildOutputR\aoutputs\x12\x12\n" +
+	"\x04call\x18\x18 \x01(\tR\x04call\x12\x14\n" +
+	"\x05quiet\x18\x19 \x01(\bR\x05quiet\x123\n" +
+	"\atimeout\x18\x1a \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12\x1c\n" +
+	"\tisolation\x18\x1b \x01(\tR\tisolation\x1a<\n" +
 	"\x0eBuildArgsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"b\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a@\n" +
+	"\x12BuildContextsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
+	"\fSecretsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"\xa7\x01\n" +
+	"\vCacheOption\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\tR\x04type\x12E\n" +
+	"\n" +
+	"attributes\x18\x02 \x03(\v2%.atoll.v1.CacheOption.AttributesEntryR\n" +
+	"attributes\x1a=\n" +
+	"\x0fAttributesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa7\x01\n" +
+	"\vBuildOutput\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\tR\x04type\x12E\n" +
+	"\n" +
+	"attributes\x18\x02 \x03(\v2%.atoll.v1.BuildOutput.AttributesEntryR\n" +
+	"attributes\x1a=\n" +
+	"\x0fAttributesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"e\n" +
+	"\tAgentData\x12\x1e\n" +
+	"\n" +
+	"connection\x18\x01 \x01(\rR\n" +
+	"connection\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\x12\x14\n" +
+	"\x05close\x18\x04 \x01(\bR\x05close\"\xf0\x01\n" +
 	"\rBuildResponse\x12\x18\n" +
 	"\x06status\x18\x01 \x01(\fH\x00R\x06status\x12/\n" +
-	"\x06result\x18\x02 \x01(\v2\x15.atoll.v1.BuildResultH\x00R\x06resultB\x06\n" +
-	"\x04kind\"\xae\x01\n" +
+	"\x06result\x18\x02 \x01(\v2\x15.atoll.v1.BuildResultH\x00R\x06result\x12+\n" +
+	"\x05agent\x18\x03 \x01(\v2\x13.atoll.v1.AgentDataH\x00R\x05agent\x12.\n" +
+	"\x06output\x18\x04 \x01(\v2\x14.atoll.v1.OutputDataH\x00R\x06output\x12/\n" +
+	"\x06report\x18\x05 \x01(\v2\x15.atoll.v1.BuildReportH\x00R\x06reportB\x06\n" +
+	"\x04kind\"6\n" +
+	"\n" +
+	"OutputData\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\rR\x05index\x12\x12\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\"R\n" +
+	"\vBuildReport\x12\x12\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\x12\x12\n" +
+	"\x04json\x18\x02 \x01(\fR\x04json\x12\x1b\n" +
+	"\texit_code\x18\x03 \x01(\x05R\bexitCode\"\xac\x02\n" +
 	"\vBuildResult\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1e\n" +
 	"\n" +
 	"references\x18\x02 \x03(\tR\n" +
 	"references\x12/\n" +
 	"\x05solve\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x05solve\x126\n" +
-	"\troot_disk\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\brootDisk\"\xc4\x01\n" +
+	"\troot_disk\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\brootDisk\x12?\n" +
+	"\bmetadata\x18\x05 \x03(\v2#.atoll.v1.BuildResult.MetadataEntryR\bmetadata\x1a;\n" +
+	"\rMetadataEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x17\n" +
+	"\x15BuildDiskUsageRequest\"N\n" +
+	"\x16BuildDiskUsageResponse\x124\n" +
+	"\arecords\x18\x01 \x03(\v2\x1a.atoll.v1.BuildCacheRecordR\arecords\"\x9f\x02\n" +
+	"\x10BuildCacheRecord\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04type\x18\x02 \x01(\tR\x04type\x12 \n" +
+	"\vdescription\x18\x03 \x01(\tR\vdescription\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x04 \x01(\x03R\tsizeBytes\x12\x15\n" +
+	"\x06in_use\x18\x05 \x01(\bR\x05inUse\x12\x16\n" +
+	"\x06shared\x18\x06 \x01(\bR\x06shared\x129\n" +
+	"\n" +
+	"created_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12<\n" +
+	"\flast_used_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"lastUsedAt\"~\n" +
+	"\x11PruneBuildRequest\x12\x10\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\x128\n" +
+	"\n" +
+	"unused_for\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\tunusedFor\x12\x1d\n" +
+	"\n" +
+	"keep_bytes\x18\x03 \x01(\x03R\tkeepBytes\"s\n" +
+	"\x12PruneBuildResponse\x124\n" +
+	"\arecords\x18\x01 \x03(\v2\x1a.atoll.v1.BuildCacheRecordR\arecords\x12'\n" +
+	"\x0freclaimed_bytes\x18\x02 \x01(\x03R\x0ereclaimedBytes\"\xc4\x01\n" +
 	"\x04Base\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x125\n" +
@@ -7150,7 +8226,12 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x12PullKernelResponse\x120\n" +
 	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12*\n" +
 	"\x06kernel\x18\x02 \x01(\v2\x10.atoll.v1.KernelH\x00R\x06kernelB\x06\n" +
-	"\x04kind\"\x10\n" +
+	"\x04kind\"&\n" +
+	"\x12PruneSystemRequest\x12\x10\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\"x\n" +
+	"\x13PruneSystemResponse\x125\n" +
+	"\x06images\x18\x01 \x01(\v2\x1d.atoll.v1.PruneImagesResponseR\x06images\x12*\n" +
+	"\x11build_cache_bytes\x18\x02 \x01(\x03R\x0fbuildCacheBytes\"\x10\n" +
 	"\x0eVersionRequest\"\xa4\x01\n" +
 	"\x0fVersionResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
@@ -7229,9 +8310,11 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06Import\x12\x1c.atoll.v1.ImportImageRequest\x1a\x1d.atoll.v1.ImportImageResponse(\x010\x01\x12H\n" +
 	"\aHistory\x12\x1d.atoll.v1.ImageHistoryRequest\x1a\x1e.atoll.v1.ImageHistoryResponse\x12D\n" +
 	"\x05Prune\x12\x1c.atoll.v1.PruneImagesRequest\x1a\x1d.atoll.v1.PruneImagesResponse\x128\n" +
-	"\x05Login\x12\x16.atoll.v1.LoginRequest\x1a\x17.atoll.v1.LoginResponse2J\n" +
-	"\fBuildService\x12:\n" +
-	"\x05Build\x12\x16.atoll.v1.BuildRequest\x1a\x17.atoll.v1.BuildResponse0\x012\x92\x01\n" +
+	"\x05Login\x12\x16.atoll.v1.LoginRequest\x1a\x17.atoll.v1.LoginResponse2\xe0\x01\n" +
+	"\fBuildService\x12<\n" +
+	"\x05Build\x12\x16.atoll.v1.BuildRequest\x1a\x17.atoll.v1.BuildResponse(\x010\x01\x12N\n" +
+	"\tDiskUsage\x12\x1f.atoll.v1.BuildDiskUsageRequest\x1a .atoll.v1.BuildDiskUsageResponse\x12B\n" +
+	"\x05Prune\x12\x1b.atoll.v1.PruneBuildRequest\x1a\x1c.atoll.v1.PruneBuildResponse2\x92\x01\n" +
 	"\vBaseService\x12?\n" +
 	"\x04List\x12\x1a.atoll.v1.ListBasesRequest\x1a\x1b.atoll.v1.ListBasesResponse\x12B\n" +
 	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\x88\x04\n" +
@@ -7243,12 +8326,13 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05Build\x12\x1c.atoll.v1.BuildKernelRequest\x1a\x1d.atoll.v1.BuildKernelResponse0\x01\x12G\n" +
 	"\x06Remove\x12\x1d.atoll.v1.RemoveKernelRequest\x1a\x1e.atoll.v1.RemoveKernelResponse\x12S\n" +
 	"\n" +
-	"SetDefault\x12!.atoll.v1.SetDefaultKernelRequest\x1a\".atoll.v1.SetDefaultKernelResponse2\x85\x02\n" +
+	"SetDefault\x12!.atoll.v1.SetDefaultKernelRequest\x1a\".atoll.v1.SetDefaultKernelResponse2\xcb\x02\n" +
 	"\rSystemService\x12>\n" +
 	"\aVersion\x12\x18.atoll.v1.VersionRequest\x1a\x19.atoll.v1.VersionResponse\x124\n" +
 	"\x06Events\x12\x17.atoll.v1.EventsRequest\x1a\x0f.atoll.v1.Event0\x01\x12;\n" +
 	"\x06Doctor\x12\x17.atoll.v1.DoctorRequest\x1a\x18.atoll.v1.DoctorResponse\x12A\n" +
-	"\bShutdown\x12\x19.atoll.v1.ShutdownRequest\x1a\x1a.atoll.v1.ShutdownResponseB/Z-github.com/atollvm/atoll/api/atoll/v1;atollv1b\x06proto3"
+	"\bShutdown\x12\x19.atoll.v1.ShutdownRequest\x1a\x1a.atoll.v1.ShutdownResponse\x12D\n" +
+	"\x05Prune\x12\x1c.atoll.v1.PruneSystemRequest\x1a\x1d.atoll.v1.PruneSystemResponseB/Z-github.com/atollvm/atoll/api/atoll/v1;atollv1b\x06proto3"
 
 var (
 	file_api_atoll_v1_atoll_proto_rawDescOnce sync.Once
@@ -7263,7 +8347,7 @@ func file_api_atoll_v1_atoll_proto_rawDescGZIP() []byte {
 }
 
 var file_api_atoll_v1_atoll_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 103)
+var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 121)
 var file_api_atoll_v1_atoll_proto_goTypes = []any{
 	(MachineState)(0),                // 0: atoll.v1.MachineState
 	(Stream)(0),                      // 1: atoll.v1.Stream
@@ -7336,68 +8420,86 @@ var file_api_atoll_v1_atoll_proto_goTypes = []any{
 	(*LoginRequest)(nil),             // 68: atoll.v1.LoginRequest
 	(*LoginResponse)(nil),            // 69: atoll.v1.LoginResponse
 	(*BuildRequest)(nil),             // 70: atoll.v1.BuildRequest
-	(*BuildResponse)(nil),            // 71: atoll.v1.BuildResponse
-	(*BuildResult)(nil),              // 72: atoll.v1.BuildResult
-	(*Base)(nil),                     // 73: atoll.v1.Base
-	(*ListBasesRequest)(nil),         // 74: atoll.v1.ListBasesRequest
-	(*ListBasesResponse)(nil),        // 75: atoll.v1.ListBasesResponse
-	(*BuildBaseRequest)(nil),         // 76: atoll.v1.BuildBaseRequest
-	(*BuildBaseResponse)(nil),        // 77: atoll.v1.BuildBaseResponse
-	(*Kernel)(nil),                   // 78: atoll.v1.Kernel
-	(*BuildKernelRequest)(nil),       // 79: atoll.v1.BuildKernelRequest
-	(*BuildKernelResponse)(nil),      // 80: atoll.v1.BuildKernelResponse
-	(*RemoveKernelRequest)(nil),      // 81: atoll.v1.RemoveKernelRequest
-	(*RemoveKernelResponse)(nil),     // 82: atoll.v1.RemoveKernelResponse
-	(*SetDefaultKernelRequest)(nil),  // 83: atoll.v1.SetDefaultKernelRequest
-	(*SetDefaultKernelResponse)(nil), // 84: atoll.v1.SetDefaultKernelResponse
-	(*ImportKernelRequest)(nil),      // 85: atoll.v1.ImportKernelRequest
-	(*ImportKernelResponse)(nil),     // 86: atoll.v1.ImportKernelResponse
-	(*ListKernelsRequest)(nil),       // 87: atoll.v1.ListKernelsRequest
-	(*ListKernelsResponse)(nil),      // 88: atoll.v1.ListKernelsResponse
-	(*GetKernelRequest)(nil),         // 89: atoll.v1.GetKernelRequest
-	(*GetKernelResponse)(nil),        // 90: atoll.v1.GetKernelResponse
-	(*PullKernelRequest)(nil),        // 91: atoll.v1.PullKernelRequest
-	(*PullKernelResponse)(nil),       // 92: atoll.v1.PullKernelResponse
-	(*VersionRequest)(nil),           // 93: atoll.v1.VersionRequest
-	(*VersionResponse)(nil),          // 94: atoll.v1.VersionResponse
-	(*EventsRequest)(nil),            // 95: atoll.v1.EventsRequest
-	(*Event)(nil),                    // 96: atoll.v1.Event
-	(*DoctorRequest)(nil),            // 97: atoll.v1.DoctorRequest
-	(*DoctorResponse)(nil),           // 98: atoll.v1.DoctorResponse
-	(*Check)(nil),                    // 99: atoll.v1.Check
-	(*ShutdownRequest)(nil),          // 100: atoll.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),         // 101: atoll.v1.ShutdownResponse
-	nil,                              // 102: atoll.v1.MachineSpec.LabelsEntry
-	nil,                              // 103: atoll.v1.BuildRequest.BuildArgsEntry
-	nil,                              // 104: atoll.v1.BuildRequest.LabelsEntry
-	nil,                              // 105: atoll.v1.Event.AttributesEntry
-	(*durationpb.Duration)(nil),      // 106: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 107: google.protobuf.Timestamp
+	(*BuildStart)(nil),               // 71: atoll.v1.BuildStart
+	(*CacheOption)(nil),              // 72: atoll.v1.CacheOption
+	(*BuildOutput)(nil),              // 73: atoll.v1.BuildOutput
+	(*AgentData)(nil),                // 74: atoll.v1.AgentData
+	(*BuildResponse)(nil),            // 75: atoll.v1.BuildResponse
+	(*OutputData)(nil),               // 76: atoll.v1.OutputData
+	(*BuildReport)(nil),              // 77: atoll.v1.BuildReport
+	(*BuildResult)(nil),              // 78: atoll.v1.BuildResult
+	(*BuildDiskUsageRequest)(nil),    // 79: atoll.v1.BuildDiskUsageRequest
+	(*BuildDiskUsageResponse)(nil),   // 80: atoll.v1.BuildDiskUsageResponse
+	(*BuildCacheRecord)(nil),         // 81: atoll.v1.BuildCacheRecord
+	(*PruneBuildRequest)(nil),        // 82: atoll.v1.PruneBuildRequest
+	(*PruneBuildResponse)(nil),       // 83: atoll.v1.PruneBuildResponse
+	(*Base)(nil),                     // 84: atoll.v1.Base
+	(*ListBasesRequest)(nil),         // 85: atoll.v1.ListBasesRequest
+	(*ListBasesResponse)(nil),        // 86: atoll.v1.ListBasesResponse
+	(*BuildBaseRequest)(nil),         // 87: atoll.v1.BuildBaseRequest
+	(*BuildBaseResponse)(nil),        // 88: atoll.v1.BuildBaseResponse
+	(*Kernel)(nil),                   // 89: atoll.v1.Kernel
+	(*BuildKernelRequest)(nil),       // 90: atoll.v1.BuildKernelRequest
+	(*BuildKernelResponse)(nil),      // 91: atoll.v1.BuildKernelResponse
+	(*RemoveKernelRequest)(nil),      // 92: atoll.v1.RemoveKernelRequest
+	(*RemoveKernelResponse)(nil),     // 93: atoll.v1.RemoveKernelResponse
+	(*SetDefaultKernelRequest)(nil),  // 94: atoll.v1.SetDefaultKernelRequest
+	(*SetDefaultKernelResponse)(nil), // 95: atoll.v1.SetDefaultKernelResponse
+	(*ImportKernelRequest)(nil),      // 96: atoll.v1.ImportKernelRequest
+	(*ImportKernelResponse)(nil),     // 97: atoll.v1.ImportKernelResponse
+	(*ListKernelsRequest)(nil),       // 98: atoll.v1.ListKernelsRequest
+	(*ListKernelsResponse)(nil),      // 99: atoll.v1.ListKernelsResponse
+	(*GetKernelRequest)(nil),         // 100: atoll.v1.GetKernelRequest
+	(*GetKernelResponse)(nil),        // 101: atoll.v1.GetKernelResponse
+	(*PullKernelRequest)(nil),        // 102: atoll.v1.PullKernelRequest
+	(*PullKernelResponse)(nil),       // 103: atoll.v1.PullKernelResponse
+	(*PruneSystemRequest)(nil),       // 104: atoll.v1.PruneSystemRequest
+	(*PruneSystemResponse)(nil),      // 105: atoll.v1.PruneSystemResponse
+	(*VersionRequest)(nil),           // 106: atoll.v1.VersionRequest
+	(*VersionResponse)(nil),          // 107: atoll.v1.VersionResponse
+	(*EventsRequest)(nil),            // 108: atoll.v1.EventsRequest
+	(*Event)(nil),                    // 109: atoll.v1.Event
+	(*DoctorRequest)(nil),            // 110: atoll.v1.DoctorRequest
+	(*DoctorResponse)(nil),           // 111: atoll.v1.DoctorResponse
+	(*Check)(nil),                    // 112: atoll.v1.Check
+	(*ShutdownRequest)(nil),          // 113: atoll.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 114: atoll.v1.ShutdownResponse
+	nil,                              // 115: atoll.v1.MachineSpec.LabelsEntry
+	nil,                              // 116: atoll.v1.BuildStart.BuildArgsEntry
+	nil,                              // 117: atoll.v1.BuildStart.LabelsEntry
+	nil,                              // 118: atoll.v1.BuildStart.BuildContextsEntry
+	nil,                              // 119: atoll.v1.BuildStart.SecretsEntry
+	nil,                              // 120: atoll.v1.CacheOption.AttributesEntry
+	nil,                              // 121: atoll.v1.BuildOutput.AttributesEntry
+	nil,                              // 122: atoll.v1.BuildResult.MetadataEntry
+	nil,                              // 123: atoll.v1.Event.AttributesEntry
+	(*durationpb.Duration)(nil),      // 124: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 125: google.protobuf.Timestamp
 }
 var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	5,   // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
-	102, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
-	106, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
+	115, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
+	124, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
 	4,   // 3: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
 	0,   // 4: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
-	107, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
-	107, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
-	107, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
+	125, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
+	125, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
+	125, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
 	7,   // 8: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
 	8,   // 9: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
 	9,   // 10: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
 	5,   // 11: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
-	106, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
+	124, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
 	4,   // 13: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
 	6,   // 14: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,   // 15: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
-	106, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
+	124, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
 	6,   // 17: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,   // 18: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
 	6,   // 19: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
-	107, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	125, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
 	1,   // 21: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
-	107, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	125, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
 	30,  // 23: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
 	28,  // 24: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
 	28,  // 25: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
@@ -7406,7 +8508,7 @@ var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	28,  // 28: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
 	28,  // 29: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
 	21,  // 30: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
-	107, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	125, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	40,  // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
 	37,  // 33: atoll.v1.Image.variants:type_name -> atoll.v1.ImageVariant
 	38,  // 34: atoll.v1.Image.referrers:type_name -> atoll.v1.ImageReferrer
@@ -7423,108 +8525,134 @@ var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	42,  // 45: atoll.v1.ImportImageResponse.transfer:type_name -> atoll.v1.Transfer
 	36,  // 46: atoll.v1.ImportImageResponse.image:type_name -> atoll.v1.Image
 	65,  // 47: atoll.v1.ImageHistoryResponse.steps:type_name -> atoll.v1.ImageStep
-	107, // 48: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
-	103, // 49: atoll.v1.BuildRequest.build_args:type_name -> atoll.v1.BuildRequest.BuildArgsEntry
-	104, // 50: atoll.v1.BuildRequest.labels:type_name -> atoll.v1.BuildRequest.LabelsEntry
-	72,  // 51: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
-	106, // 52: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
-	106, // 53: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
-	107, // 54: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
-	73,  // 55: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
-	42,  // 56: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
-	73,  // 57: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
-	107, // 58: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
-	42,  // 59: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	78,  // 60: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	78,  // 61: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	78,  // 62: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
-	78,  // 63: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	42,  // 64: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	78,  // 65: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	107, // 66: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	107, // 67: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
-	105, // 68: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
-	99,  // 69: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
-	2,   // 70: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
-	10,  // 71: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
-	12,  // 72: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
-	14,  // 73: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
-	16,  // 74: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
-	18,  // 75: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
-	20,  // 76: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
-	22,  // 77: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
-	24,  // 78: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
-	26,  // 79: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
-	29,  // 80: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
-	33,  // 81: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
-	41,  // 82: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
-	44,  // 83: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
-	46,  // 84: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
-	48,  // 85: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
-	50,  // 86: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
-	52,  // 87: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
-	55,  // 88: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
-	57,  // 89: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
-	60,  // 90: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
-	63,  // 91: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
-	66,  // 92: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
-	68,  // 93: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
-	70,  // 94: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
-	74,  // 95: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
-	76,  // 96: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
-	87,  // 97: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
-	89,  // 98: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
-	91,  // 99: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
-	85,  // 100: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
-	79,  // 101: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
-	81,  // 102: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
-	83,  // 103: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
-	93,  // 104: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
-	95,  // 105: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
-	97,  // 106: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
-	100, // 107: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
-	11,  // 108: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
-	13,  // 109: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
-	15,  // 110: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
-	17,  // 111: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
-	19,  // 112: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
-	21,  // 113: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
-	23,  // 114: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
-	25,  // 115: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
-	27,  // 116: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
-	31,  // 117: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
-	35,  // 118: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
-	43,  // 119: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
-	45,  // 120: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
-	47,  // 121: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
-	49,  // 122: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
-	51,  // 123: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
-	53,  // 124: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
-	56,  // 125: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
-	58,  // 126: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
-	62,  // 127: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
-	64,  // 128: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
-	67,  // 129: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
-	69,  // 130: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
-	71,  // 131: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
-	75,  // 132: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
-	77,  // 133: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
-	88,  // 134: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
-	90,  // 135: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
-	92,  // 136: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
-	86,  // 137: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
-	80,  // 138: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
-	82,  // 139: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
-	84,  // 140: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
-	94,  // 141: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
-	96,  // 142: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
-	98,  // 143: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
-	101, // 144: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
-	108, // [108:145] is the sub-list for method output_type
-	71,  // [71:108] is the sub-list for method input_type
-	71,  // [71:71] is the sub-list for extension type_name
-	71,  // [71:71] is the sub-list for extension extendee
-	0,   // [0:71] is the sub-list for field type_name
+	125, // 48: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
+	71,  // 49: atoll.v1.BuildRequest.start:type_name -> atoll.v1.BuildStart
+	74,  // 50: atoll.v1.BuildRequest.agent:type_name -> atoll.v1.AgentData
+	116, // 51: atoll.v1.BuildStart.build_args:type_name -> atoll.v1.BuildStart.BuildArgsEntry
+	117, // 52: atoll.v1.BuildStart.labels:type_name -> atoll.v1.BuildStart.LabelsEntry
+	118, // 53: atoll.v1.BuildStart.build_contexts:type_name -> atoll.v1.BuildStart.BuildContextsEntry
+	119, // 54: atoll.v1.BuildStart.secrets:type_name -> atoll.v1.BuildStart.SecretsEntry
+	72,  // 55: atoll.v1.BuildStart.cache_to:type_name -> atoll.v1.CacheOption
+	72,  // 56: atoll.v1.BuildStart.cache_from:type_name -> atoll.v1.CacheOption
+	73,  // 57: atoll.v1.BuildStart.outputs:type_name -> atoll.v1.BuildOutput
+	124, // 58: atoll.v1.BuildStart.timeout:type_name -> google.protobuf.Duration
+	120, // 59: atoll.v1.CacheOption.attributes:type_name -> atoll.v1.CacheOption.AttributesEntry
+	121, // 60: atoll.v1.BuildOutput.attributes:type_name -> atoll.v1.BuildOutput.AttributesEntry
+	78,  // 61: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
+	74,  // 62: atoll.v1.BuildResponse.agent:type_name -> atoll.v1.AgentData
+	76,  // 63: atoll.v1.BuildResponse.output:type_name -> atoll.v1.OutputData
+	77,  // 64: atoll.v1.BuildResponse.report:type_name -> atoll.v1.BuildReport
+	124, // 65: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
+	124, // 66: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
+	122, // 67: atoll.v1.BuildResult.metadata:type_name -> atoll.v1.BuildResult.MetadataEntry
+	81,  // 68: atoll.v1.BuildDiskUsageResponse.records:type_name -> atoll.v1.BuildCacheRecord
+	125, // 69: atoll.v1.BuildCacheRecord.created_at:type_name -> google.protobuf.Timestamp
+	125, // 70: atoll.v1.BuildCacheRecord.last_used_at:type_name -> google.protobuf.Timestamp
+	124, // 71: atoll.v1.PruneBuildRequest.unused_for:type_name -> google.protobuf.Duration
+	81,  // 72: atoll.v1.PruneBuildResponse.records:type_name -> atoll.v1.BuildCacheRecord
+	125, // 73: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
+	84,  // 74: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
+	42,  // 75: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
+	84,  // 76: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
+	125, // 77: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
+	42,  // 78: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	89,  // 79: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	89,  // 80: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	89,  // 81: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
+	89,  // 82: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	42,  // 83: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	89,  // 84: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	67,  // 85: atoll.v1.PruneSystemResponse.images:type_name -> atoll.v1.PruneImagesResponse
+	125, // 86: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	125, // 87: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
+	123, // 88: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
+	112, // 89: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
+	2,   // 90: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
+	10,  // 91: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
+	12,  // 92: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
+	14,  // 93: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
+	16,  // 94: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
+	18,  // 95: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
+	20,  // 96: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
+	22,  // 97: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
+	24,  // 98: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
+	26,  // 99: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
+	29,  // 100: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
+	33,  // 101: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
+	41,  // 102: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
+	44,  // 103: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
+	46,  // 104: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
+	48,  // 105: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
+	50,  // 106: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
+	52,  // 107: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
+	55,  // 108: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
+	57,  // 109: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
+	60,  // 110: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
+	63,  // 111: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
+	66,  // 112: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
+	68,  // 113: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
+	70,  // 114: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
+	79,  // 115: atoll.v1.BuildService.DiskUsage:input_type -> atoll.v1.BuildDiskUsageRequest
+	82,  // 116: atoll.v1.BuildService.Prune:input_type -> atoll.v1.PruneBuildRequest
+	85,  // 117: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
+	87,  // 118: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
+	98,  // 119: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
+	100, // 120: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
+	102, // 121: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
+	96,  // 122: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
+	90,  // 123: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
+	92,  // 124: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
+	94,  // 125: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
+	106, // 126: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
+	108, // 127: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
+	110, // 128: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
+	113, // 129: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
+	104, // 130: atoll.v1.SystemService.Prune:input_type -> atoll.v1.PruneSystemRequest
+	11,  // 131: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
+	13,  // 132: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
+	15,  // 133: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
+	17,  // 134: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
+	19,  // 135: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
+	21,  // 136: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
+	23,  // 137: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
+	25,  // 138: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
+	27,  // 139: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
+	31,  // 140: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
+	35,  // 141: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
+	43,  // 142: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
+	45,  // 143: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
+	47,  // 144: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
+	49,  // 145: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
+	51,  // 146: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
+	53,  // 147: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
+	56,  // 148: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
+	58,  // 149: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
+	62,  // 150: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
+	64,  // 151: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
+	67,  // 152: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
+	69,  // 153: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
+	75,  // 154: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
+	80,  // 155: atoll.v1.BuildService.DiskUsage:output_type -> atoll.v1.BuildDiskUsageResponse
+	83,  // 156: atoll.v1.BuildService.Prune:output_type -> atoll.v1.PruneBuildResponse
+	86,  // 157: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
+	88,  // 158: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
+	99,  // 159: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
+	101, // 160: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
+	103, // 161: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
+	97,  // 162: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
+	91,  // 163: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
+	93,  // 164: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
+	95,  // 165: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
+	107, // 166: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
+	109, // 167: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
+	111, // 168: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
+	114, // 169: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
+	105, // 170: atoll.v1.SystemService.Prune:output_type -> atoll.v1.PruneSystemResponse
+	131, // [131:171] is the sub-list for method output_type
+	91,  // [91:131] is the sub-list for method input_type
+	91,  // [91:91] is the sub-list for extension type_name
+	91,  // [91:91] is the sub-list for extension extendee
+	0,   // [0:91] is the sub-list for field type_name
 }
 
 func init() { file_api_atoll_v1_atoll_proto_init() }
@@ -7579,21 +8707,30 @@ func file_api_atoll_v1_atoll_proto_init() {
 		(*ImportImageResponse_Transfer)(nil),
 		(*ImportImageResponse_Image)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[68].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[67].OneofWrappers = []any{
+		(*BuildRequest_Start)(nil),
+		(*BuildRequest_Context)(nil),
+		(*BuildRequest_ContextEnd)(nil),
+		(*BuildRequest_Agent)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[72].OneofWrappers = []any{
 		(*BuildResponse_Status)(nil),
 		(*BuildResponse_Result)(nil),
+		(*BuildResponse_Agent)(nil),
+		(*BuildResponse_Output)(nil),
+		(*BuildResponse_Report)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[74].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[85].OneofWrappers = []any{
 		(*BuildBaseResponse_Line)(nil),
 		(*BuildBaseResponse_Transfer)(nil),
 		(*BuildBaseResponse_Base)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[77].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[88].OneofWrappers = []any{
 		(*BuildKernelResponse_Transfer)(nil),
 		(*BuildKernelResponse_Line)(nil),
 		(*BuildKernelResponse_Kernel)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[89].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[100].OneofWrappers = []any{
 		(*PullKernelResponse_Transfer)(nil),
 		(*PullKernelResponse_Kernel)(nil),
 	}
@@ -7603,7 +8740,7 @@ func file_api_atoll_v1_atoll_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_atoll_v1_atoll_proto_rawDesc), len(file_api_atoll_v1_atoll_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   103,
+			NumMessages:   121,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

@@ -7,6 +7,7 @@ package child
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -38,6 +39,9 @@ const (
 // Ready is what the child prints on stdout once it can build. Any other line says why it cannot.
 const Ready = "ready"
 
+// lockName is the file in the state directory whose lock makes a builder its owner.
+const lockName = "lock"
+
 // lockWait bounds the wait for a dying predecessor on the same directory.
 const lockWait = 3 * time.Second
 
@@ -59,10 +63,21 @@ func Run(ctx context.Context, args []string) error {
 
 func run(ctx context.Context, args []string) (err error) {
 	var dir, contentDir, runc string
+	var cacheSize int64
+	var cas []string
+	var registries map[string]Registry
 	flags := flag.NewFlagSet("build-child", flag.ContinueOnError)
 	flags.StringVar(&dir, "dir", "", "state directory")
 	flags.StringVar(&contentDir, "content", "", "root of the image store's content")
 	flags.StringVar(&runc, "runc", "", "path of runc; empty: there is none")
+	flags.Int64Var(&cacheSize, "cache-size", 0, "bytes that the cache may grow to; 0: by the disk's size")
+	flags.Func("ca", "PEM file of a certificate authority to trust beside the system's", func(path string) error {
+		cas = append(cas, path)
+		return nil
+	})
+	flags.Func("registries", "how registries are reached, as JSON by host", func(text string) error {
+		return json.Unmarshal([]byte(text), &registries)
+	})
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -79,7 +94,7 @@ func run(ctx context.Context, args []string) (err error) {
 	if err != nil {
 		return err
 	}
-	unlock, err := lock(ctx, filepath.Join(dir, "lock"))
+	unlock, err := lock(ctx, filepath.Join(dir, lockName))
 	if err != nil {
 		return err
 	}
@@ -89,8 +104,15 @@ func run(ctx context.Context, args []string) (err error) {
 	if err := os.Setenv("TMPDIR", tmp); err != nil {
 		return err
 	}
-	if err := clean(ctx, dir, tmp, runc); err != nil {
+	if err := errors.Join(cleanLocked(ctx, dir, runc), emptyDir(tmp), emptyDir(vmDir(dir))); err != nil {
 		return fmt.Errorf("cleaning up after the previous builder: %w", err)
+	}
+	authorities, err := readAuthorities(cas)
+	if err != nil {
+		return err
+	}
+	if err := authorities.trust(tmp); err != nil {
+		return fmt.Errorf("trusting more certificate authorities: %w", err)
 	}
 
 	session, err := yamux.Client(registry, muxConfig())
@@ -101,7 +123,9 @@ func run(ctx context.Context, args []string) (err error) {
 
 	vms := newVMs(dir, slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	defer vms.wait()
-	c, err := newController(ctx, dir, contentDir, runc, newStore(session), vms)
+	c, err := newController(ctx, options{
+		dir: dir, contentDir: contentDir, runc: runc, cacheSize: cacheSize, authorities: authorities, store: newStore(session, registries), vms: vms,
+	})
 	if err != nil {
 		return fmt.Errorf("opening the build cache in %s: %w", dir, err)
 	}

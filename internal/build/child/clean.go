@@ -15,17 +15,34 @@ import (
 // executorDir is where runc's bundles are while steps run, one directory per container.
 func executorDir(dir string) string { return filepath.Join(dir, "executor") }
 
-// clean removes what a killed builder left: its containers, which outlive it, with their cgroups, and its temporary files. Its mounts
-// have gone with its mount namespace.
-func clean(ctx context.Context, dir, tmp, runc string) error {
-	bundles, err := filepath.Glob(filepath.Join(executorDir(dir), "*", "config.json"))
+// NeedsCleaning tells whether a builder left steps in dir, or runs some now.
+func NeedsCleaning(dir string) bool { return len(bundles(dir)) > 0 }
+
+func bundles(dir string) []string {
+	found, _ := filepath.Glob(filepath.Join(executorDir(dir), "*", "config.json")) // the pattern is good
+	return found
+}
+
+// Clean ends the steps that a killed builder left: its containers, which outlive it, with their cgroups. Its mounts have gone with its
+// mount namespace. While a builder lives in dir nothing is touched.
+func Clean(ctx context.Context, dir, runc string) error {
+	if !NeedsCleaning(dir) {
+		return nil
+	}
+	unlock, err := lock(ctx, filepath.Join(dir, lockName))
 	if err != nil {
 		return err
 	}
+	defer unlock()
+	return cleanLocked(ctx, dir, runc)
+}
+
+// cleanLocked needs the lock of dir.
+func cleanLocked(ctx context.Context, dir, runc string) error {
 	if runc == "" {
-		bundles = nil // none without it
+		return nil
 	}
-	for _, config := range bundles {
+	for _, config := range bundles(dir) {
 		bundle := filepath.Dir(config)
 		if out, err := exec.CommandContext(ctx, runc, "delete", "--force", filepath.Base(bundle)).CombinedOutput(); err != nil {
 			return fmt.Errorf("deleting container %s: %w: %s", filepath.Base(bundle), err, out)
@@ -34,11 +51,13 @@ func clean(ctx context.Context, dir, tmp, runc string) error {
 			return err
 		}
 	}
-	// Its virtual machines have ended with it.
-	for _, left := range []string{tmp, vmDir(dir)} {
-		if err := os.RemoveAll(left); err != nil {
-			return err
-		}
+	return nil
+}
+
+// emptyDir makes dir, without what is in it.
+func emptyDir(dir string) error {
+	if err := os.RemoveAll(dir); err != nil {
+		return err
 	}
-	return os.MkdirAll(tmp, 0o700)
+	return os.MkdirAll(dir, 0o700)
 }

@@ -18,6 +18,10 @@ import (
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/platforms"
 	cachemetadata "github.com/moby/buildkit/cache/metadata"
+	"github.com/moby/buildkit/cache/remotecache"
+	inlinecache "github.com/moby/buildkit/cache/remotecache/inline"
+	localcache "github.com/moby/buildkit/cache/remotecache/local"
+	registrycache "github.com/moby/buildkit/cache/remotecache/registry"
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/control"
 	"github.com/moby/buildkit/executor"
@@ -46,9 +50,23 @@ import (
 
 const namespace = "buildkit"
 
-// newController puts a BuildKit together in dir. Its Close closes everything in it.
-func newController(ctx context.Context, dir, contentDir, runc string, s *store, vms *vms) (*control.Controller, error) {
-	w, err := newWorker(ctx, dir, contentDir, runc, s, vms)
+// CacheFile is in the state directory once there was a build.
+const CacheFile = "cache.db"
+
+// options are what a BuildKit is put together of.
+type options struct {
+	dir         string // state
+	contentDir  string // the image store's content
+	runc        string // path; empty: there is none
+	cacheSize   int64  // bytes; 0: by the disk's size
+	authorities authorities
+	store       *store
+	vms         *vms
+}
+
+// newController puts a BuildKit together. Its Close closes everything in it.
+func newController(ctx context.Context, o options) (*control.Controller, error) {
+	w, err := newWorker(ctx, o)
 	if err != nil {
 		return nil, err
 	}
@@ -60,11 +78,11 @@ func newController(ctx context.Context, dir, contentDir, runc string, s *store, 
 	if err != nil {
 		return nil, err
 	}
-	cache, err := bboltcachestorage.NewStore(filepath.Join(dir, "cache.db"))
+	cache, err := bboltcachestorage.NewStore(filepath.Join(o.dir, CacheFile))
 	if err != nil {
 		return nil, err
 	}
-	history, err := openDB(filepath.Join(dir, "history.db"))
+	history, err := openDB(filepath.Join(o.dir, "history.db"))
 	if err != nil {
 		return nil, err
 	}
@@ -73,6 +91,16 @@ func newController(ctx context.Context, dir, contentDir, runc string, s *store, 
 		WorkerController: wc,
 		Frontends: map[string]frontend.Frontend{
 			"dockerfile.v0": forwarder.NewGatewayForwarder(wc.Infos(), dockerfile.Build),
+		},
+		// Of the places for a cache those without a cloud's SDK.
+		ResolveCacheExporterFuncs: map[string]remotecache.ResolveCacheExporterFunc{
+			"registry": registrycache.ResolveCacheExporterFunc(sessions, o.store.hosts),
+			"local":    localcache.ResolveCacheExporterFunc(sessions),
+			"inline":   inlinecache.ResolveCacheExporterFunc(),
+		},
+		ResolveCacheImporterFuncs: map[string]remotecache.ResolveCacheImporterFunc{
+			"registry": registrycache.ResolveCacheImporterFunc(sessions, w.ContentStore(), o.store.hosts),
+			"local":    localcache.ResolveCacheImporterFunc(sessions),
 		},
 		CacheManager:   solver.NewCacheManager(ctx, "local", cache, worker.NewCacheResultStorage(wc)),
 		Entitlements:   []string{"network.host"},
@@ -89,7 +117,9 @@ func newController(ctx context.Context, dir, contentDir, runc string, s *store, 
 type imageWorker struct {
 	*base.Worker
 	exporter *imageExporter
-	vms      *vms
+
+	vms         *vms
+	authorities authorities
 }
 
 func (w *imageWorker) Exporter(name string, sm *session.Manager) (exporter.Exporter, error) {
@@ -99,14 +129,15 @@ func (w *imageWorker) Exporter(name string, sm *session.Manager) (exporter.Expor
 	return w.Worker.Exporter(name, sm)
 }
 
-func newWorker(ctx context.Context, dir, contentDir, runc string, s *store, vms *vms) (*imageWorker, error) {
+func newWorker(ctx context.Context, o options) (*imageWorker, error) {
+	dir := o.dir
 	hostNetwork := network.NewHostProvider()
 	networks := map[pb.NetMode]network.Provider{
 		pb.NetMode_UNSET: hostNetwork,
 		pb.NetMode_HOST:  hostNetwork,
 		pb.NetMode_NONE:  network.NewNoneProvider(),
 	}
-	executor, err := newExecutor(dir, runc, networks)
+	executor, err := newExecutor(dir, o.runc, networks)
 	if err != nil {
 		return nil, err
 	}
@@ -135,7 +166,7 @@ func newWorker(ctx context.Context, dir, contentDir, runc string, s *store, vms 
 	if err != nil {
 		return nil, err
 	}
-	gc, err := gcPolicy(dir)
+	gc, err := gcPolicy(dir, o.cacheSize)
 	if err != nil {
 		return nil, err
 	}
@@ -151,13 +182,13 @@ func newWorker(ctx context.Context, dir, contentDir, runc string, s *store, vms 
 		Platforms:        []ocispec.Platform{platforms.Normalize(platforms.DefaultSpec())},
 		GCPolicy:         gc,
 		NetworkProviders: networks,
-		Executor:         executor,
+		Executor:         withAuthorities(executor, o.authorities),
 		Snapshotter:      snaps,
 		ContentStore:     contentStore,
 		Applier:          applier,
 		Differ:           differ,
-		ImageStore:       s,
-		RegistryHosts:    s.hosts,
+		ImageStore:       o.store,
+		RegistryHosts:    o.store.hosts,
 		LeaseManager:     leases,
 		GarbageCollect:   mdb.GarbageCollect,
 		MetadataStore:    md,
@@ -175,7 +206,7 @@ func newWorker(ctx context.Context, dir, contentDir, runc string, s *store, vms 
 	if err != nil {
 		return nil, err
 	}
-	return &imageWorker{w, &imageExporter{writer: writer, leases: leases, from: blobs, to: contentDir}, vms}, nil
+	return &imageWorker{w, &imageExporter{writer: writer, leases: leases, from: blobs, to: o.contentDir}, o.vms, o.authorities}, nil
 }
 
 // newExecutor runs steps on this host. Without runc there are only the VMs.
@@ -211,13 +242,16 @@ func openDB(path string) (*bbolt.DB, error) {
 	return bbolt.Open(path, 0o600, &bbolt.Options{FreelistType: bbolt.FreelistMapType})
 }
 
-// gcPolicy keeps the cache under 10 GB or a fifth of the disk, whichever is less; what is easily had again goes first.
-func gcPolicy(dir string) ([]client.PruneInfo, error) {
-	stat, err := disk.GetDiskStat(dir)
-	if err != nil {
-		return nil, err
+// gcPolicy keeps the cache under its size, by default 10 GB or a fifth of the disk, whichever is less; what is easily had again goes
+// first.
+func gcPolicy(dir string, most int64) ([]client.PruneInfo, error) {
+	if most == 0 {
+		stat, err := disk.GetDiskStat(dir)
+		if err != nil {
+			return nil, err
+		}
+		most = min(10e9, stat.Total/5)
 	}
-	most := min(10e9, stat.Total/5)
 	return []client.PruneInfo{
 		{
 			Filter:       []string{"type==source.local", "type==exec.cachemount", "type==source.git.checkout"},

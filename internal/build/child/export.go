@@ -18,6 +18,7 @@ import (
 	cacheconfig "github.com/moby/buildkit/cache/config"
 	"github.com/moby/buildkit/exporter"
 	"github.com/moby/buildkit/exporter/containerimage"
+	"github.com/moby/buildkit/exporter/containerimage/exptypes"
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/util/compression"
 	"github.com/moby/buildkit/util/leaseutil"
@@ -76,7 +77,8 @@ func (e *export) Export(ctx context.Context, src *exporter.Source, info exporter
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	if err := e.transfer(ctx, src, info.SessionID, *desc); err != nil {
+	config, err := e.transfer(ctx, src, info.SessionID, *desc)
+	if err != nil {
 		return nil, nil, nil, fmt.Errorf("storing the image in %s: %w", e.to, err)
 	}
 	// BuildKit's annotations on the descriptor are notes to its own exporters.
@@ -84,21 +86,25 @@ func (e *export) Export(ctx context.Context, src *exporter.Source, info exporter
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	return map[string]string{DescriptorKey: string(manifest)}, nil, nil, nil
+	return map[string]string{
+		DescriptorKey:                         string(manifest),
+		exptypes.ExporterImageDigestKey:       desc.Digest.String(),
+		exptypes.ExporterImageConfigDigestKey: config.String(),
+	}, nil, nil, nil
 }
 
-// transfer puts the image into the image store, the manifest last: whoever sees it finds the rest.
-func (e *export) transfer(ctx context.Context, src *exporter.Source, sessionID string, desc ocispec.Descriptor) error {
+// transfer puts the image into the image store, the manifest last: whoever sees it finds the rest. It returns the config's digest.
+func (e *export) transfer(ctx context.Context, src *exporter.Source, sessionID string, desc ocispec.Descriptor) (digest.Digest, error) {
 	raw, err := content.ReadBlob(ctx, e.writer.ContentStore(), desc)
 	if err != nil {
-		return err
+		return "", err
 	}
 	var manifest ocispec.Manifest
 	if err := json.Unmarshal(raw, &manifest); err != nil {
-		return err
+		return "", err
 	}
 	if manifest.MediaType != ocispec.MediaTypeImageManifest {
-		return fmt.Errorf("the build made a %s instead of one image", manifest.MediaType)
+		return "", fmt.Errorf("the build made a %s instead of one image", manifest.MediaType)
 	}
 	missing := make([]digest.Digest, 0, len(manifest.Layers)+2)
 	for _, layer := range manifest.Layers {
@@ -108,15 +114,15 @@ func (e *export) transfer(ctx context.Context, src *exporter.Source, sessionID s
 	}
 	if len(missing) > 0 {
 		if err := e.unlazy(ctx, src, sessionID); err != nil {
-			return err
+			return "", err
 		}
 	}
 	for _, d := range append(missing, manifest.Config.Digest, desc.Digest) {
 		if err := link(blobPath(e.from, d), blobPath(e.to, d)); err != nil {
-			return err
+			return "", err
 		}
 	}
-	return nil
+	return manifest.Config.Digest, nil
 }
 
 // unlazy fetches the layers of the base that no step has needed so far.

@@ -153,7 +153,7 @@ func (w *imageWorker) ResolveOp(v solver.Vertex, s frontend.FrontendLLBBridge, s
 	}
 	return &step{Op: op, worker: w, sm: sm, inVM: func(e executor.Executor) (solver.Op, error) {
 		opt := w.WorkerOpt
-		opt.Executor = e
+		opt.Executor = withAuthorities(e, w.authorities)
 		isolated := &base.Worker{WorkerOpt: opt, CacheMgr: w.CacheMgr, SourceManager: w.SourceManager, ImageSource: w.ImageSource, OCILayoutSource: w.OCILayoutSource}
 		return isolated.ResolveOp(v, s, sm, proxy)
 	}}, nil
@@ -177,7 +177,10 @@ func (s *step) Exec(ctx context.Context, job solver.JobContext, inputs []solver.
 // noExecutor stands for runc where there is none.
 type noExecutor struct{}
 
-var errNoRunc = fmt.Errorf("RUN on the host needs runc: %w", errdefs.ErrFailedPrecondition)
+// NoRunc is what the error of a RUN says that needs runc where there is none.
+const NoRunc = "RUN on this host needs runc"
+
+var errNoRunc = fmt.Errorf("%s: %w", NoRunc, errdefs.ErrFailedPrecondition)
 
 func (noExecutor) Run(context.Context, string, executor.Mount, []executor.Mount, executor.ProcessInfo, chan<- struct{}) (resourcestypes.Recorder, error) {
 	return nil, errNoRunc

@@ -17,6 +17,7 @@ import (
 	"github.com/distribution/reference"
 	"github.com/hashicorp/yamux"
 	"github.com/moby/buildkit/util/resolver"
+	"github.com/moby/buildkit/util/resolver/config"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -36,11 +37,50 @@ type store struct {
 
 var _ images.Store = (*store)(nil)
 
-func newStore(session *yamux.Session) *store {
+// Registry is how a registry is reached.
+type Registry struct {
+	Mirrors  []string // base URLs, tried first
+	Insecure bool     // plain HTTP, or TLS whose certificate nobody checks
+	CA       string   // PEM file of its own certificate authority
+}
+
+// registryConfig puts settings, by host[:port], in BuildKit's words: it names mirrors by host and path.
+func registryConfig(settings map[string]Registry) map[string]config.RegistryConfig {
+	all := map[string]config.RegistryConfig{}
+	yes := true
+	for host, r := range settings {
+		c := all[host]
+		if r.Insecure {
+			c.Insecure = &yes
+		}
+		if r.CA != "" {
+			c.RootCAs = []string{r.CA}
+		}
+		for _, m := range r.Mirrors {
+			u, err := url.Parse(m)
+			if err != nil {
+				continue // the settings were checked when they were read
+			}
+			c.Mirrors = append(c.Mirrors, strings.TrimSuffix(u.Host+u.Path, "/"))
+			if u.Scheme == "http" {
+				mirror := all[u.Host]
+				mirror.PlainHTTP = &yes
+				all[u.Host] = mirror
+			}
+		}
+		if plain := all[host].PlainHTTP; plain != nil {
+			c.PlainHTTP = plain
+		}
+		all[host] = c
+	}
+	return all
+}
+
+func newStore(session *yamux.Session, registries map[string]Registry) *store {
 	transport := &http.Transport{
 		DialContext: func(context.Context, string, string) (net.Conn, error) { return session.Open() },
 	}
-	return &store{client: &http.Client{Transport: transport}, remote: resolver.NewRegistryConfig(nil)}
+	return &store{client: &http.Client{Transport: transport}, remote: resolver.NewRegistryConfig(registryConfig(registries))}
 }
 
 // hosts lists where content of a registry is looked for: our store, then the registry itself.
@@ -50,33 +90,23 @@ func (s *store) hosts(domain string) ([]docker.RegistryHost, error) {
 		return nil, err
 	}
 	ours := docker.RegistryHost{
-		Client:       &http.Client{Transport: byDigest{s.client.Transport}},
-		Host:         storeHost,
-		Scheme:       "http",
-		Path:         "/v2",
-		Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve,
+		Client: &http.Client{Transport: storeOrOut{s.client.Transport}},
+		Host:   storeHost,
+		Scheme: "http",
+		Path:   "/v2",
+		// Tags are Get's, or the registry's, whose own answer is then the one that is reported.
+		Capabilities: docker.HostCapabilityPull,
 	}
 	return append([]docker.RegistryHost{ours}, remote...), nil
 }
 
-// byDigest sends requests for content by digest to the store. It says 404 for tags: these are Get's, or the registry's. BuildKit
-// fetches tokens for the other hosts with the first host's client, so what is not for the store goes out as usual.
-type byDigest struct{ store http.RoundTripper }
+// storeOrOut sends requests for the store to it. BuildKit fetches tokens for the other hosts with the first host's client, so what is
+// not for the store goes out as usual.
+type storeOrOut struct{ store http.RoundTripper }
 
-func (t byDigest) RoundTrip(r *http.Request) (*http.Response, error) {
+func (t storeOrOut) RoundTrip(r *http.Request) (*http.Response, error) {
 	if r.URL.Host != storeHost {
 		return http.DefaultTransport.RoundTrip(r)
-	}
-	last := r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:]
-	if _, err := digest.Parse(last); err != nil {
-		return &http.Response{
-			StatusCode: http.StatusNotFound,
-			Status:     "404 Not Found",
-			Proto:      "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-			Header:  http.Header{},
-			Body:    http.NoBody,
-			Request: r,
-		}, nil
 	}
 	return t.store.RoundTrip(r)
 }

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/buildkit/client"
@@ -15,22 +16,40 @@ import (
 
 // Printer draws statuses on a writer.
 type Printer struct {
+	w        io.Writer
+	raw      bool
+	warnings []*client.VertexWarning
 	statuses chan *client.SolveStatus
 	done     chan error
 }
 
-// NewPrinter returns a printer for mode: auto (tty when w is a terminal, else plain), plain, tty, quiet or rawjson.
+// NewPrinter returns a printer for mode: auto (tty when w is a terminal, else plain), plain, tty, quiet or rawjson. The warnings of a
+// build come at its end in all of them but rawjson, which has them as they come.
 func NewPrinter(w io.Writer, mode string) (*Printer, error) {
-	display, err := progressui.NewDisplay(w, progressui.DisplayMode(mode))
+	p := &Printer{w: w, raw: mode == string(progressui.RawJSONMode), statuses: make(chan *client.SolveStatus), done: make(chan error, 1)}
+	display, err := newDisplay(w, progressui.DisplayMode(mode))
 	if err != nil {
 		return nil, fmt.Errorf("progress mode %q: %v: %w", mode, err, errdefs.ErrInvalidArgument)
 	}
-	p := &Printer{statuses: make(chan *client.SolveStatus), done: make(chan error, 1)}
 	go func() {
 		_, err := display.UpdateFrom(context.Background(), p.statuses)
 		p.done <- err
 	}()
 	return p, nil
+}
+
+func newDisplay(w io.Writer, mode progressui.DisplayMode) (progressui.Display, error) {
+	switch mode {
+	case progressui.AutoMode:
+		if d, err := progressui.NewDisplay(w, progressui.TtyMode); err == nil {
+			return d, nil
+		}
+		mode = progressui.PlainMode
+		fallthrough
+	case progressui.PlainMode:
+		w = &onceWriter{w: w}
+	}
+	return progressui.NewDisplay(w, mode)
 }
 
 // Write shows one status.
@@ -39,6 +58,10 @@ func (p *Printer) Write(statusJSON []byte) error {
 	if err := json.Unmarshal(statusJSON, &s); err != nil {
 		return fmt.Errorf("reading a build status: %w", err)
 	}
+	if !p.raw {
+		p.warnings = append(p.warnings, s.Warnings...)
+		s.Warnings = nil
+	}
 	p.statuses <- &s
 	return nil
 }
@@ -46,5 +69,52 @@ func (p *Printer) Write(statusJSON []byte) error {
 // Close draws what is left and waits for it. Nothing may be written afterwards.
 func (p *Printer) Close() error {
 	close(p.statuses)
-	return <-p.done
+	if err := <-p.done; err != nil {
+		return err
+	}
+	return p.printWarnings()
+}
+
+func (p *Printer) printWarnings() error {
+	var text strings.Builder
+	seen := map[string]bool{}
+	for _, w := range p.warnings {
+		// BuildKit's own text begins with the rule's name and ends with the line.
+		line := string(w.Short)
+		if seen[line] {
+			continue
+		}
+		seen[line] = true
+		fmt.Fprintf(&text, " - %s\n", line)
+		if w.URL != "" {
+			fmt.Fprintf(&text, "   %s\n", w.URL)
+		}
+	}
+	if len(seen) == 0 {
+		return nil
+	}
+	plural := "s"
+	if len(seen) == 1 {
+		plural = ""
+	}
+	_, err := fmt.Fprintf(p.w, "\n %d warning%s found:\n%s", len(seen), plural, text.String())
+	return err
+}
+
+// onceWriter leaves out the block between two lines of dashes in which the plain display repeats, at its end, the output of steps that
+// failed: it has been shown as it came. The display writes each of these lines by one call, and no other line is only dashes.
+type onceWriter struct {
+	w       io.Writer
+	leaving bool
+}
+
+func (o *onceWriter) Write(p []byte) (int, error) {
+	if string(p) == "------\n" {
+		o.leaving = !o.leaving
+		return len(p), nil
+	}
+	if o.leaving {
+		return len(p), nil
+	}
+	return o.w.Write(p)
 }

@@ -27,6 +27,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// OutOfMemory is what the error of a step says that the guest's kernel killed for want of memory.
+const OutOfMemory = "the build's virtual machine has too little memory"
+
 const (
 	defaultHostname = "buildkitsandbox" // BuildKit's own
 	// killPatience is how long a killed step may take to end before its VM counts as lost.
@@ -78,7 +81,7 @@ func (v *VM) Run(ctx context.Context, id string, root executor.Mount, mounts []e
 	req := containerOf(id, process, root.Readonly, guest, resolvConf)
 	x, err := vm.agent.Container(context.WithoutCancel(ctx), req)
 	if err != nil {
-		return nil, v.notStarted(vm, process, err)
+		return nil, v.notStarted(vm, err)
 	}
 	defer x.Close()
 	began()
@@ -104,7 +107,7 @@ func (v *VM) Exec(ctx context.Context, id string, process executor.ProcessInfo) 
 	defer leave()
 	x, err := vm.agent.Exec(context.WithoutCancel(ctx), &agentv1.Exec{Process: processOf(process), Container: id})
 	if err != nil {
-		return v.notStarted(vm, process, err)
+		return v.notStarted(vm, err)
 	}
 	defer x.Close()
 	return v.follow(ctx, vm, x, process)
@@ -163,21 +166,21 @@ func resolvConf() ([]byte, error) {
 }
 
 // notStarted turns the agent's refusal into the end of a step: what is the Dockerfile's fault reads as with a shell.
-func (v *VM) notStarted(vm *started, p executor.ProcessInfo, err error) error {
+func (v *VM) notStarted(vm *started, err error) error {
 	var f *host.Failure
 	if !errors.As(err, &f) {
 		return v.explain(vm.instance, err)
 	}
-	if p.Stderr != nil {
-		fmt.Fprintln(p.Stderr, f.Message)
-	}
+	code := uint32(0)
 	switch f.Class {
 	case agentv1.FailureClass_FAILURE_CLASS_NOT_FOUND:
-		return &gatewayapi.ExitError{ExitCode: exitNotFound}
+		code = exitNotFound
 	case agentv1.FailureClass_FAILURE_CLASS_NOT_EXECUTABLE:
-		return &gatewayapi.ExitError{ExitCode: exitNoExec}
+		code = exitNoExec
+	default:
+		return f
 	}
-	return f
+	return &gatewayapi.ExitError{ExitCode: code, Err: fmt.Errorf("exit code: %d: %w", code, f)}
 }
 
 // follow carries between a process and BuildKit until the process has ended.
@@ -242,7 +245,7 @@ func exitError(ctx context.Context, e *agentv1.EntrypointExited, valid []int) er
 	}
 	exit := &gatewayapi.ExitError{ExitCode: uint32(code)}
 	if e.GetOomKilled() {
-		exit.Err = fmt.Errorf("exit code: %d: the build's virtual machine has too little memory for it: %w", code, syscall.ENOMEM)
+		exit.Err = fmt.Errorf("exit code: %d: %s: %w", code, OutOfMemory, syscall.ENOMEM)
 	}
 	if ctx.Err() != nil {
 		exit.Err = fmt.Errorf("%s: %w", exit.Error(), context.Cause(ctx))

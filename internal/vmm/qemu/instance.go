@@ -11,9 +11,12 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -40,6 +43,8 @@ type instance struct {
 	qmp     *qmp.Client   // set before control is closed
 	silent  chan struct{} // closed when QMP will say no more
 	down    *shutdown     // QEMU's last words; valid after silent
+	watched chan struct{} // closed when no one looks for a halt any more
+	halted  atomic.Bool   // the guest's kernel stopped its CPUs for good, and we the process
 	done    chan struct{}
 	exit    vmm.Exit // valid after done
 
@@ -65,12 +70,49 @@ func (d *Driver) watch(spec vmm.Spec, pid int, argv []string, child *os.Process,
 	}
 	i := &instance{
 		spec: spec, argv: argv, log: d.opts.Log.With("instance", spec.ID), pid: pid, pidfd: pidfd, child: child, shares: shares,
-		control: make(chan struct{}), silent: make(chan struct{}), done: make(chan struct{}),
+		control: make(chan struct{}), silent: make(chan struct{}), watched: make(chan struct{}), done: make(chan struct{}),
 	}
 	i.closing, i.close = context.WithCancel(context.Background())
 	go i.listen()
 	go i.wait()
+	go i.watchHalt()
 	return i, nil
+}
+
+// haltLine is the last that a kernel says before its CPUs stop for good: on halt, and on poweroff where it has no way to switch off, as without
+// ACPI. QEMU does not notice, and would run for ever.
+var haltLine = regexp.MustCompile(`(?m)^\[ *\d+\.\d+\] reboot: System halted\r?$`)
+
+const haltPoll = 250 * time.Millisecond
+
+// watchHalt looks for that line in what is new on the console, and ends the process of a guest that has halted.
+func (i *instance) watchHalt() {
+	defer close(i.watched)
+	tick := time.NewTicker(haltPoll)
+	defer tick.Stop()
+	path := filepath.Join(i.spec.Dir, vmm.ConsoleFile)
+	for seen := int64(-1); ; {
+		select {
+		case <-i.closing.Done():
+			return
+		case <-i.done:
+			return
+		case <-tick.C:
+		}
+		info, err := os.Stat(path)
+		if err != nil || info.Size() == seen {
+			continue
+		}
+		seen = info.Size()
+		if text, err := tail(path); err == nil && haltLine.Match(text) {
+			i.log.Debug("the guest has halted")
+			i.halted.Store(true)
+			if err := killPID(i.pidfd); err != nil {
+				i.log.Warn("a halted guest is not ended", "error", err)
+			}
+			return
+		}
+	}
 }
 
 // listen speaks with QMP until it ends.
@@ -127,6 +169,9 @@ func (i *instance) wait() {
 
 // reason finds out why the process ended. state is nil when it was not our child.
 func (i *instance) reason(state *os.ProcessState) vmm.Exit {
+	if i.halted.Load() {
+		return vmm.Exit{Reason: vmm.ReasonGuest, Detail: "guest-halt"}
+	}
 	byGuest := state != nil && state.Success()
 	if i.down != nil {
 		byGuest = i.down.Guest
@@ -276,6 +321,7 @@ func (i *instance) command(ctx context.Context, doing, name string) error {
 func (i *instance) Close() error {
 	i.close()
 	<-i.silent
+	<-i.watched
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.agent != nil {

@@ -219,6 +219,7 @@ func Run(t *testing.T, newDriver func(t *testing.T) vmm.Driver, f Fixture) {
 	t.Run("TwoAtOnce", g.twoAtOnce)
 	t.Run("DialAgain", g.dialAgain)
 	t.Run("Poweroff", g.poweroff)
+	t.Run("Halt", g.halt)
 	t.Run("Panic", g.panics)
 	t.Run("Died", g.died)
 	t.Run("Kill", g.kill)
@@ -365,6 +366,17 @@ func (g *Guest) poweroff(t *testing.T) {
 	expectEnd(t, i, spec, vmm.ReasonGuest, 5*time.Second)
 }
 
+// halt stops the CPUs for good, which no hardware notices; so ends a poweroff without the agent where a machine cannot switch itself off.
+func (g *Guest) halt(t *testing.T) {
+	t.Parallel()
+	spec := g.Spec(t)
+	i := g.Start(t, spec)
+	c := Dial(t, i)
+	c.Expect(t, "hello")
+	c.Say(t, "halt")
+	expectEnd(t, i, spec, vmm.ReasonGuest, 5*time.Second)
+}
+
 func (g *Guest) panics(t *testing.T) {
 	t.Parallel()
 	spec := g.Spec(t)
@@ -445,6 +457,7 @@ func (g *Guest) recover(t *testing.T, newDriver func(t *testing.T) vmm.Driver) {
 		reason vmm.Reason
 	}{
 		"Poweroff": {func(c *Conn, _ vmm.Instance) { c.Say(t, "poweroff") }, vmm.ReasonGuest},
+		"Halt":     {func(c *Conn, _ vmm.Instance) { c.Say(t, "halt") }, vmm.ReasonGuest},
 		"Panic":    {func(c *Conn, _ vmm.Instance) { c.Say(t, "panic") }, vmm.ReasonPanic},
 		"Died":     {func(_ *Conn, i vmm.Instance) { unix.Kill(i.PID(), unix.SIGKILL) }, vmm.ReasonDied},
 	} {

@@ -1,9 +1,11 @@
-// Command registry is the scripts' registry on loopback, holding one small image for several platforms.
+// Command registry is the scripts' registry on loopback, holding one small image for several platforms. With -login it lets nobody in
+// without; the layer of an image whose specification ends in =zstd is compressed so.
 package main
 
 import (
 	"archive/tar"
 	"bytes"
+	"flag"
 	"fmt"
 	"io"
 	"log"
@@ -13,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/compression"
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -20,19 +23,26 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
 func main() {
-	if len(os.Args) < 2 {
-		log.Fatal("usage: registry ADDRESS [REPOSITORY:TAG=OS/ARCH[=BUSYBOX]...]")
+	login := flag.String("login", "", "USER:PASSWORD that everybody needs")
+	flag.Parse()
+	if flag.NArg() < 1 {
+		log.Fatal("usage: registry [-login USER:PASSWORD] ADDRESS [REPOSITORY:TAG=OS/ARCH[=zstd]...]")
 	}
-	l, err := net.Listen("tcp", os.Args[1])
+	l, err := net.Listen("tcp", flag.Arg(0))
 	if err != nil {
 		log.Fatal(err)
 	}
-	server := &http.Server{Handler: registry.New(registry.Logger(log.New(io.Discard, "", 0))), ReadHeaderTimeout: time.Minute}
+	var handler http.Handler = registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	if *login != "" {
+		handler = guard(handler, *login)
+	}
+	server := &http.Server{Handler: handler, ReadHeaderTimeout: time.Minute}
 	go func() { log.Fatal(server.Serve(l)) }()
-	for _, spec := range os.Args[2:] {
+	for _, spec := range flag.Args()[1:] {
 		if err := push(l.Addr().String(), spec); err != nil {
 			log.Fatal(err)
 		}
@@ -40,6 +50,18 @@ func main() {
 	fmt.Println("ready")
 	os.Stdout.Close()
 	time.Sleep(5 * time.Minute) // the script ends it
+}
+
+// guard lets in who gives the login, by HTTP's basic authentication.
+func guard(next http.Handler, login string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if user, password, _ := r.BasicAuth(); user+":"+password != login {
+			w.Header().Set("WWW-Authenticate", `Basic realm="test"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 func push(addr, spec string) error {
@@ -68,7 +90,12 @@ func push(addr, spec string) error {
 		}
 	}
 	w.Close()
-	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layer.Bytes())), nil })
+	var options []tarball.LayerOption
+	if len(parts) > 2 && parts[2] == "zstd" {
+		options = []tarball.LayerOption{tarball.WithCompression(compression.ZStd), tarball.WithMediaType(types.OCILayerZStd)}
+		img = mutate.ConfigMediaType(mutate.MediaType(img, types.OCIManifestSchema1), types.OCIConfigJSON)
+	}
+	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layer.Bytes())), nil }, options...)
 	if err != nil {
 		return err
 	}

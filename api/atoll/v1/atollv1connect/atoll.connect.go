@@ -94,6 +94,10 @@ const (
 	ImageServiceLoginProcedure = "/atoll.v1.ImageService/Login"
 	// BuildServiceBuildProcedure is the fully-qualified name of the BuildService's Build RPC.
 	BuildServiceBuildProcedure = "/atoll.v1.BuildService/Build"
+	// BuildServiceDiskUsageProcedure is the fully-qualified name of the BuildService's DiskUsage RPC.
+	BuildServiceDiskUsageProcedure = "/atoll.v1.BuildService/DiskUsage"
+	// BuildServicePruneProcedure is the fully-qualified name of the BuildService's Prune RPC.
+	BuildServicePruneProcedure = "/atoll.v1.BuildService/Prune"
 	// BaseServiceListProcedure is the fully-qualified name of the BaseService's List RPC.
 	BaseServiceListProcedure = "/atoll.v1.BaseService/List"
 	// BaseServiceBuildProcedure is the fully-qualified name of the BaseService's Build RPC.
@@ -121,6 +125,8 @@ const (
 	SystemServiceDoctorProcedure = "/atoll.v1.SystemService/Doctor"
 	// SystemServiceShutdownProcedure is the fully-qualified name of the SystemService's Shutdown RPC.
 	SystemServiceShutdownProcedure = "/atoll.v1.SystemService/Shutdown"
+	// SystemServicePruneProcedure is the fully-qualified name of the SystemService's Prune RPC.
+	SystemServicePruneProcedure = "/atoll.v1.SystemService/Prune"
 )
 
 // MachineServiceClient is a client for the atoll.v1.MachineService service.
@@ -827,7 +833,11 @@ func (UnimplementedImageServiceHandler) Login(context.Context, *connect.Request[
 
 // BuildServiceClient is a client for the atoll.v1.BuildService service.
 type BuildServiceClient interface {
-	Build(context.Context, *connect.Request[v1.BuildRequest]) (*connect.ServerStreamForClient[v1.BuildResponse], error)
+	// Build makes an image. The first message is start; then the context follows where start says so, and what an SSH agent answers.
+	// The last answer is the result, or the report of a build that only asks.
+	Build(context.Context) *connect.BidiStreamForClient[v1.BuildRequest, v1.BuildResponse]
+	DiskUsage(context.Context, *connect.Request[v1.BuildDiskUsageRequest]) (*connect.Response[v1.BuildDiskUsageResponse], error)
+	Prune(context.Context, *connect.Request[v1.PruneBuildRequest]) (*connect.Response[v1.PruneBuildResponse], error)
 }
 
 // NewBuildServiceClient constructs a client for the atoll.v1.BuildService service. By default, it
@@ -847,22 +857,50 @@ func NewBuildServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(buildServiceMethods.ByName("Build")),
 			connect.WithClientOptions(opts...),
 		),
+		diskUsage: connect.NewClient[v1.BuildDiskUsageRequest, v1.BuildDiskUsageResponse](
+			httpClient,
+			baseURL+BuildServiceDiskUsageProcedure,
+			connect.WithSchema(buildServiceMethods.ByName("DiskUsage")),
+			connect.WithClientOptions(opts...),
+		),
+		prune: connect.NewClient[v1.PruneBuildRequest, v1.PruneBuildResponse](
+			httpClient,
+			baseURL+BuildServicePruneProcedure,
+			connect.WithSchema(buildServiceMethods.ByName("Prune")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // buildServiceClient implements BuildServiceClient.
 type buildServiceClient struct {
-	build *connect.Client[v1.BuildRequest, v1.BuildResponse]
+	build     *connect.Client[v1.BuildRequest, v1.BuildResponse]
+	diskUsage *connect.Client[v1.BuildDiskUsageRequest, v1.BuildDiskUsageResponse]
+	prune     *connect.Client[v1.PruneBuildRequest, v1.PruneBuildResponse]
 }
 
 // Build calls atoll.v1.BuildService.Build.
-func (c *buildServiceClient) Build(ctx context.Context, req *connect.Request[v1.BuildRequest]) (*connect.ServerStreamForClient[v1.BuildResponse], error) {
-	return c.build.CallServerStream(ctx, req)
+func (c *buildServiceClient) Build(ctx context.Context) *connect.BidiStreamForClient[v1.BuildRequest, v1.BuildResponse] {
+	return c.build.CallBidiStream(ctx)
+}
+
+// DiskUsage calls atoll.v1.BuildService.DiskUsage.
+func (c *buildServiceClient) DiskUsage(ctx context.Context, req *connect.Request[v1.BuildDiskUsageRequest]) (*connect.Response[v1.BuildDiskUsageResponse], error) {
+	return c.diskUsage.CallUnary(ctx, req)
+}
+
+// Prune calls atoll.v1.BuildService.Prune.
+func (c *buildServiceClient) Prune(ctx context.Context, req *connect.Request[v1.PruneBuildRequest]) (*connect.Response[v1.PruneBuildResponse], error) {
+	return c.prune.CallUnary(ctx, req)
 }
 
 // BuildServiceHandler is an implementation of the atoll.v1.BuildService service.
 type BuildServiceHandler interface {
-	Build(context.Context, *connect.Request[v1.BuildRequest], *connect.ServerStream[v1.BuildResponse]) error
+	// Build makes an image. The first message is start; then the context follows where start says so, and what an SSH agent answers.
+	// The last answer is the result, or the report of a build that only asks.
+	Build(context.Context, *connect.BidiStream[v1.BuildRequest, v1.BuildResponse]) error
+	DiskUsage(context.Context, *connect.Request[v1.BuildDiskUsageRequest]) (*connect.Response[v1.BuildDiskUsageResponse], error)
+	Prune(context.Context, *connect.Request[v1.PruneBuildRequest]) (*connect.Response[v1.PruneBuildResponse], error)
 }
 
 // NewBuildServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -872,16 +910,32 @@ type BuildServiceHandler interface {
 // and JSON codecs. They also support gzip compression.
 func NewBuildServiceHandler(svc BuildServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
 	buildServiceMethods := v1.File_api_atoll_v1_atoll_proto.Services().ByName("BuildService").Methods()
-	buildServiceBuildHandler := connect.NewServerStreamHandler(
+	buildServiceBuildHandler := connect.NewBidiStreamHandler(
 		BuildServiceBuildProcedure,
 		svc.Build,
 		connect.WithSchema(buildServiceMethods.ByName("Build")),
+		connect.WithHandlerOptions(opts...),
+	)
+	buildServiceDiskUsageHandler := connect.NewUnaryHandler(
+		BuildServiceDiskUsageProcedure,
+		svc.DiskUsage,
+		connect.WithSchema(buildServiceMethods.ByName("DiskUsage")),
+		connect.WithHandlerOptions(opts...),
+	)
+	buildServicePruneHandler := connect.NewUnaryHandler(
+		BuildServicePruneProcedure,
+		svc.Prune,
+		connect.WithSchema(buildServiceMethods.ByName("Prune")),
 		connect.WithHandlerOptions(opts...),
 	)
 	return "/atoll.v1.BuildService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case BuildServiceBuildProcedure:
 			buildServiceBuildHandler.ServeHTTP(w, r)
+		case BuildServiceDiskUsageProcedure:
+			buildServiceDiskUsageHandler.ServeHTTP(w, r)
+		case BuildServicePruneProcedure:
+			buildServicePruneHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -891,8 +945,16 @@ func NewBuildServiceHandler(svc BuildServiceHandler, opts ...connect.HandlerOpti
 // UnimplementedBuildServiceHandler returns CodeUnimplemented from all methods.
 type UnimplementedBuildServiceHandler struct{}
 
-func (UnimplementedBuildServiceHandler) Build(context.Context, *connect.Request[v1.BuildRequest], *connect.ServerStream[v1.BuildResponse]) error {
+func (UnimplementedBuildServiceHandler) Build(context.Context, *connect.BidiStream[v1.BuildRequest, v1.BuildResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.BuildService.Build is not implemented"))
+}
+
+func (UnimplementedBuildServiceHandler) DiskUsage(context.Context, *connect.Request[v1.BuildDiskUsageRequest]) (*connect.Response[v1.BuildDiskUsageResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.BuildService.DiskUsage is not implemented"))
+}
+
+func (UnimplementedBuildServiceHandler) Prune(context.Context, *connect.Request[v1.PruneBuildRequest]) (*connect.Response[v1.PruneBuildResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.BuildService.Prune is not implemented"))
 }
 
 // BaseServiceClient is a client for the atoll.v1.BaseService service.
@@ -1228,6 +1290,8 @@ type SystemServiceClient interface {
 	Doctor(context.Context, *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error)
 	// Shutdown ends the daemon; machines run on.
 	Shutdown(context.Context, *connect.Request[v1.ShutdownRequest]) (*connect.Response[v1.ShutdownResponse], error)
+	// Prune removes images without a name that no machine uses, and the build cache.
+	Prune(context.Context, *connect.Request[v1.PruneSystemRequest]) (*connect.Response[v1.PruneSystemResponse], error)
 }
 
 // NewSystemServiceClient constructs a client for the atoll.v1.SystemService service. By default, it
@@ -1265,6 +1329,12 @@ func NewSystemServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(systemServiceMethods.ByName("Shutdown")),
 			connect.WithClientOptions(opts...),
 		),
+		prune: connect.NewClient[v1.PruneSystemRequest, v1.PruneSystemResponse](
+			httpClient,
+			baseURL+SystemServicePruneProcedure,
+			connect.WithSchema(systemServiceMethods.ByName("Prune")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -1274,6 +1344,7 @@ type systemServiceClient struct {
 	events   *connect.Client[v1.EventsRequest, v1.Event]
 	doctor   *connect.Client[v1.DoctorRequest, v1.DoctorResponse]
 	shutdown *connect.Client[v1.ShutdownRequest, v1.ShutdownResponse]
+	prune    *connect.Client[v1.PruneSystemRequest, v1.PruneSystemResponse]
 }
 
 // Version calls atoll.v1.SystemService.Version.
@@ -1296,6 +1367,11 @@ func (c *systemServiceClient) Shutdown(ctx context.Context, req *connect.Request
 	return c.shutdown.CallUnary(ctx, req)
 }
 
+// Prune calls atoll.v1.SystemService.Prune.
+func (c *systemServiceClient) Prune(ctx context.Context, req *connect.Request[v1.PruneSystemRequest]) (*connect.Response[v1.PruneSystemResponse], error) {
+	return c.prune.CallUnary(ctx, req)
+}
+
 // SystemServiceHandler is an implementation of the atoll.v1.SystemService service.
 type SystemServiceHandler interface {
 	Version(context.Context, *connect.Request[v1.VersionRequest]) (*connect.Response[v1.VersionResponse], error)
@@ -1303,6 +1379,8 @@ type SystemServiceHandler interface {
 	Doctor(context.Context, *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error)
 	// Shutdown ends the daemon; machines run on.
 	Shutdown(context.Context, *connect.Request[v1.ShutdownRequest]) (*connect.Response[v1.ShutdownResponse], error)
+	// Prune removes images without a name that no machine uses, and the build cache.
+	Prune(context.Context, *connect.Request[v1.PruneSystemRequest]) (*connect.Response[v1.PruneSystemResponse], error)
 }
 
 // NewSystemServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -1336,6 +1414,12 @@ func NewSystemServiceHandler(svc SystemServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(systemServiceMethods.ByName("Shutdown")),
 		connect.WithHandlerOptions(opts...),
 	)
+	systemServicePruneHandler := connect.NewUnaryHandler(
+		SystemServicePruneProcedure,
+		svc.Prune,
+		connect.WithSchema(systemServiceMethods.ByName("Prune")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/atoll.v1.SystemService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case SystemServiceVersionProcedure:
@@ -1346,6 +1430,8 @@ func NewSystemServiceHandler(svc SystemServiceHandler, opts ...connect.HandlerOp
 			systemServiceDoctorHandler.ServeHTTP(w, r)
 		case SystemServiceShutdownProcedure:
 			systemServiceShutdownHandler.ServeHTTP(w, r)
+		case SystemServicePruneProcedure:
+			systemServicePruneHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1369,4 +1455,8 @@ func (UnimplementedSystemServiceHandler) Doctor(context.Context, *connect.Reques
 
 func (UnimplementedSystemServiceHandler) Shutdown(context.Context, *connect.Request[v1.ShutdownRequest]) (*connect.Response[v1.ShutdownResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.SystemService.Shutdown is not implemented"))
+}
+
+func (UnimplementedSystemServiceHandler) Prune(context.Context, *connect.Request[v1.PruneSystemRequest]) (*connect.Response[v1.PruneSystemResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.SystemService.Prune is not implemented"))
 }

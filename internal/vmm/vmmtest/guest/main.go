@@ -61,6 +61,8 @@ func serve() error {
 			return errors.New("told to panic")
 		case "poweroff":
 			return unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
+		case "halt":
+			return unix.Reboot(unix.LINUX_REBOOT_CMD_HALT)
 		case "cpus", "memory":
 			err = count(port, word)
 		case "disk":
