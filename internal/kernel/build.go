@@ -63,13 +63,34 @@ func (s *Store) Build(ctx context.Context, o BuildOptions) (Kernel, error) {
 	if err != nil {
 		return Kernel{}, fmt.Errorf("building a kernel for %s: %w", o.Arch, err)
 	}
-	if k.Arch == runtime.GOARCH && !k.Default {
-		if err := s.SetDefault(ctx, k.Name); err != nil {
-			return Kernel{}, err
-		}
-		k.Default = true
-		o.Line(fmt.Sprintf("Kernel %s is the default now", k.Name))
+	return k, nil
+}
+
+// addBuilt adds a kernel and makes it the default.
+func (s *Store) addBuilt(ctx context.Context, o BuildOptions, dir string, img image, k Kernel) (Kernel, error) {
+	release, err := s.lock(ctx)
+	if err != nil {
+		return Kernel{}, err
 	}
+	k, err = s.add(dir, img, k)
+	release()
+	if err != nil {
+		return Kernel{}, err
+	}
+	s.publish("build", k)
+	return s.makeDefault(ctx, o, k)
+}
+
+// makeDefault makes a kernel the default, where it can be.
+func (s *Store) makeDefault(ctx context.Context, o BuildOptions, k Kernel) (Kernel, error) {
+	if k.Arch != runtime.GOARCH || k.Default {
+		return k, nil
+	}
+	if err := s.SetDefault(ctx, k.Name); err != nil {
+		return Kernel{}, err
+	}
+	k.Default = true
+	o.Line(fmt.Sprintf("Kernel %s is the default now", k.Name))
 	return k, nil
 }
 
@@ -168,7 +189,8 @@ func (s *Store) built(ctx context.Context, key string, o BuildOptions) (Kernel, 
 	}
 	o.Line(fmt.Sprintf("Already built: %s, Linux %s", found.Name, found.Version))
 	if o.Name == "" || found.Name == o.Name {
-		return found, true, nil
+		found, err = s.makeDefault(ctx, o, found)
+		return found, true, err
 	}
 	dir, err := os.MkdirTemp(s.opts.Dir, tempPrefix)
 	if err != nil {
@@ -186,14 +208,9 @@ func (s *Store) built(ctx context.Context, key string, o BuildOptions) (Kernel, 
 	if err != nil {
 		return Kernel{}, false, err
 	}
-	release, err := s.lock(ctx)
-	if err != nil {
-		return Kernel{}, false, err
-	}
-	defer release()
-	found.Name = o.Name
-	k, err := s.add(dir, img, found)
-	return k, err == nil, err
+	found.Name, found.Default = o.Name, false
+	k, err := s.addBuilt(ctx, o, dir, img, found)
+	return k, true, err
 }
 
 // buildNew builds in a directory of its own, which is gone at the end.
@@ -232,7 +249,7 @@ func (s *Store) buildNew(ctx context.Context, o BuildOptions, src source, r reci
 	o.Progress(Transfer{ID: id, Status: "Configuring"})
 	image, err := w.makeKernel(ctx, o, r, prefix)
 	if err != nil {
-		return Kernel{}, s.withLog(ctx, w, fmt.Errorf("Linux %s: %w", version, err))
+		return Kernel{}, s.withLog(ctx, w, fmt.Errorf("linux %s: %w", version, err))
 	}
 	o.Progress(Transfer{ID: id, Status: fmt.Sprintf("Done (%d files)", log.steps)})
 
@@ -269,16 +286,7 @@ func (s *Store) buildNew(ctx context.Context, o BuildOptions, src source, r reci
 			k.Name += "-" + o.Arch
 		}
 	}
-	release, err := s.lock(ctx)
-	if err != nil {
-		return Kernel{}, err
-	}
-	defer release()
-	if k, err = s.add(final, img, k); err != nil {
-		return Kernel{}, err
-	}
-	s.publish("build", k)
-	return k, nil
+	return s.addBuilt(ctx, o, final, img, k)
 }
 
 // makeKernel configures and builds, and returns the name of the kernel's file in the build directory.
@@ -317,7 +325,7 @@ func (w *workshop) makeKernel(ctx context.Context, o BuildOptions, r recipe, pre
 	if target == "Image" {
 		return "arch/arm64/boot/Image", nil
 	}
-	const stripped = "vmlinux.atoll" // 26 MB instead of 42
+	const stripped = "vmlinux.atoll" // 23 MB instead of 26
 	return stripped, w.run(ctx, prefix+"objcopy", "--strip-all", filepath.Join(w.seen(w.build), target), filepath.Join(w.seen(w.build), stripped))
 }
 
