@@ -376,7 +376,7 @@ func mountSystem() error {
 			return err
 		}
 		err = unix.Mount(m.kind, on, m.kind, m.flags, m.options)
-		if err == unix.ENODEV && m.kind == "mqueue" { // a kernel may lack it
+		if errors.Is(err, unix.ENODEV) && m.kind == "mqueue" { // a kernel may lack it
 			continue
 		}
 		if err != nil {
