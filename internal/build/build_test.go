@@ -422,7 +422,7 @@ func TestErrors(t *testing.T) {
 		text  []string
 		hint  string
 	}{
-		{"failing step", dockerfile(t, "FROM base\n\nRUN echo from the step; exit 3\nRUN true\n"), errdefs.IsFailedPrecondition, []string{
+		{"failing step", quiet(dockerfile(t, "FROM base\n\nRUN echo from the step; exit 3\nRUN true\n")), errdefs.IsFailedPrecondition, []string{
 			`process "/bin/sh -c echo from the step; exit 3" did not complete successfully: exit code: 3`,
 			"\nfrom the step\n", "Dockerfile:3", "3 | >>> RUN echo from the step; exit 3"}, ""},
 		{"syntax error", dockerfile(t, "FROM base\nRUNN true\n"), errdefs.IsInvalidArgument, []string{
@@ -435,8 +435,12 @@ func TestErrors(t *testing.T) {
 		{"missing context", Request{ContextDir: missing}, errdefs.IsInvalidArgument, []string{missing, "no such file"}, "Dockerfile"},
 		{"context is a file", Request{ContextDir: os.Args[0]}, errdefs.IsInvalidArgument, []string{"not a directory"}, "Dockerfile"},
 		{"missing Dockerfile", Request{ContextDir: t.TempDir()}, errdefs.IsInvalidArgument, []string{"Dockerfile", "no such file"}, "-f"},
-		{"other platform", Request{ContextDir: dockerfile(t, "FROM base\n").ContextDir, Platform: "linux/s390x"},
-			errdefs.IsInvalidArgument, []string{"linux/s390x"}, "--platform"},
+		{"several platforms", Request{ContextDir: dockerfile(t, "FROM base\n").ContextDir, Platform: "linux/s390x,linux/amd64"},
+			errdefs.IsInvalidArgument, []string{"linux/s390x,linux/amd64"}, "once for each"},
+		{"no context", Request{}, errdefs.IsInvalidArgument, []string{"one directory, URL or stream"}, ""},
+		{"every fault at once", Request{ContextDir: "/", Network: "bridge", ShmSize: -1, AddHosts: []string{"x"}, Ulimits: []string{"y"},
+			Secrets: map[string][]byte{"s": make([]byte, maxSecret+1)}, CacheTo: []CacheOption{{Type: "s3"}}, CacheFrom: []CacheOption{{Type: "local"}, {Type: "registry"}}},
+			errdefs.IsInvalidArgument, []string{"bridge", "-1", `host "x"`, `ulimit "y"`, `secret "s"`, `"s3"`, "src=", "ref="}, ""},
 		{"bad platform", Request{ContextDir: dockerfile(t, "FROM base\n").ContextDir, Platform: "a/b/c/d/e"},
 			errdefs.IsInvalidArgument, []string{"a/b/c/d/e"}, ""},
 	} {
@@ -445,6 +449,11 @@ func TestErrors(t *testing.T) {
 			checkError(t, err, c.class, c.text, c.hint)
 		})
 	}
+}
+
+func quiet(r Request) Request {
+	r.Quiet = true
+	return r
 }
 
 func checkError(t *testing.T, err error, class func(error) bool, text []string, next string) {
@@ -668,4 +677,60 @@ func TestFullDisk(t *testing.T) {
 	})
 	_, err := f.Build(t.Context(), dockerfile(t, "FROM base\nRUN dd if=/dev/zero of=/big bs=1M count=100\n"), nil)
 	checkError(t, err, errdefs.IsResourceExhausted, []string{f.o.Dir, "bytes free"}, "free some space")
+}
+
+func TestTimeout(t *testing.T) {
+	f := newFixture(t)
+	r := dockerfile(t, "FROM base\nRUN sleep "+sleepFor+"\n")
+	r.Timeout = 500 * time.Millisecond
+	_, err := f.Build(t.Context(), r, nil)
+	checkError(t, err, func(err error) bool { return errors.Is(err, context.DeadlineExceeded) }, []string{"not done after 500ms"}, "--timeout")
+}
+
+// Passwords of URLs are in no message.
+func TestRedact(t *testing.T) {
+	for _, text := range []string{redact("https://me:hunter2@git.example/x.git#main"), redactAll("fetching https://me:hunter2@git.example/x.git failed")} {
+		if strings.Contains(text, "hunter2") || !strings.Contains(text, "git.example/x.git") {
+			t.Error(text)
+		}
+	}
+}
+
+func TestFrontendAttrs(t *testing.T) {
+	b := New(Options{Proxy: Proxy{HTTP: "http://proxy:1", No: "a,b"}})
+	attrs := b.frontendAttrs(Request{
+		BuildArgs: map[string]string{"A": "1", "HTTP_PROXY": "http://own:2"}, NoCacheStages: []string{"x", "y"}, Network: "none",
+		AddHosts: []string{"h=192.0.2.1", "i=::1"}, Ulimits: []string{"nofile=1:2"}, ShmSize: 64,
+	})
+	for key, want := range map[string]string{
+		"build-arg:A": "1", "build-arg:http_proxy": "http://own:2", "build-arg:HTTP_PROXY": "http://own:2", "build-arg:no_proxy": "a,b",
+		"no-cache": "x,y", "force-network-mode": "none", "add-hosts": "h=192.0.2.1,i=::1", "ulimit": "nofile=1:2", "shm-size": "64",
+	} {
+		if attrs[key] != want {
+			t.Errorf("%s is %q, want %q", key, attrs[key], want)
+		}
+	}
+	if _, ok := attrs["build-arg:https_proxy"]; ok {
+		t.Error("a proxy that is not set is an ARG")
+	}
+}
+
+// FuzzArchive: what a client streams as a context is an archive, or it is not; nothing else happens.
+func FuzzArchive(f *testing.F) {
+	var plain bytes.Buffer
+	w := tar.NewWriter(&plain)
+	_ = w.WriteHeader(&tar.Header{Name: "a", Size: 1, Mode: 0o644})
+	_, _ = w.Write([]byte("x"))
+	_ = w.Close()
+	for _, seed := range [][]byte{plain.Bytes(), []byte("FROM x"), {0x1f, 0x8b, 8, 0}, []byte("BZh9"), []byte("\xfd7zXZ\x00\x00"), {0x28, 0xb5, 0x2f, 0xfd, 0}, nil} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		archive, err := openArchive(bytes.NewReader(data))
+		if err != nil {
+			return
+		}
+		_, _ = io.Copy(io.Discard, io.LimitReader(archive, 1<<20))
+		archive.Close()
+	})
 }

@@ -129,6 +129,9 @@ func (b *Builder) explain(ctx context.Context, p *process, s *steps, r Request, 
 	if m := unresolved.FindStringSubmatch(text); m != nil {
 		return b.unknownBase(m[1], m[2], details.String())
 	}
+	if strings.Contains(output, "exec format error") { // runc's, or a shell's
+		text += ": exec format error"
+	}
 	for _, k := range known {
 		if m := k.pattern.FindStringSubmatch(text); m != nil {
 			err := k.class.WithMessage(text + details.String())

@@ -43,10 +43,10 @@ func newBuildCmd(e *environment) *cobra.Command {
 		Long: `Build an image from a Dockerfile and print its digest. FROM takes an image that
 is here, else one from its registry.
 
-The build context is a directory; a git repository (https://…/x.git, ssh://…,
-git@host:x.git or git://…, each with #REF or #REF:SUBDIR); the http(s) URL of a
-Dockerfile or an archive; or -, standard input, with an archive (tar, plain or
-compressed) or a Dockerfile alone.
+The build context is a directory; a git repository (by https with a path that
+ends in .git, git://, ssh:// or git@host:path; #REF or #REF:SUBDIR may follow);
+the http(s) URL of a Dockerfile or an archive; or -, standard input, with an
+archive (tar, plain or compressed) or a Dockerfile alone.
 
 With -o the image is also kept here when it has a name by -t, or is of type disk.`,
 		Example: `  atoll build -t hello examples/hello
@@ -155,9 +155,13 @@ func (c *buildCall) run(ctx context.Context) error {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx) // ends the stream, and with it who writes to it
-	defer cancel()
 	stream := &buildStream{BidiStreamForClient: daemon.Build.Build(ctx)}
-	defer stream.CloseResponse()
+	// net/http sees the end of a context only once the request has been sent whole.
+	context.AfterFunc(ctx, func() { _ = stream.CloseRequest() })
+	defer func() {
+		cancel()
+		_ = stream.CloseResponse() // nobody is interested any more
+	}()
 	if err := stream.send(&atollv1.BuildRequest{Kind: &atollv1.BuildRequest_Start{Start: c.start}}); err != nil {
 		return errors.Join(err, show.Close())
 	}

@@ -138,7 +138,7 @@ mounts. With --all the builder's own records go too. Images stay as they are.`,
 			if err != nil {
 				return err
 			}
-			fmt.Fprintf(e.Stdout, "Reclaimed: %s\n", ui.Size(res.Msg.GetReclaimedBytes()))
+			fmt.Fprintln(e.Stdout, "Total reclaimed space:", ui.Size(res.Msg.GetReclaimedBytes()))
 			return nil
 		},
 	}
@@ -149,14 +149,15 @@ mounts. With --all the builder's own records go too. Images stay as they are.`,
 	return cmd
 }
 
-func until(filters []string) (*durationpb.Duration, error) {
+// until reads the filters; the last counts.
+func until(filters []string) (unused *durationpb.Duration, err error) {
 	for _, f := range filters {
 		value, ok := strings.CutPrefix(f, "until=")
 		d, err := time.ParseDuration(value)
 		if !ok || err != nil || d < 0 {
 			return nil, usagef("--filter %q: want until=DURATION, as until=48h", f)
 		}
-		return durationpb.New(d), nil
+		unused = durationpb.New(d)
 	}
-	return nil, nil
+	return unused, nil
 }

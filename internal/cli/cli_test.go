@@ -291,7 +291,7 @@ func TestOutputs(t *testing.T) {
 		{[]string{"image", "ls", "-q"}, "abababababab\n"},
 		{[]string{"image", "inspect", "--format", "{{json .Config.Cmd}} {{.Config.Healthcheck.Test}} {{.OS}}", "hello"}, `["serve","--all"] [NONE] linux` + "\n"},
 		{[]string{"kernel", "ls", "-q"}, "debian-6.1\n"},
-		{[]string{"base", "ls"}, "NAME              IMAGE ID   BUILT     DESCRIPTION\ndebian:bookworm              not yet   Debian 12\n"},
+		{[]string{"base", "ls"}, "NAME              IMAGE ID   BUILT     SIZE   DESCRIPTION\ndebian:bookworm              not yet          Debian 12\n"},
 		{[]string{"logs", "web"}, "one\ntwo\n"},
 		{[]string{"logs", "-t", "web"}, "2026-01-02T03:04:05.000000000Z one\n2026-01-02T03:04:05.000000000Z two\n"},
 		{[]string{"version", "--format", "{{.Client.Version}} {{.Server.Version}} {{.Server.PID}}"}, "v0 v1 42\n"},

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -63,21 +65,25 @@ func fakeDaemon(mode string) int {
 
 // fake is a daemon that works, with machines that are functions. What an entrypoint or an exec's argv does is in guest.
 type fake struct {
-	mu       sync.Mutex // guards the rest
-	machines []*fakeMachine
-	images   []*atollv1.Image
-	pulled   []*atollv1.PullImageRequest
-	built    *atollv1.BuildStart
-	question []byte // to an SSH agent
-	answer   []byte
-	pruned   *atollv1.PruneBuildRequest
-	logs     *atollv1.LogsRequest
-	stopped  []*atollv1.StopMachineRequest
-	execed   *atollv1.ExecStart
-	events   *atollv1.EventsRequest
-	checks   []*atollv1.Check
-	stop     chan struct{}
-	sizes    []*atollv1.Size
+	mu          sync.Mutex // guards the rest
+	machines    []*fakeMachine
+	images      []*atollv1.Image
+	pulled      []*atollv1.PullImageRequest
+	built       *atollv1.BuildStart
+	question    []byte // to an SSH agent
+	answer      []byte
+	cachePruned *atollv1.PruneBuildRequest
+	loaded      []byte
+	imported    *atollv1.ImportStart
+	pruned      []*atollv1.PruneImagesRequest
+	filters     []string
+	logs        *atollv1.LogsRequest
+	stopped     []*atollv1.StopMachineRequest
+	execed      *atollv1.ExecStart
+	events      *atollv1.EventsRequest
+	checks      []*atollv1.Check
+	stop        chan struct{}
+	sizes       []*atollv1.Size
 }
 
 type fakeMachine struct {
@@ -432,9 +438,10 @@ func (f fakeImages) Get(_ context.Context, r *connect.Request[atollv1.GetImageRe
 	return nil, fmt.Errorf("image %q: %w", r.Msg.GetReference(), errdefs.ErrNotFound)
 }
 
-func (f fakeImages) List(context.Context, *connect.Request[atollv1.ListImagesRequest]) (*connect.Response[atollv1.ListImagesResponse], error) {
+func (f fakeImages) List(_ context.Context, r *connect.Request[atollv1.ListImagesRequest]) (*connect.Response[atollv1.ListImagesResponse], error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.filters = r.Msg.GetFilters()
 	return connect.NewResponse(&atollv1.ListImagesResponse{Images: f.images}), nil
 }
 
@@ -463,6 +470,90 @@ func (f fakeImages) Remove(_ context.Context, r *connect.Request[atollv1.RemoveI
 		return nil, fmt.Errorf("image %q: %w", r.Msg.GetReference(), errdefs.ErrNotFound)
 	}
 	return connect.NewResponse(&atollv1.RemoveImageResponse{Untagged: []string{"hello"}, Deleted: []string{"sha256:ab"}}), nil
+}
+
+func (f fakeImages) Push(_ context.Context, r *connect.Request[atollv1.PushImageRequest], s *connect.ServerStream[atollv1.PushImageResponse]) error {
+	if r.Msg.GetReference() != "hello" {
+		return hint.With(fmt.Errorf("pushing %q: %w", r.Msg.GetReference(), errdefs.ErrNotFound), "atoll tag")
+	}
+	s.Send(&atollv1.PushImageResponse{Kind: &atollv1.PushImageResponse_Transfer{Transfer: &atollv1.Transfer{Id: "sha256:" + strings.Repeat("ef", 32), Status: "exists", TotalBytes: 1024}}})
+	return s.Send(&atollv1.PushImageResponse{Kind: &atollv1.PushImageResponse_Pushed{Pushed: &atollv1.PushedImage{Digest: "sha256:90", MissingPlatforms: []string{"linux/arm64"}}}})
+}
+
+// Save writes two messages, the second of which never comes for the image "cut".
+func (f fakeImages) Save(_ context.Context, r *connect.Request[atollv1.SaveImagesRequest], s *connect.ServerStream[atollv1.SaveImagesResponse]) error {
+	if err := s.Send(&atollv1.SaveImagesResponse{Data: []byte(strings.Join(r.Msg.GetReferences(), "+"))}); err != nil {
+		return err
+	}
+	if r.Msg.GetReferences()[0] == "cut" {
+		return errors.New("the disk is broken")
+	}
+	return s.Send(&atollv1.SaveImagesResponse{Data: []byte(" as " + r.Msg.GetFormat())})
+}
+
+// Load names each word of what it is sent; it refuses at the first message what begins with "bad".
+func (f fakeImages) Load(_ context.Context, s *connect.BidiStream[atollv1.LoadImagesRequest, atollv1.LoadImagesResponse]) error {
+	var all []byte
+	for {
+		m, err := s.Receive()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		all = append(all, m.GetData()...)
+		if bytes.HasPrefix(all, []byte("bad")) {
+			return hint.With(fmt.Errorf("loading images: %w", errdefs.ErrInvalidArgument), "save it again")
+		}
+	}
+	f.mu.Lock()
+	f.loaded = all
+	f.mu.Unlock()
+	for _, word := range strings.Fields(string(all[:min(len(all), 100)])) {
+		reference, _ := strings.CutPrefix(word, "id:")
+		l := &atollv1.LoadedImage{Digest: "sha256:1d", Reference: reference}
+		if reference != word {
+			l.Reference = ""
+		}
+		s.Send(&atollv1.LoadImagesResponse{Kind: &atollv1.LoadImagesResponse_Loaded{Loaded: l}})
+	}
+	return nil
+}
+
+func (f fakeImages) Import(_ context.Context, s *connect.BidiStream[atollv1.ImportImageRequest, atollv1.ImportImageResponse]) error {
+	first, err := s.Receive()
+	if err != nil {
+		return err
+	}
+	f.mu.Lock()
+	f.imported = first.GetStart()
+	f.mu.Unlock()
+	for err == nil {
+		_, err = s.Receive()
+	}
+	return s.Send(&atollv1.ImportImageResponse{Kind: &atollv1.ImportImageResponse_Image{Image: &atollv1.Image{Digest: "sha256:1337"}}})
+}
+
+func (f fakeImages) History(context.Context, *connect.Request[atollv1.ImageHistoryRequest]) (*connect.Response[atollv1.ImageHistoryResponse], error) {
+	return connect.NewResponse(&atollv1.ImageHistoryResponse{Steps: []*atollv1.ImageStep{
+		{Id: "sha256:" + strings.Repeat("ab", 32), CreatedAt: timestamppb.New(epoch), CreatedBy: "CMD  [\"serve\"]", References: []string{"hello:1.0"}},
+		{CreatedAt: timestamppb.New(epoch), CreatedBy: "RUN " + strings.Repeat("long ", 20), SizeBytes: 3 << 20, Comment: "kit"},
+	}}), nil
+}
+
+func (f fakeImages) Prune(_ context.Context, r *connect.Request[atollv1.PruneImagesRequest]) (*connect.Response[atollv1.PruneImagesResponse], error) {
+	f.mu.Lock()
+	f.pruned = append(f.pruned, r.Msg)
+	f.mu.Unlock()
+	return connect.NewResponse(&atollv1.PruneImagesResponse{Untagged: []string{"old:1"}, Deleted: []string{"sha256:0d"}, ReclaimedBytes: 2 << 20}), nil
+}
+
+func (f fakeImages) Login(_ context.Context, r *connect.Request[atollv1.LoginRequest]) (*connect.Response[atollv1.LoginResponse], error) {
+	if r.Msg.GetPassword() != "s3cret" {
+		return nil, fmt.Errorf("logging in to %s: %w", r.Msg.GetRegistry(), errdefs.ErrUnauthenticated)
+	}
+	return connect.NewResponse(&atollv1.LoginResponse{}), nil
 }
 
 type fakeBuild struct{ *fake }
@@ -508,13 +599,17 @@ func (f fakeBuild) Build(_ context.Context, s *connect.BidiStream[atollv1.BuildR
 func (f fakeBuild) askAgent(s *connect.BidiStream[atollv1.BuildRequest, atollv1.BuildResponse], id string) error {
 	s.Send(&atollv1.BuildResponse{Kind: &atollv1.BuildResponse_Agent{Agent: &atollv1.AgentData{Connection: 1, Id: id}}})
 	s.Send(&atollv1.BuildResponse{Kind: &atollv1.BuildResponse_Agent{Agent: &atollv1.AgentData{Connection: 1, Data: f.question}}})
-	r, err := s.Receive()
-	if err != nil {
-		return err
+	var answer []byte // a length of four bytes, then as many
+	for len(answer) < 4 || len(answer) < 4+int(binary.BigEndian.Uint32(answer)) {
+		r, err := s.Receive()
+		if err != nil {
+			return err
+		}
+		answer = append(answer, r.GetAgent().GetData()...)
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.answer = r.GetAgent().GetData()
+	f.answer = answer
 	return nil
 }
 
@@ -527,7 +622,7 @@ func (f fakeBuild) DiskUsage(context.Context, *connect.Request[atollv1.BuildDisk
 func (f fakeBuild) Prune(_ context.Context, r *connect.Request[atollv1.PruneBuildRequest]) (*connect.Response[atollv1.PruneBuildResponse], error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.pruned = r.Msg
+	f.cachePruned = r.Msg
 	return connect.NewResponse(&atollv1.PruneBuildResponse{ReclaimedBytes: 5 << 20}), nil
 }
 

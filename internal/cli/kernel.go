@@ -16,7 +16,7 @@ import (
 
 func newKernelCmd(e *environment) *cobra.Command {
 	return newGroup("kernel", "Kernels that machines boot", `  atoll kernel ls`,
-		newKernelLsCmd(e), newKernelPullCmd(e), newKernelBuildCmd(e), newKernelImportCmd(e), newKernelInspectCmd(e), newKernelRmCmd(e), newKernelSetDefaultCmd(e))
+		newKernelLsCmd(e), newKernelPullCmd(e), newKernelPushCmd(e), newKernelBuildCmd(e), newKernelImportCmd(e), newKernelInspectCmd(e), newKernelRmCmd(e), newKernelSetDefaultCmd(e))
 }
 
 func newKernelLsCmd(e *environment) *cobra.Command {
@@ -77,12 +77,16 @@ func newKernelPullCmd(e *environment) *cobra.Command {
 	req := &atollv1.PullKernelRequest{}
 	var quiet bool
 	cmd := &cobra.Command{
-		Use:   "pull [OPTIONS] [NAME]",
-		Short: "Fetch a kernel from a distribution's archive",
+		Use:   "pull [OPTIONS] [NAME|REFERENCE]",
+		Short: "Fetch a kernel from a distribution's archive or a registry",
 		Long: `Fetch a kernel from a distribution's archive, verify it along the chain of
-signatures, and print its name. NAME is debian unless given.`,
-		Example: `  atoll kernel pull`,
-		Args:    cobra.MaximumNArgs(1),
+signatures, and print its name. NAME is debian unless given.
+
+With a REFERENCE, which has a slash, the kernel comes from a registry where
+"atoll kernel push" has brought it. Its files are verified by their digests.`,
+		Example: `  atoll kernel pull
+  atoll kernel pull registry.example.com/kernels/mine:6.1`,
+		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := e.connect(cmd.Context())
 			if err != nil {
@@ -101,6 +105,37 @@ signatures, and print its name. NAME is debian unless given.`,
 	}
 	cmd.Flags().StringVar(&req.Mirror, "mirror", "", "`URL` of the archive (default: the distribution's)")
 	cmd.Flags().StringVar(&req.Architecture, "arch", "", "architecture, such as amd64 (default: this host's)")
+	cmd.Flags().StringVar(&req.As, "name", "", "`NAME` here of a kernel from a registry (default: the one it had)")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "no progress")
+	return cmd
+}
+
+func newKernelPushCmd(e *environment) *cobra.Command {
+	var quiet bool
+	cmd := &cobra.Command{
+		Use:   "push [OPTIONS] NAME REFERENCE",
+		Short: "Bring a kernel to a registry",
+		Long: `Bring a kernel with its modules and its configuration to a registry, as an OCI
+artifact, and print its digest there.`,
+		Example: `  atoll kernel push mine registry.example.com/kernels/mine:6.1`,
+		Args:    cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := e.connect(cmd.Context())
+			if err != nil {
+				return err
+			}
+			stream, err := c.Kernels.Push(cmd.Context(), connect.NewRequest(&atollv1.PushKernelRequest{Name: args[0], Reference: args[1]}))
+			if err != nil {
+				return err
+			}
+			pushed, err := pulled(e, stream, quiet, (*atollv1.PushKernelResponse).GetTransfer, (*atollv1.PushKernelResponse).GetPushed)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintln(e.Stdout, pushed.GetDigest())
+			return nil
+		},
+	}
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "no progress")
 	return cmd
 }

@@ -153,6 +153,7 @@ type specView struct {
 	StopSignal    string   `json:"stopSignal"`
 	Verity        bool     `json:"verity"`
 	StopTimeout   string   `json:"stopTimeout"`
+	Init          string   `json:"init"` // auto, agent or image
 }
 
 type networkView struct {
@@ -183,7 +184,7 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Env: list(s.GetEnv()), WorkingDir: s.GetWorkingDir(), User: s.GetUser(), TTY: s.GetTty(), Stdin: s.GetStdin(),
 		Remove: s.GetRemove(), Hostname: s.GetHostname(), CPUs: s.GetCpus(), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(),
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
-		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(),
+		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(),
 	}}
 	if t := s.GetStopTimeout(); t != nil {
 		d.Spec.StopTimeout = t.AsDuration().String()

@@ -74,3 +74,11 @@ func write(t *testing.T, home, text string) {
 		t.Fatal(err)
 	}
 }
+
+func TestProxyOrEnvironment(t *testing.T) {
+	env := map[string]string{"HTTP_PROXY": "http://upper", "http_proxy": "http://lower", "HTTPS_PROXY": "http://upper", "NO_PROXY": "x"}
+	got := Proxy{No: "mine"}.OrEnvironment(func(k string) (string, bool) { v, ok := env[k]; return v, ok })
+	if want := (Proxy{HTTP: "http://lower", HTTPS: "http://upper", No: "mine"}); got != want {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+}

@@ -34,7 +34,8 @@ type mirror struct {
 	cut      int // the next response for a .deb ends after so many bytes
 }
 
-var quick = &packet.Config{Algorithm: packet.PubKeyAlgoEdDSA} // RSA keys take a second to make
+// quick makes keys fast, RSA's take a second; and four days old, with all they sign.
+var quick = &packet.Config{Algorithm: packet.PubKeyAlgoEdDSA, Time: func() time.Time { return time.Now().Add(-96 * time.Hour) }}
 
 const debPath = "pool/main/h/hello/hello_2.0-1_amd64.deb"
 
@@ -98,7 +99,7 @@ Description: says
 func sign(t *testing.T, key *openpgp.Entity, text string) []byte {
 	t.Helper()
 	var b bytes.Buffer
-	w, err := clearsign.Encode(&b, key.PrivateKey, nil)
+	w, err := clearsign.Encode(&b, key.PrivateKey, quick)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -358,10 +359,10 @@ func TestOneGoodSignatureIsEnough(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := verify(m.Keyring, text, bytes.NewReader(sigs.Bytes())); err != nil {
+	if err := verify(m.Keyring, time.Time{}, text, bytes.NewReader(sigs.Bytes())); err != nil {
 		t.Error(err)
 	}
-	if err := verify(m.Keyring, []byte("other"), bytes.NewReader(sigs.Bytes())); err == nil {
+	if err := verify(m.Keyring, time.Time{}, []byte("other"), bytes.NewReader(sigs.Bytes())); err == nil {
 		t.Error("a changed text passed")
 	}
 }
@@ -381,6 +382,125 @@ func TestEmbeddedKeyring(t *testing.T) {
 	}
 	if good < 3 {
 		t.Errorf("%d keys of bookworm are good for six more months, want 3: renew debian-archive-keyring.gpg", good)
+	}
+}
+
+// TestKeyringsComeFromDebian compares the keys that are not Debian's with those that its signed archive has.
+func TestKeyringsComeFromDebian(t *testing.T) {
+	if testing.Short() {
+		t.Skip("short: it fetches an index")
+	}
+	suites, err := Suites("", "trixie", t.TempDir(), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]map[string]string{
+		"ubuntu-keyring": {"usr/share/keyrings/ubuntu-archive-keyring.gpg": "ubuntu-archive-keyring.gpg"},
+		"distribution-gpg-keys": {
+			"usr/share/distribution-gpg-keys/alpine-linux/alpine-devel@lists.alpinelinux.org-4a6a0840.rsa.pub": "",
+			"usr/share/distribution-gpg-keys/alpine-linux/alpine-devel@lists.alpinelinux.org-5243ef4b.rsa.pub": "",
+			"usr/share/distribution-gpg-keys/alpine-linux/alpine-devel@lists.alpinelinux.org-5261cecb.rsa.pub": "",
+			"usr/share/distribution-gpg-keys/alpine-linux/alpine-devel@lists.alpinelinux.org-6165ee59.rsa.pub": "",
+			"usr/share/distribution-gpg-keys/alpine-linux/alpine-devel@lists.alpinelinux.org-58199dcc.rsa.pub": "",
+			"usr/share/distribution-gpg-keys/alpine-linux/alpine-devel@lists.alpinelinux.org-616ae350.rsa.pub": "",
+		},
+	} {
+		pkg, err := suites[:1].Get(t.Context(), "amd64", name)
+		if errdefs.IsUnavailable(err) {
+			t.Skipf("no Debian mirror: %v", err)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		deb, err := pkg.Fetch(t.Context(), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = Walk(deb, func(h *tar.Header, r io.Reader) error {
+			ours, ok := want[h.Name]
+			if !ok {
+				return nil
+			}
+			delete(want, h.Name)
+			if ours == "" {
+				ours = "../base/alpine-keys/" + filepath.Base(h.Name)
+			}
+			theirs, err := io.ReadAll(r)
+			if err != nil {
+				return err
+			}
+			have, err := os.ReadFile(ours)
+			if err != nil || !bytes.Equal(have, theirs) {
+				t.Errorf("%s is not %s of Debian's %s: %v", ours, h.Name, name, err)
+			}
+			return nil
+		})
+		if err != nil || len(want) > 0 {
+			t.Errorf("%s: %v, without %v", name, err, want)
+		}
+	}
+}
+
+func TestSources(t *testing.T) {
+	urls := func(d Distribution, s Source) (out []string) {
+		t.Helper()
+		suites, err := d.Suites("x", s, "", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range suites {
+			out = append(out, a.Mirror+" "+a.Suite)
+		}
+		return out
+	}
+	at := time.Date(2026, 1, 15, 12, 30, 0, 0, time.UTC)
+	for _, c := range []struct{ got, want []string }{
+		{urls(Debian(), Source{}), []string{"http://deb.debian.org/debian x", "http://deb.debian.org/debian x-updates", "http://deb.debian.org/debian-security x-security"}},
+		{urls(Debian(), Source{Mirror: "http://m/debian/"}), []string{"http://m/debian x", "http://m/debian x-updates", "http://m/debian-security x-security"}},
+		{urls(Debian(), Source{Snapshot: at}), []string{"http://snapshot.debian.org/archive/debian/20260115T123000Z x", "http://snapshot.debian.org/archive/debian/20260115T123000Z x-updates",
+			"http://snapshot.debian.org/archive/debian-security/20260115T123000Z x-security"}},
+		{urls(Ubuntu("amd64"), Source{})[:1], []string{"http://archive.ubuntu.com/ubuntu x"}},
+		{urls(Ubuntu("arm64"), Source{})[2:], []string{"http://ports.ubuntu.com/ubuntu-ports x-security"}},
+		{urls(Ubuntu("arm64"), Source{Mirror: "http://s/", Snapshot: at})[2:], []string{"http://s/ubuntu/20260115T123000Z x-security"}},
+	} {
+		if diff := cmp.Diff(c.want, c.got); diff != "" {
+			t.Error(diff)
+		}
+	}
+	for _, text := range []string{"2026-01-15", "20260115", "20260115T000000Z", "2026-01-15T00:00:00Z"} {
+		if got, err := ParseSnapshot(text); err != nil || !got.Equal(at.Truncate(24*time.Hour)) {
+			t.Errorf("%s: %s %v", text, got, err)
+		}
+	}
+	for _, text := range []string{"", "yesterday", "2026-02-30", "20261", "2999-01-01"} {
+		if _, err := ParseSnapshot(text); !errdefs.IsInvalidArgument(err) || hint.Of(err) == "" {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+	for name, s := range map[string]Source{"too early": {Snapshot: at.AddDate(-4, 0, 0)}, "no key": {Keyring: []byte("-----BEGIN PGP PUBLIC KEY BLOCK-----\n")}, "rubbish": {Keyring: []byte("x")}} {
+		if _, err := Ubuntu("amd64").Suites("x", s, "", nil); !errdefs.IsInvalidArgument(err) || hint.Of(err) == "" {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestSnapshotOutlivesItsDates: what had not expired when a snapshot was taken is good.
+func TestSnapshotOutlivesItsDates(t *testing.T) {
+	m := newMirror(t, func(release string) string {
+		before, after, _ := strings.Cut(release, "Valid-Until: ")
+		_, after, _ = strings.Cut(after, "\n")
+		return before + "Valid-Until: " + time.Now().UTC().Add(-48*time.Hour).Format("Mon, 02 Jan 2006 15:04:05 MST") + "\n" + after
+	})
+	if _, err := m.Release(t.Context()); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("an expired release: %v", err)
+	}
+	m.AsOf = time.Now().Add(-72 * time.Hour)
+	if _, err := m.Release(t.Context()); err != nil {
+		t.Errorf("a snapshot of the day before: %v", err)
+	}
+	m.AsOf = time.Now().Add(-120 * time.Hour)
+	if _, err := m.Release(t.Context()); !errdefs.IsDataLoss(err) {
+		t.Errorf("a snapshot older than its signature: %v", err)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"slices"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -209,4 +210,9 @@ func (s *Store) liveArtifacts(live map[digest.Digest]bool) (dead []string, err e
 		dead = append(dead, key)
 	}
 	return dead, nil
+}
+
+// AddBlob brings a stream into the store, for an artifact. It stays as long as the caller's Hold, or as what it becomes part of.
+func (s *Store) AddBlob(ctx context.Context, r io.Reader) (ocispec.Descriptor, error) {
+	return s.ingest(ctx, "blob", r, "")
 }

@@ -240,7 +240,7 @@ func (s *Store) PullArtifact(ctx context.Context, reference string, types []stri
 	if err != nil {
 		return desc, fmt.Errorf("pulling %s: %w", r, err)
 	}
-	return desc, nil
+	return desc, s.sweep(ctx) // it goes when nobody holds it any more
 }
 
 func (p *puller) alone(ctx context.Context, types []string) (ocispec.Descriptor, error) {

@@ -81,7 +81,7 @@ func (s *Store) PushArtifact(ctx context.Context, reference string, desc ocispec
 	if err := s.send(quiet(ctx), r, desc, nil, PushOptions{Progress: progress}); err != nil {
 		return fmt.Errorf("pushing %s: %w", r, err)
 	}
-	return nil
+	return s.sweep(ctx) // it goes when nobody holds it any more
 }
 
 // nothingToPush says why there is no such reference, and what the person may have meant.

@@ -417,7 +417,7 @@ func TestArtifactAlone(t *testing.T) {
 	_, err = far.Pull(t.Context(), host+"/kernels/mine:1", amd64)
 	checkError(t, err, errdefs.IsInvalidArgument, "not an image")
 	release()
-	if _, err := far.GC(t.Context()); err != nil || len(blobFiles(t, far)) != 0 {
-		t.Errorf("after the hold: %d blobs, %v", len(blobFiles(t, far)), err)
+	if n := len(blobFiles(t, far)); n != 0 {
+		t.Errorf("after the hold: %d blobs", n)
 	}
 }

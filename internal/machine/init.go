@@ -81,8 +81,8 @@ func initEnvironment(env []string, tty bool) []string {
 	return env
 }
 
-// goingDown says whether a signal, sent by somebody attached, asks a whole system to end: an init takes INT for a reboot and TERM for
-// something else again.
+// goingDown says whether a signal, such as that of a Ctrl-C of somebody attached, asks a whole system to end: an init takes INT for a
+// reboot and TERM for something else again. As a number it reaches the init.
 func goingDown(signal string) bool {
 	return slices.Contains([]string{"INT", "TERM", "QUIT", "HUP"}, signal)
 }

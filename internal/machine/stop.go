@@ -157,7 +157,7 @@ func (ms *Machines) Kill(ctx context.Context, name, signal string) error {
 	case r == nil:
 		return notRunning(m)
 	default:
-		err = r.signal(ctx, signal)
+		err = r.signal(ctx, &m, signal)
 	}
 	if err != nil {
 		return fmt.Errorf("killing machine %q: %w", m.Spec.Name, err)
@@ -166,10 +166,13 @@ func (ms *Machines) Kill(ctx context.Context, name, signal string) error {
 	return nil
 }
 
-func (r *run) signal(ctx context.Context, name string) error {
+func (r *run) signal(ctx context.Context, m *Machine, name string) error {
 	agent, err := r.client()
 	if err != nil {
 		return err
+	}
+	if m.imageInit() && goingDown(name) {
+		return agent.Shutdown(ctx, "", m.Spec.StopTimeout)
 	}
 	return agent.Signal(ctx, name)
 }

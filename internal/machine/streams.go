@@ -162,15 +162,7 @@ func (a *Attachment) Signal(ctx context.Context, name string) error {
 	if r == nil {
 		return notRunning(m)
 	}
-	signal := canonical(name)
-	if m.imageInit() && goingDown(signal) {
-		agent, err := r.client()
-		if err != nil {
-			return err
-		}
-		return agent.Shutdown(ctx, "", m.Spec.StopTimeout)
-	}
-	return r.signal(ctx, signal)
+	return r.signal(ctx, &m, canonical(name))
 }
 
 // Close leaves the machine, which runs on.

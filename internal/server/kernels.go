@@ -4,6 +4,7 @@ package server
 
 import (
 	"context"
+	"strings"
 
 	"connectrpc.com/connect"
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
@@ -36,14 +37,29 @@ func (s *kernels) Pull(ctx context.Context, req *connect.Request[atollv1.PullKer
 	p := &progress[atollv1.PullKernelResponse]{send: out.Send, wrap: func(t *atollv1.Transfer) *atollv1.PullKernelResponse {
 		return &atollv1.PullKernelResponse{Kind: &atollv1.PullKernelResponse_Transfer{Transfer: t}}
 	}}
-	k, err := s.Kernels.Pull(ctx, kernel.PullOptions{
-		Name: req.Msg.GetName(), Mirror: req.Msg.GetMirror(), Arch: req.Msg.GetArchitecture(),
-		Progress: func(t kernel.Transfer) { p.report(t.ID, t.Status, t.Done, t.Total) },
-	})
+	show := func(t kernel.Transfer) { p.report(t.ID, t.Status, t.Done, t.Total) }
+	var k kernel.Kernel
+	var err error
+	if name := req.Msg.GetName(); strings.Contains(name, "/") {
+		k, err = s.Kernels.PullFrom(ctx, s.Images, name, req.Msg.GetAs(), show)
+	} else {
+		k, err = s.Kernels.Pull(ctx, kernel.PullOptions{Name: name, Mirror: req.Msg.GetMirror(), Arch: req.Msg.GetArchitecture(), Progress: show})
+	}
 	if err != nil {
 		return err
 	}
 	return out.Send(&atollv1.PullKernelResponse{Kind: &atollv1.PullKernelResponse_Kernel{Kernel: kernelTo(k)}})
+}
+
+func (s *kernels) Push(ctx context.Context, req *connect.Request[atollv1.PushKernelRequest], out *connect.ServerStream[atollv1.PushKernelResponse]) error {
+	p := &progress[atollv1.PushKernelResponse]{send: out.Send, wrap: func(t *atollv1.Transfer) *atollv1.PushKernelResponse {
+		return &atollv1.PushKernelResponse{Kind: &atollv1.PushKernelResponse_Transfer{Transfer: t}}
+	}}
+	d, err := s.Kernels.Push(ctx, s.Images, req.Msg.GetName(), req.Msg.GetReference(), func(t kernel.Transfer) { p.report(t.ID, t.Status, t.Done, t.Total) })
+	if err != nil {
+		return err
+	}
+	return out.Send(&atollv1.PushKernelResponse{Kind: &atollv1.PushKernelResponse_Pushed{Pushed: &atollv1.PushedKernel{Digest: d.String()}}})
 }
 
 func (s *kernels) Import(ctx context.Context, req *connect.Request[atollv1.ImportKernelRequest]) (*connect.Response[atollv1.ImportKernelResponse], error) {

@@ -188,7 +188,7 @@ func (x Check_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Check_Level.Descriptor instead.
 func (Check_Level) EnumDescriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{109, 0}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{112, 0}
 }
 
 // Hint is an error detail: the next step for a person.
@@ -6961,9 +6961,10 @@ func (x *GetKernelResponse) GetKernel() *Kernel {
 
 type PullKernelRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // default: debian
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // default: debian; with a slash: the reference of a kernel in a registry
 	Mirror        string                 `protobuf:"bytes,2,opt,name=mirror,proto3" json:"mirror,omitempty"`
 	Architecture  string                 `protobuf:"bytes,3,opt,name=architecture,proto3" json:"architecture,omitempty"`
+	As            string                 `protobuf:"bytes,4,opt,name=as,proto3" json:"as,omitempty"` // the name here of a kernel from a registry; default: the one it had where it was pushed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -7019,6 +7020,191 @@ func (x *PullKernelRequest) GetArchitecture() string {
 	return ""
 }
 
+func (x *PullKernelRequest) GetAs() string {
+	if x != nil {
+		return x.As
+	}
+	return ""
+}
+
+type PushKernelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // default: the default kernel
+	Reference     string                 `protobuf:"bytes,2,opt,name=reference,proto3" json:"reference,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushKernelRequest) Reset() {
+	*x = PushKernelRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushKernelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushKernelRequest) ProtoMessage() {}
+
+func (x *PushKernelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushKernelRequest.ProtoReflect.Descriptor instead.
+func (*PushKernelRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{100}
+}
+
+func (x *PushKernelRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PushKernelRequest) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+type PushKernelResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*PushKernelResponse_Transfer
+	//	*PushKernelResponse_Pushed
+	Kind          isPushKernelResponse_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushKernelResponse) Reset() {
+	*x = PushKernelResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushKernelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushKernelResponse) ProtoMessage() {}
+
+func (x *PushKernelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushKernelResponse.ProtoReflect.Descriptor instead.
+func (*PushKernelResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{101}
+}
+
+func (x *PushKernelResponse) GetKind() isPushKernelResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *PushKernelResponse) GetTransfer() *Transfer {
+	if x != nil {
+		if x, ok := x.Kind.(*PushKernelResponse_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *PushKernelResponse) GetPushed() *PushedKernel {
+	if x != nil {
+		if x, ok := x.Kind.(*PushKernelResponse_Pushed); ok {
+			return x.Pushed
+		}
+	}
+	return nil
+}
+
+type isPushKernelResponse_Kind interface {
+	isPushKernelResponse_Kind()
+}
+
+type PushKernelResponse_Transfer struct {
+	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3,oneof"`
+}
+
+type PushKernelResponse_Pushed struct {
+	Pushed *PushedKernel `protobuf:"bytes,2,opt,name=pushed,proto3,oneof"` // the last message
+}
+
+func (*PushKernelResponse_Transfer) isPushKernelResponse_Kind() {}
+
+func (*PushKernelResponse_Pushed) isPushKernelResponse_Kind() {}
+
+type PushedKernel struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushedKernel) Reset() {
+	*x = PushedKernel{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[102]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushedKernel) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushedKernel) ProtoMessage() {}
+
+func (x *PushedKernel) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[102]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushedKernel.ProtoReflect.Descriptor instead.
+func (*PushedKernel) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{102}
+}
+
+func (x *PushedKernel) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
 type PullKernelResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Kind:
@@ -7032,7 +7218,7 @@ type PullKernelResponse struct {
 
 func (x *PullKernelResponse) Reset() {
 	*x = PullKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7044,7 +7230,7 @@ func (x *PullKernelResponse) String() string {
 func (*PullKernelResponse) ProtoMessage() {}
 
 func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7057,7 +7243,7 @@ func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelResponse.ProtoReflect.Descriptor instead.
 func (*PullKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{100}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *PullKernelResponse) GetKind() isPullKernelResponse_Kind {
@@ -7110,7 +7296,7 @@ type PruneSystemRequest struct {
 
 func (x *PruneSystemRequest) Reset() {
 	*x = PruneSystemRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7122,7 +7308,7 @@ func (x *PruneSystemRequest) String() string {
 func (*PruneSystemRequest) ProtoMessage() {}
 
 func (x *PruneSystemRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7135,7 +7321,7 @@ func (x *PruneSystemRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneSystemRequest.ProtoReflect.Descriptor instead.
 func (*PruneSystemRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{101}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *PruneSystemRequest) GetAll() bool {
@@ -7155,7 +7341,7 @@ type PruneSystemResponse struct {
 
 func (x *PruneSystemResponse) Reset() {
 	*x = PruneSystemResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[102]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7167,7 +7353,7 @@ func (x *PruneSystemResponse) String() string {
 func (*PruneSystemResponse) ProtoMessage() {}
 
 func (x *PruneSystemResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[102]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7180,7 +7366,7 @@ func (x *PruneSystemResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneSystemResponse.ProtoReflect.Descriptor instead.
 func (*PruneSystemResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{102}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *PruneSystemResponse) GetImages() *PruneImagesResponse {
@@ -7205,7 +7391,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[103]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7217,7 +7403,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[103]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7230,7 +7416,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{103}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{106}
 }
 
 type VersionResponse struct {
@@ -7247,7 +7433,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[104]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7259,7 +7445,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[104]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7272,7 +7458,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{104}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -7327,7 +7513,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[105]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7339,7 +7525,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[105]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7352,7 +7538,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{105}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *EventsRequest) GetSince() *timestamppb.Timestamp {
@@ -7384,7 +7570,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[106]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7396,7 +7582,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[106]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7409,7 +7595,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{106}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -7462,7 +7648,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[107]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7474,7 +7660,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[107]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7487,7 +7673,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{107}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{110}
 }
 
 type DoctorResponse struct {
@@ -7499,7 +7685,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[108]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7511,7 +7697,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[108]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7524,7 +7710,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{108}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *DoctorResponse) GetChecks() []*Check {
@@ -7546,7 +7732,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[109]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7558,7 +7744,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[109]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7571,7 +7757,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{109}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *Check) GetName() string {
@@ -7610,7 +7796,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[110]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7622,7 +7808,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[110]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7635,7 +7821,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{110}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{113}
 }
 
 type ShutdownResponse struct {
@@ -7646,7 +7832,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[111]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7658,7 +7844,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[111]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7671,7 +7857,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{111}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{114}
 }
 
 var File_api_atoll_v1_atoll_proto protoreflect.FileDescriptor
@@ -8209,11 +8395,21 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x10GetKernelRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"=\n" +
 	"\x11GetKernelResponse\x12(\n" +
-	"\x06kernel\x18\x01 \x01(\v2\x10.atoll.v1.KernelR\x06kernel\"c\n" +
+	"\x06kernel\x18\x01 \x01(\v2\x10.atoll.v1.KernelR\x06kernel\"s\n" +
 	"\x11PullKernelRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06mirror\x18\x02 \x01(\tR\x06mirror\x12\"\n" +
-	"\farchitecture\x18\x03 \x01(\tR\farchitecture\"z\n" +
+	"\farchitecture\x18\x03 \x01(\tR\farchitecture\x12\x0e\n" +
+	"\x02as\x18\x04 \x01(\tR\x02as\"E\n" +
+	"\x11PushKernelRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
+	"\treference\x18\x02 \x01(\tR\treference\"\x80\x01\n" +
+	"\x12PushKernelResponse\x120\n" +
+	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x120\n" +
+	"\x06pushed\x18\x02 \x01(\v2\x16.atoll.v1.PushedKernelH\x00R\x06pushedB\x06\n" +
+	"\x04kind\"&\n" +
+	"\fPushedKernel\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\"z\n" +
 	"\x12PullKernelResponse\x120\n" +
 	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12*\n" +
 	"\x06kernel\x18\x02 \x01(\v2\x10.atoll.v1.KernelH\x00R\x06kernelB\x06\n" +
@@ -8308,7 +8504,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05Prune\x12\x1b.atoll.v1.PruneBuildRequest\x1a\x1c.atoll.v1.PruneBuildResponse2\x92\x01\n" +
 	"\vBaseService\x12?\n" +
 	"\x04List\x12\x1a.atoll.v1.ListBasesRequest\x1a\x1b.atoll.v1.ListBasesResponse\x12B\n" +
-	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\x88\x04\n" +
+	"\x05Build\x12\x1a.atoll.v1.BuildBaseRequest\x1a\x1b.atoll.v1.BuildBaseResponse0\x012\xcd\x04\n" +
 	"\rKernelService\x12C\n" +
 	"\x04List\x12\x1c.atoll.v1.ListKernelsRequest\x1a\x1d.atoll.v1.ListKernelsResponse\x12>\n" +
 	"\x03Get\x12\x1a.atoll.v1.GetKernelRequest\x1a\x1b.atoll.v1.GetKernelResponse\x12C\n" +
@@ -8317,7 +8513,8 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05Build\x12\x1c.atoll.v1.BuildKernelRequest\x1a\x1d.atoll.v1.BuildKernelResponse0\x01\x12G\n" +
 	"\x06Remove\x12\x1d.atoll.v1.RemoveKernelRequest\x1a\x1e.atoll.v1.RemoveKernelResponse\x12S\n" +
 	"\n" +
-	"SetDefault\x12!.atoll.v1.SetDefaultKernelRequest\x1a\".atoll.v1.SetDefaultKernelResponse2\xcb\x02\n" +
+	"SetDefault\x12!.atoll.v1.SetDefaultKernelRequest\x1a\".atoll.v1.SetDefaultKernelResponse\x12C\n" +
+	"\x04Push\x12\x1b.atoll.v1.PushKernelRequest\x1a\x1c.atoll.v1.PushKernelResponse0\x012\xcb\x02\n" +
 	"\rSystemService\x12>\n" +
 	"\aVersion\x12\x18.atoll.v1.VersionRequest\x1a\x19.atoll.v1.VersionResponse\x124\n" +
 	"\x06Events\x12\x17.atoll.v1.EventsRequest\x1a\x0f.atoll.v1.Event0\x01\x12;\n" +
@@ -8338,7 +8535,7 @@ func file_api_atoll_v1_atoll_proto_rawDescGZIP() []byte {
 }
 
 var file_api_atoll_v1_atoll_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 121)
+var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 124)
 var file_api_atoll_v1_atoll_proto_goTypes = []any{
 	(MachineState)(0),                // 0: atoll.v1.MachineState
 	(Stream)(0),                      // 1: atoll.v1.Stream
@@ -8443,54 +8640,57 @@ var file_api_atoll_v1_atoll_proto_goTypes = []any{
 	(*GetKernelRequest)(nil),         // 100: atoll.v1.GetKernelRequest
 	(*GetKernelResponse)(nil),        // 101: atoll.v1.GetKernelResponse
 	(*PullKernelRequest)(nil),        // 102: atoll.v1.PullKernelRequest
-	(*PullKernelResponse)(nil),       // 103: atoll.v1.PullKernelResponse
-	(*PruneSystemRequest)(nil),       // 104: atoll.v1.PruneSystemRequest
-	(*PruneSystemResponse)(nil),      // 105: atoll.v1.PruneSystemResponse
-	(*VersionRequest)(nil),           // 106: atoll.v1.VersionRequest
-	(*VersionResponse)(nil),          // 107: atoll.v1.VersionResponse
-	(*EventsRequest)(nil),            // 108: atoll.v1.EventsRequest
-	(*Event)(nil),                    // 109: atoll.v1.Event
-	(*DoctorRequest)(nil),            // 110: atoll.v1.DoctorRequest
-	(*DoctorResponse)(nil),           // 111: atoll.v1.DoctorResponse
-	(*Check)(nil),                    // 112: atoll.v1.Check
-	(*ShutdownRequest)(nil),          // 113: atoll.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),         // 114: atoll.v1.ShutdownResponse
-	nil,                              // 115: atoll.v1.MachineSpec.LabelsEntry
-	nil,                              // 116: atoll.v1.BuildStart.BuildArgsEntry
-	nil,                              // 117: atoll.v1.BuildStart.LabelsEntry
-	nil,                              // 118: atoll.v1.BuildStart.BuildContextsEntry
-	nil,                              // 119: atoll.v1.BuildStart.SecretsEntry
-	nil,                              // 120: atoll.v1.CacheOption.AttributesEntry
-	nil,                              // 121: atoll.v1.BuildOutput.AttributesEntry
-	nil,                              // 122: atoll.v1.BuildResult.MetadataEntry
-	nil,                              // 123: atoll.v1.Event.AttributesEntry
-	(*durationpb.Duration)(nil),      // 124: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 125: google.protobuf.Timestamp
+	(*PushKernelRequest)(nil),        // 103: atoll.v1.PushKernelRequest
+	(*PushKernelResponse)(nil),       // 104: atoll.v1.PushKernelResponse
+	(*PushedKernel)(nil),             // 105: atoll.v1.PushedKernel
+	(*PullKernelResponse)(nil),       // 106: atoll.v1.PullKernelResponse
+	(*PruneSystemRequest)(nil),       // 107: atoll.v1.PruneSystemRequest
+	(*PruneSystemResponse)(nil),      // 108: atoll.v1.PruneSystemResponse
+	(*VersionRequest)(nil),           // 109: atoll.v1.VersionRequest
+	(*VersionResponse)(nil),          // 110: atoll.v1.VersionResponse
+	(*EventsRequest)(nil),            // 111: atoll.v1.EventsRequest
+	(*Event)(nil),                    // 112: atoll.v1.Event
+	(*DoctorRequest)(nil),            // 113: atoll.v1.DoctorRequest
+	(*DoctorResponse)(nil),           // 114: atoll.v1.DoctorResponse
+	(*Check)(nil),                    // 115: atoll.v1.Check
+	(*ShutdownRequest)(nil),          // 116: atoll.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 117: atoll.v1.ShutdownResponse
+	nil,                              // 118: atoll.v1.MachineSpec.LabelsEntry
+	nil,                              // 119: atoll.v1.BuildStart.BuildArgsEntry
+	nil,                              // 120: atoll.v1.BuildStart.LabelsEntry
+	nil,                              // 121: atoll.v1.BuildStart.BuildContextsEntry
+	nil,                              // 122: atoll.v1.BuildStart.SecretsEntry
+	nil,                              // 123: atoll.v1.CacheOption.AttributesEntry
+	nil,                              // 124: atoll.v1.BuildOutput.AttributesEntry
+	nil,                              // 125: atoll.v1.BuildResult.MetadataEntry
+	nil,                              // 126: atoll.v1.Event.AttributesEntry
+	(*durationpb.Duration)(nil),      // 127: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 128: google.protobuf.Timestamp
 }
 var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	5,   // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
-	115, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
-	124, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
+	118, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
+	127, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
 	4,   // 3: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
 	0,   // 4: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
-	125, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
-	125, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
-	125, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
+	128, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
+	128, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
+	128, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
 	7,   // 8: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
 	8,   // 9: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
 	9,   // 10: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
 	5,   // 11: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
-	124, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
+	127, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
 	4,   // 13: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
 	6,   // 14: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,   // 15: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
-	124, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
+	127, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
 	6,   // 17: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
 	6,   // 18: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
 	6,   // 19: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
-	125, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	128, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
 	1,   // 21: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
-	125, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	128, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
 	30,  // 23: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
 	28,  // 24: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
 	28,  // 25: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
@@ -8499,7 +8699,7 @@ var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	28,  // 28: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
 	28,  // 29: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
 	21,  // 30: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
-	125, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	128, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
 	40,  // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
 	37,  // 33: atoll.v1.Image.variants:type_name -> atoll.v1.ImageVariant
 	38,  // 34: atoll.v1.Image.referrers:type_name -> atoll.v1.ImageReferrer
@@ -8516,134 +8716,138 @@ var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	42,  // 45: atoll.v1.ImportImageResponse.transfer:type_name -> atoll.v1.Transfer
 	36,  // 46: atoll.v1.ImportImageResponse.image:type_name -> atoll.v1.Image
 	65,  // 47: atoll.v1.ImageHistoryResponse.steps:type_name -> atoll.v1.ImageStep
-	125, // 48: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
+	128, // 48: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
 	71,  // 49: atoll.v1.BuildRequest.start:type_name -> atoll.v1.BuildStart
 	74,  // 50: atoll.v1.BuildRequest.agent:type_name -> atoll.v1.AgentData
-	116, // 51: atoll.v1.BuildStart.build_args:type_name -> atoll.v1.BuildStart.BuildArgsEntry
-	117, // 52: atoll.v1.BuildStart.labels:type_name -> atoll.v1.BuildStart.LabelsEntry
-	118, // 53: atoll.v1.BuildStart.build_contexts:type_name -> atoll.v1.BuildStart.BuildContextsEntry
-	119, // 54: atoll.v1.BuildStart.secrets:type_name -> atoll.v1.BuildStart.SecretsEntry
+	119, // 51: atoll.v1.BuildStart.build_args:type_name -> atoll.v1.BuildStart.BuildArgsEntry
+	120, // 52: atoll.v1.BuildStart.labels:type_name -> atoll.v1.BuildStart.LabelsEntry
+	121, // 53: atoll.v1.BuildStart.build_contexts:type_name -> atoll.v1.BuildStart.BuildContextsEntry
+	122, // 54: atoll.v1.BuildStart.secrets:type_name -> atoll.v1.BuildStart.SecretsEntry
 	72,  // 55: atoll.v1.BuildStart.cache_to:type_name -> atoll.v1.CacheOption
 	72,  // 56: atoll.v1.BuildStart.cache_from:type_name -> atoll.v1.CacheOption
 	73,  // 57: atoll.v1.BuildStart.outputs:type_name -> atoll.v1.BuildOutput
-	124, // 58: atoll.v1.BuildStart.timeout:type_name -> google.protobuf.Duration
-	120, // 59: atoll.v1.CacheOption.attributes:type_name -> atoll.v1.CacheOption.AttributesEntry
-	121, // 60: atoll.v1.BuildOutput.attributes:type_name -> atoll.v1.BuildOutput.AttributesEntry
+	127, // 58: atoll.v1.BuildStart.timeout:type_name -> google.protobuf.Duration
+	123, // 59: atoll.v1.CacheOption.attributes:type_name -> atoll.v1.CacheOption.AttributesEntry
+	124, // 60: atoll.v1.BuildOutput.attributes:type_name -> atoll.v1.BuildOutput.AttributesEntry
 	78,  // 61: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
 	74,  // 62: atoll.v1.BuildResponse.agent:type_name -> atoll.v1.AgentData
 	76,  // 63: atoll.v1.BuildResponse.output:type_name -> atoll.v1.OutputData
 	77,  // 64: atoll.v1.BuildResponse.report:type_name -> atoll.v1.BuildReport
-	124, // 65: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
-	124, // 66: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
-	122, // 67: atoll.v1.BuildResult.metadata:type_name -> atoll.v1.BuildResult.MetadataEntry
+	127, // 65: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
+	127, // 66: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
+	125, // 67: atoll.v1.BuildResult.metadata:type_name -> atoll.v1.BuildResult.MetadataEntry
 	81,  // 68: atoll.v1.BuildDiskUsageResponse.records:type_name -> atoll.v1.BuildCacheRecord
-	125, // 69: atoll.v1.BuildCacheRecord.created_at:type_name -> google.protobuf.Timestamp
-	125, // 70: atoll.v1.BuildCacheRecord.last_used_at:type_name -> google.protobuf.Timestamp
-	124, // 71: atoll.v1.PruneBuildRequest.unused_for:type_name -> google.protobuf.Duration
+	128, // 69: atoll.v1.BuildCacheRecord.created_at:type_name -> google.protobuf.Timestamp
+	128, // 70: atoll.v1.BuildCacheRecord.last_used_at:type_name -> google.protobuf.Timestamp
+	127, // 71: atoll.v1.PruneBuildRequest.unused_for:type_name -> google.protobuf.Duration
 	81,  // 72: atoll.v1.PruneBuildResponse.records:type_name -> atoll.v1.BuildCacheRecord
-	125, // 73: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
+	128, // 73: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
 	84,  // 74: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
 	42,  // 75: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
 	84,  // 76: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
-	125, // 77: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
+	128, // 77: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
 	42,  // 78: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
 	89,  // 79: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
 	89,  // 80: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
 	89,  // 81: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
 	89,  // 82: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	42,  // 83: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	89,  // 84: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	67,  // 85: atoll.v1.PruneSystemResponse.images:type_name -> atoll.v1.PruneImagesResponse
-	125, // 86: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	125, // 87: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
-	123, // 88: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
-	112, // 89: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
-	2,   // 90: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
-	10,  // 91: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
-	12,  // 92: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
-	14,  // 93: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
-	16,  // 94: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
-	18,  // 95: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
-	20,  // 96: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
-	22,  // 97: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
-	24,  // 98: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
-	26,  // 99: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
-	29,  // 100: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
-	33,  // 101: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
-	41,  // 102: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
-	44,  // 103: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
-	46,  // 104: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
-	48,  // 105: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
-	50,  // 106: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
-	52,  // 107: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
-	55,  // 108: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
-	57,  // 109: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
-	60,  // 110: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
-	63,  // 111: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
-	66,  // 112: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
-	68,  // 113: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
-	70,  // 114: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
-	79,  // 115: atoll.v1.BuildService.DiskUsage:input_type -> atoll.v1.BuildDiskUsageRequest
-	82,  // 116: atoll.v1.BuildService.Prune:input_type -> atoll.v1.PruneBuildRequest
-	85,  // 117: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
-	87,  // 118: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
-	98,  // 119: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
-	100, // 120: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
-	102, // 121: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
-	96,  // 122: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
-	90,  // 123: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
-	92,  // 124: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
-	94,  // 125: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
-	106, // 126: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
-	108, // 127: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
-	110, // 128: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
-	113, // 129: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
-	104, // 130: atoll.v1.SystemService.Prune:input_type -> atoll.v1.PruneSystemRequest
-	11,  // 131: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
-	13,  // 132: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
-	15,  // 133: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
-	17,  // 134: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
-	19,  // 135: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
-	21,  // 136: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
-	23,  // 137: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
-	25,  // 138: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
-	27,  // 139: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
-	31,  // 140: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
-	35,  // 141: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
-	43,  // 142: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
-	45,  // 143: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
-	47,  // 144: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
-	49,  // 145: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
-	51,  // 146: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
-	53,  // 147: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
-	56,  // 148: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
-	58,  // 149: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
-	62,  // 150: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
-	64,  // 151: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
-	67,  // 152: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
-	69,  // 153: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
-	75,  // 154: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
-	80,  // 155: atoll.v1.BuildService.DiskUsage:output_type -> atoll.v1.BuildDiskUsageResponse
-	83,  // 156: atoll.v1.BuildService.Prune:output_type -> atoll.v1.PruneBuildResponse
-	86,  // 157: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
-	88,  // 158: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
-	99,  // 159: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
-	101, // 160: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
-	103, // 161: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
-	97,  // 162: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
-	91,  // 163: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
-	93,  // 164: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
-	95,  // 165: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
-	107, // 166: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
-	109, // 167: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
-	111, // 168: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
-	114, // 169: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
-	105, // 170: atoll.v1.SystemService.Prune:output_type -> atoll.v1.PruneSystemResponse
-	131, // [131:171] is the sub-list for method output_type
-	91,  // [91:131] is the sub-list for method input_type
-	91,  // [91:91] is the sub-list for extension type_name
-	91,  // [91:91] is the sub-list for extension extendee
-	0,   // [0:91] is the sub-list for field type_name
+	42,  // 83: atoll.v1.PushKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	105, // 84: atoll.v1.PushKernelResponse.pushed:type_name -> atoll.v1.PushedKernel
+	42,  // 85: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	89,  // 86: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	67,  // 87: atoll.v1.PruneSystemResponse.images:type_name -> atoll.v1.PruneImagesResponse
+	128, // 88: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	128, // 89: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
+	126, // 90: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
+	115, // 91: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
+	2,   // 92: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
+	10,  // 93: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
+	12,  // 94: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
+	14,  // 95: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
+	16,  // 96: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
+	18,  // 97: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
+	20,  // 98: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
+	22,  // 99: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
+	24,  // 100: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
+	26,  // 101: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
+	29,  // 102: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
+	33,  // 103: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
+	41,  // 104: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
+	44,  // 105: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
+	46,  // 106: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
+	48,  // 107: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
+	50,  // 108: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
+	52,  // 109: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
+	55,  // 110: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
+	57,  // 111: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
+	60,  // 112: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
+	63,  // 113: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
+	66,  // 114: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
+	68,  // 115: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
+	70,  // 116: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
+	79,  // 117: atoll.v1.BuildService.DiskUsage:input_type -> atoll.v1.BuildDiskUsageRequest
+	82,  // 118: atoll.v1.BuildService.Prune:input_type -> atoll.v1.PruneBuildRequest
+	85,  // 119: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
+	87,  // 120: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
+	98,  // 121: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
+	100, // 122: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
+	102, // 123: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
+	96,  // 124: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
+	90,  // 125: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
+	92,  // 126: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
+	94,  // 127: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
+	103, // 128: atoll.v1.KernelService.Push:input_type -> atoll.v1.PushKernelRequest
+	109, // 129: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
+	111, // 130: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
+	113, // 131: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
+	116, // 132: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
+	107, // 133: atoll.v1.SystemService.Prune:input_type -> atoll.v1.PruneSystemRequest
+	11,  // 134: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
+	13,  // 135: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
+	15,  // 136: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
+	17,  // 137: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
+	19,  // 138: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
+	21,  // 139: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
+	23,  // 140: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
+	25,  // 141: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
+	27,  // 142: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
+	31,  // 143: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
+	35,  // 144: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
+	43,  // 145: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
+	45,  // 146: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
+	47,  // 147: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
+	49,  // 148: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
+	51,  // 149: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
+	53,  // 150: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
+	56,  // 151: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
+	58,  // 152: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
+	62,  // 153: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
+	64,  // 154: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
+	67,  // 155: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
+	69,  // 156: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
+	75,  // 157: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
+	80,  // 158: atoll.v1.BuildService.DiskUsage:output_type -> atoll.v1.BuildDiskUsageResponse
+	83,  // 159: atoll.v1.BuildService.Prune:output_type -> atoll.v1.PruneBuildResponse
+	86,  // 160: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
+	88,  // 161: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
+	99,  // 162: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
+	101, // 163: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
+	106, // 164: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
+	97,  // 165: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
+	91,  // 166: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
+	93,  // 167: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
+	95,  // 168: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
+	104, // 169: atoll.v1.KernelService.Push:output_type -> atoll.v1.PushKernelResponse
+	110, // 170: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
+	112, // 171: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
+	114, // 172: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
+	117, // 173: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
+	108, // 174: atoll.v1.SystemService.Prune:output_type -> atoll.v1.PruneSystemResponse
+	134, // [134:175] is the sub-list for method output_type
+	93,  // [93:134] is the sub-list for method input_type
+	93,  // [93:93] is the sub-list for extension type_name
+	93,  // [93:93] is the sub-list for extension extendee
+	0,   // [0:93] is the sub-list for field type_name
 }
 
 func init() { file_api_atoll_v1_atoll_proto_init() }
@@ -8721,7 +8925,11 @@ func file_api_atoll_v1_atoll_proto_init() {
 		(*BuildKernelResponse_Line)(nil),
 		(*BuildKernelResponse_Kernel)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[100].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[101].OneofWrappers = []any{
+		(*PushKernelResponse_Transfer)(nil),
+		(*PushKernelResponse_Pushed)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[103].OneofWrappers = []any{
 		(*PullKernelResponse_Transfer)(nil),
 		(*PullKernelResponse_Kernel)(nil),
 	}
@@ -8731,7 +8939,7 @@ func file_api_atoll_v1_atoll_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_atoll_v1_atoll_proto_rawDesc), len(file_api_atoll_v1_atoll_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   121,
+			NumMessages:   124,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

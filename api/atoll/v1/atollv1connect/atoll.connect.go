@@ -117,6 +117,8 @@ const (
 	// KernelServiceSetDefaultProcedure is the fully-qualified name of the KernelService's SetDefault
 	// RPC.
 	KernelServiceSetDefaultProcedure = "/atoll.v1.KernelService/SetDefault"
+	// KernelServicePushProcedure is the fully-qualified name of the KernelService's Push RPC.
+	KernelServicePushProcedure = "/atoll.v1.KernelService/Push"
 	// SystemServiceVersionProcedure is the fully-qualified name of the SystemService's Version RPC.
 	SystemServiceVersionProcedure = "/atoll.v1.SystemService/Version"
 	// SystemServiceEventsProcedure is the fully-qualified name of the SystemService's Events RPC.
@@ -1064,6 +1066,8 @@ type KernelServiceClient interface {
 	Build(context.Context, *connect.Request[v1.BuildKernelRequest]) (*connect.ServerStreamForClient[v1.BuildKernelResponse], error)
 	Remove(context.Context, *connect.Request[v1.RemoveKernelRequest]) (*connect.Response[v1.RemoveKernelResponse], error)
 	SetDefault(context.Context, *connect.Request[v1.SetDefaultKernelRequest]) (*connect.Response[v1.SetDefaultKernelResponse], error)
+	// Push brings a kernel to a registry, as an artifact.
+	Push(context.Context, *connect.Request[v1.PushKernelRequest]) (*connect.ServerStreamForClient[v1.PushKernelResponse], error)
 }
 
 // NewKernelServiceClient constructs a client for the atoll.v1.KernelService service. By default, it
@@ -1119,6 +1123,12 @@ func NewKernelServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(kernelServiceMethods.ByName("SetDefault")),
 			connect.WithClientOptions(opts...),
 		),
+		push: connect.NewClient[v1.PushKernelRequest, v1.PushKernelResponse](
+			httpClient,
+			baseURL+KernelServicePushProcedure,
+			connect.WithSchema(kernelServiceMethods.ByName("Push")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -1131,6 +1141,7 @@ type kernelServiceClient struct {
 	build      *connect.Client[v1.BuildKernelRequest, v1.BuildKernelResponse]
 	remove     *connect.Client[v1.RemoveKernelRequest, v1.RemoveKernelResponse]
 	setDefault *connect.Client[v1.SetDefaultKernelRequest, v1.SetDefaultKernelResponse]
+	push       *connect.Client[v1.PushKernelRequest, v1.PushKernelResponse]
 }
 
 // List calls atoll.v1.KernelService.List.
@@ -1168,6 +1179,11 @@ func (c *kernelServiceClient) SetDefault(ctx context.Context, req *connect.Reque
 	return c.setDefault.CallUnary(ctx, req)
 }
 
+// Push calls atoll.v1.KernelService.Push.
+func (c *kernelServiceClient) Push(ctx context.Context, req *connect.Request[v1.PushKernelRequest]) (*connect.ServerStreamForClient[v1.PushKernelResponse], error) {
+	return c.push.CallServerStream(ctx, req)
+}
+
 // KernelServiceHandler is an implementation of the atoll.v1.KernelService service.
 type KernelServiceHandler interface {
 	List(context.Context, *connect.Request[v1.ListKernelsRequest]) (*connect.Response[v1.ListKernelsResponse], error)
@@ -1179,6 +1195,8 @@ type KernelServiceHandler interface {
 	Build(context.Context, *connect.Request[v1.BuildKernelRequest], *connect.ServerStream[v1.BuildKernelResponse]) error
 	Remove(context.Context, *connect.Request[v1.RemoveKernelRequest]) (*connect.Response[v1.RemoveKernelResponse], error)
 	SetDefault(context.Context, *connect.Request[v1.SetDefaultKernelRequest]) (*connect.Response[v1.SetDefaultKernelResponse], error)
+	// Push brings a kernel to a registry, as an artifact.
+	Push(context.Context, *connect.Request[v1.PushKernelRequest], *connect.ServerStream[v1.PushKernelResponse]) error
 }
 
 // NewKernelServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -1230,6 +1248,12 @@ func NewKernelServiceHandler(svc KernelServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(kernelServiceMethods.ByName("SetDefault")),
 		connect.WithHandlerOptions(opts...),
 	)
+	kernelServicePushHandler := connect.NewServerStreamHandler(
+		KernelServicePushProcedure,
+		svc.Push,
+		connect.WithSchema(kernelServiceMethods.ByName("Push")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/atoll.v1.KernelService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case KernelServiceListProcedure:
@@ -1246,6 +1270,8 @@ func NewKernelServiceHandler(svc KernelServiceHandler, opts ...connect.HandlerOp
 			kernelServiceRemoveHandler.ServeHTTP(w, r)
 		case KernelServiceSetDefaultProcedure:
 			kernelServiceSetDefaultHandler.ServeHTTP(w, r)
+		case KernelServicePushProcedure:
+			kernelServicePushHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1281,6 +1307,10 @@ func (UnimplementedKernelServiceHandler) Remove(context.Context, *connect.Reques
 
 func (UnimplementedKernelServiceHandler) SetDefault(context.Context, *connect.Request[v1.SetDefaultKernelRequest]) (*connect.Response[v1.SetDefaultKernelResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.KernelService.SetDefault is not implemented"))
+}
+
+func (UnimplementedKernelServiceHandler) Push(context.Context, *connect.Request[v1.PushKernelRequest], *connect.ServerStream[v1.PushKernelResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.KernelService.Push is not implemented"))
 }
 
 // SystemServiceClient is a client for the atoll.v1.SystemService service.
