@@ -373,7 +373,7 @@ func TestConfigDecides(t *testing.T) {
 
 func TestFeatures(t *testing.T) {
 	c := config{"BLK_DEV_DM": "y", "DM_VERITY": "y", "FUSE_FS": "m", "VIRTIO_FS": "m", "NET_9P": "m"}
-	if _, err := features(c, nil, nil); !errdefs.IsNotFound(err) {
+	if _, err := features(c, map[string]string{}, nil); !errdefs.IsNotFound(err) {
 		t.Errorf("with a module that is not there: %v", err)
 	}
 	delete(c, "VIRTIO_FS")
