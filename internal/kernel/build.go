@@ -142,7 +142,7 @@ func (s *Store) build(ctx context.Context, o BuildOptions) (Kernel, error) {
 	if err != nil {
 		return Kernel{}, err
 	}
-	// One at a time: each takes all CPUs and 3 GB of disk, and who waits may find the same kernel built.
+	// One at a time: each takes all CPUs and 2 GB of disk, and who waits may find the same kernel built.
 	select {
 	case s.building <- struct{}{}:
 		defer func() { <-s.building }()

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -188,6 +189,22 @@ func TestDefaultAndRemove(t *testing.T) {
 	if err := s.SetDefault(t.Context(), "two"); err != nil {
 		t.Fatal(err)
 	}
+	foreign := filepath.Join(t.TempDir(), "arm")
+	os.WriteFile(foreign, append(append(make([]byte, 56), "ARM\x64"...), "\x00\x00\x00\x00Linux version 6.1.2-tiny (me)"...), 0o644)
+	if _, err := s.Import(t.Context(), foreign, "arm"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.SetDefault(t.Context(), "arm"); runtime.GOARCH != "arm64" && !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("a kernel of another architecture as the default: %v", err)
+	}
+	s.SetInUse(func(name string) []string { return map[string][]string{"arm": {"web", "db"}}[name] })
+	if err := s.Remove(t.Context(), "arm"); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "web, db") || hint.Of(err) == "" {
+		t.Errorf("removing what machines use: %v", err)
+	}
+	s.SetInUse(func(string) []string { return nil })
+	if err := s.Remove(t.Context(), "arm"); err != nil {
+		t.Fatal(err)
+	}
 	if err := s.Remove(t.Context(), "../kernels"); !errdefs.IsNotFound(err) {
 		t.Error(err)
 	}
@@ -356,7 +373,7 @@ func TestConfigDecides(t *testing.T) {
 
 func TestFeatures(t *testing.T) {
 	c := config{"BLK_DEV_DM": "y", "DM_VERITY": "y", "FUSE_FS": "m", "VIRTIO_FS": "m", "NET_9P": "m"}
-	if _, err := features(c, nil, nil); !errdefs.IsNotFound(err) {
+	if _, err := features(c, map[string]string{}, nil); !errdefs.IsNotFound(err) {
 		t.Errorf("with a module that is not there: %v", err)
 	}
 	delete(c, "VIRTIO_FS")
