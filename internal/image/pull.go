@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"net/http"
 	"runtime"
 	"slices"
@@ -552,6 +553,10 @@ func passing(err error) bool {
 		return true
 	case code != 0:
 		return false
+	}
+	var cut *net.OpError
+	if errors.As(err, &cut) && slices.Contains([]string{"read", "write", "set"}, cut.Op) {
+		return true // reset, or closed below us while a blob went up
 	}
 	return errors.Is(err, errRestart) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) ||
 		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || timedOut(err) ||

@@ -485,6 +485,24 @@ func TestExplain(t *testing.T) {
 	}
 }
 
+// TestPassing tells failures of a connection that was there from one that never was.
+func TestPassing(t *testing.T) {
+	for _, tt := range []struct {
+		err  error
+		want bool
+	}{
+		{&url.Error{Op: "Put", Err: &net.OpError{Op: "set", Err: net.ErrClosed}}, true},
+		{&url.Error{Op: "Put", Err: &net.OpError{Op: "write", Err: syscall.ECONNRESET}}, true},
+		{&url.Error{Op: "Get", Err: &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}}, false},
+		{fmt.Errorf("body: %w", io.ErrUnexpectedEOF), true},
+		{remoteerrors.ErrUnexpectedStatus{StatusCode: 404}, false},
+	} {
+		if got := passing(tt.err); got != tt.want {
+			t.Errorf("passing(%v) = %v", tt.err, got)
+		}
+	}
+}
+
 func TestPullAuth(t *testing.T) {
 	const user, secret = "ann", "s3cret"
 	basic := "Basic " + base64.StdEncoding.EncodeToString([]byte(user+":"+secret))
