@@ -356,8 +356,11 @@ func TestConfigDecides(t *testing.T) {
 
 func TestFeatures(t *testing.T) {
 	c := config{"BLK_DEV_DM": "y", "DM_VERITY": "y", "FUSE_FS": "m", "VIRTIO_FS": "m", "NET_9P": "m"}
-	if _, err := features(c, nil, nil); !errdefs.IsNotFound(err) {
+	if _, err := features(c, map[string]string{}, nil); !errdefs.IsNotFound(err) {
 		t.Errorf("with a module that is not there: %v", err)
+	}
+	if found, err := features(c, nil, nil); err != nil || found[VirtioFS] != nil {
+		t.Errorf("of a kernel without modules: %v %v", found, err)
 	}
 	delete(c, "VIRTIO_FS")
 	got, err := features(c, nil, nil)
