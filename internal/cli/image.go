@@ -219,7 +219,9 @@ func newImageInspectCmd(e *environment) *cobra.Command {
 fields are ID, References, RepoDigests, CreatedAt, Author, SizeBytes, OS,
 Architecture, Variant, Config (with the keys of the image specification),
 Layers, DiffIDs, IndexDigest and Variants (of the index that the image came
-from), Referrers, RootDisk and RootDiskBytes.`,
+from), Referrers, RootDisks (the lowest first, each with Path, SizeBytes, Images
+that use it, Layers, RootHash and Salt), RootDisk (the lowest's path),
+RootDiskBytes and RootDiskOwnBytes (of those that no other image uses).`,
 		Example:           `  atoll image inspect --format '{{json .Config.Cmd}}' hello`,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: e.completeImages(0),

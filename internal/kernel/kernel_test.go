@@ -376,6 +376,9 @@ func TestFeatures(t *testing.T) {
 	if _, err := features(c, map[string]string{}, nil); !errdefs.IsNotFound(err) {
 		t.Errorf("with a module that is not there: %v", err)
 	}
+	if found, err := features(c, nil, nil); err != nil || found[VirtioFS] != nil {
+		t.Errorf("of a kernel without modules: %v %v", found, err)
+	}
 	delete(c, "VIRTIO_FS")
 	got, err := features(c, nil, nil)
 	if diff := cmp.Diff(map[string][]string{Verity: nil, Init: nil}, got); diff != "" || err != nil {

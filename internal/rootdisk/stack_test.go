@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
@@ -265,6 +266,17 @@ func TestSharedBase(t *testing.T) {
 	}
 	if left, _ := filepath.Glob(filepath.Join(s.dir, "*"+diskSuffix)); len(left) > 0 {
 		t.Errorf("left: %v", left)
+	}
+}
+
+// An image may have the same layer twice, also as disks of its own.
+func TestSameLayerTwice(t *testing.T) {
+	base, l := layer(tarball(t, file("a", "1"))), layer(tarball(t, dir("d", 0o700), file("d/x", "2")))
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	disks, err := openStore(t).assemble(ctx, testImage, []Layer{base, l, l, l}, []run{{0, 1}, {1, 2}, {2, 3}, {3, 4}}, func(int) {})
+	if err != nil || len(disks) != 4 || disks[1].Key != disks[3].Key {
+		t.Errorf("%+v, %v", disks, err)
 	}
 }
 
