@@ -187,6 +187,9 @@ func (b *Builder) run(ctx context.Context, r Request, status func(*Status),
 	go func() {
 		defer close(followed)
 		for s := range statuses {
+			for _, v := range s.Vertexes {
+				v.Name, v.Error = redactAll(v.Name), redactAll(v.Error)
+			}
 			steps.follow(s)
 			if status != nil {
 				status(s)

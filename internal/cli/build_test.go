@@ -183,7 +183,7 @@ func TestBuilderCommands(t *testing.T) {
 		t.Error(out)
 	}
 	want := &atollv1.PruneBuildRequest{All: true, UnusedFor: durationpb.New(48 * 3600e9), KeepBytes: 2 << 30}
-	if d := gocmp.Diff(want, a.fake.pruned, protocmp.Transform()); d != "" {
+	if d := gocmp.Diff(want, a.fake.cachePruned, protocmp.Transform()); d != "" {
 		t.Error(d)
 	}
 	if out := a.ok("system", "prune", "-f"); !strings.Contains(out, "Total reclaimed space: 5MiB") {

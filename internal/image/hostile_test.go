@@ -137,7 +137,10 @@ func TestHostileRegistry(t *testing.T) {
 		"500": {func(_ *testing.T, e *evil) { e.meddle = status(500, "") }, errdefs.IsUnavailable, "500"},
 		"503": {func(_ *testing.T, e *evil) { e.meddle = status(503, "") }, errdefs.IsUnavailable, "503"},
 		"redirects in circles": {func(_ *testing.T, e *evil) {
-			e.meddle = func(w http.ResponseWriter, r *http.Request) bool { http.Redirect(w, r, r.URL.Path, 307); return true }
+			e.meddle = func(w http.ResponseWriter, r *http.Request) bool {
+				http.Redirect(w, r, r.URL.Path, http.StatusTemporaryRedirect)
+				return true
+			}
 		}, errdefs.IsUnavailable, "redirects"},
 		"a layer cut":       {blobsOnly(func(_ digest.Digest, c string) (string, int) { return c[:700], len(c) }), errdefs.IsUnavailable, "fetching layer"},
 		"a layer too short": {blobsOnly(func(_ digest.Digest, c string) (string, int) { return c[:700], 700 }), func(err error) bool { return errdefs.IsUnavailable(err) || errdefs.IsDataLoss(err) }, "fetching layer"},

@@ -1,5 +1,5 @@
-// Package image keeps OCI images: their content by digest, their references, and the way from a registry to here and from here to the
-// builder. What is made of an image (root disks) and who runs it (machines) it only knows through SetInUse and OnDelete.
+// Package image keeps OCI images: their content by digest, their references, what refers to them; and the ways from and to registries and
+// archives, and from here to the builder. What is made of an image (root disks) and who runs it (machines) it only knows through SetInUse and OnDelete.
 // A Store is safe for concurrent use; one process owns its directory.
 package image
 

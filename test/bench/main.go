@@ -249,7 +249,7 @@ func (b *bench) beforeExec() (time.Duration, error) {
 func (b *bench) floor(m *atollv1.Machine, argv []string) (time.Duration, error) {
 	var took time.Duration
 	began := time.Now()
-	err := b.byHand(argv, configOf(m), func(*agentv1.Output) error {
+	err := b.byHand(argv, configOf(m), func(int, *agentv1.Output) error {
 		took = time.Since(began)
 		return io.EOF
 	})
@@ -259,8 +259,9 @@ func (b *bench) floor(m *atollv1.Machine, argv []string) (time.Duration, error) 
 	return took, nil
 }
 
-// byHand starts QEMU with these words and configures the guest; output gets what the entrypoint writes until it returns an error.
-func (b *bench) byHand(argv []string, c *agentv1.Config, output func(*agentv1.Output) error) error {
+// byHand starts QEMU with these words and configures the guest; output gets QEMU's process ID and
+// what the entrypoint writes, until it returns an error.
+func (b *bench) byHand(argv []string, c *agentv1.Config, output func(int, *agentv1.Output) error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	sockets := make([]*os.File, 2)
@@ -305,7 +306,7 @@ func (b *bench) byHand(argv []string, c *agentv1.Config, output func(*agentv1.Ou
 	if err := agent.Configure(ctx, c, func(string) {}); err != nil {
 		return err
 	}
-	return agent.Output(ctx, 0, output)
+	return agent.Output(ctx, 0, func(o *agentv1.Output) error { return output(cmd.Process.Pid, o) })
 }
 
 // argv is how the driver started the machine, as it keeps it beside the console; the NIC's socket gets a place of its own.

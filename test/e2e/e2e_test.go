@@ -21,11 +21,9 @@ import (
 )
 
 var (
-	fixtureHome  string
-	ownKernel    string // a kernel that atoll kernel build has built
-	systemdImage string // a base that boots systemd, as atoll save writes it
-	binDir       string
-	helperDir    string
+	fixtureHome string
+	binDir      string
+	helperDir   string
 )
 
 func TestMain(m *testing.M) {
@@ -45,7 +43,7 @@ func prepare() error {
 		return err
 	}
 	binDir = filepath.Join(root, "bin")
-	fixtureHome, ownKernel, systemdImage = os.Getenv("ATOLL_TEST_HOME"), os.Getenv("ATOLL_TEST_OWN_KERNEL"), os.Getenv("ATOLL_TEST_SYSTEMD")
+	fixtureHome = os.Getenv("ATOLL_TEST_HOME")
 	if fixtureHome == "" {
 		build := exec.Command("make", "-s", "build")
 		build.Dir = root
@@ -59,16 +57,12 @@ func prepare() error {
 			return fmt.Errorf("test/fixture: %w", err)
 		}
 		for line := range strings.Lines(string(out)) {
-			switch k, v, _ := strings.Cut(strings.TrimPrefix(strings.TrimSpace(line), "export "), "="); k {
-			case "ATOLL_TEST_HOME":
-				fixtureHome = strings.Trim(v, `"`)
-			case "ATOLL_TEST_SYSTEMD":
-				systemdImage = strings.Trim(v, `"`)
-			case "ATOLL_TEST_OWN_KERNEL":
-				ownKernel = strings.Trim(v, `"`)
+			if k, v, ok := strings.Cut(strings.TrimPrefix(strings.TrimSpace(line), "export "), "="); ok {
+				os.Setenv(k, strings.Trim(v, `"`))
 			}
 		}
 	}
+	fixtureHome = os.Getenv("ATOLL_TEST_HOME")
 	helperDir, err = os.MkdirTemp("", "atoll-e2e")
 	if err != nil {
 		return err
@@ -120,11 +114,11 @@ func setup(env *testscript.Env) error {
 		return err
 	}
 	env.Setenv("ATOLL_HOME", home)
-	env.Setenv("OWN_KERNEL", ownKernel)
-	env.Setenv("SYSTEMD_IMAGE", systemdImage)
+	env.Setenv("OWN_KERNEL", os.Getenv("ATOLL_TEST_OWN_KERNEL"))
 	env.Setenv("PATH", strings.Join([]string{binDir, helperDir, env.Getenv("PATH"), "/usr/sbin", "/sbin"}, ":"))
 	env.Setenv("HOME", env.WorkDir)
 	env.Setenv("NO_COLOR", "1")
+	env.Setenv("SYSTEMD_IMAGE", os.Getenv("ATOLL_TEST_SYSTEMD"))
 	env.Defer(func() {
 		endAll(home)
 		os.RemoveAll(home)
