@@ -3,11 +3,15 @@ package main
 
 import (
 	"os"
+	"runtime"
 
 	"github.com/atollvm/atoll/internal/agent/guest"
 )
 
 var version = "dev" // set by the linker
+
+// The main thread does nothing but wait: a goroutine that takes its thread into a container and ends it must not get this one.
+func init() { runtime.LockOSThread() }
 
 func main() {
 	if os.Args[0] == guest.BesideName {
@@ -18,6 +22,8 @@ func main() {
 		println("atoll-agent: this is the init of Atoll's guests and runs nowhere else")
 		os.Exit(2)
 	}
+	failed := make(chan error)
+	go func() { failed <- guest.Run(version) }()
 	// PID 1 must not return: the kernel panics, which ends the machine with these words on its console.
-	panic(guest.Run(version))
+	panic(<-failed)
 }

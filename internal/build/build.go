@@ -41,7 +41,9 @@ type Options struct {
 	CA              []string                   // PEM files of more certificate authorities, for the same
 	CacheSize       int64                      // bytes that the cache may grow to; 0: 10 GB or a fifth of the disk, whichever is less
 	Timeout         time.Duration              // of a build that sets none itself; 0: none
-	Log             *slog.Logger
+	// VM describes the virtual machine of a build that asks for one, or says why there can be none; nil: there is none.
+	VM  func(context.Context) (child.Isolation, error)
+	Log *slog.Logger
 }
 
 // Registry is how a registry is reached.
@@ -129,7 +131,7 @@ func (b *Builder) Ask(ctx context.Context, r Request, question string, status fu
 	if !ok {
 		return Report{}, fmt.Errorf("asking a Dockerfile for %q: want check, outline or targets: %w", question, errdefs.ErrInvalidArgument)
 	}
-	r.NoImage, r.Outputs, r.CacheTo = true, nil, nil
+	r.NoImage, r.Outputs, r.CacheTo, r.Isolation = true, nil, nil, "" // nothing runs
 	var report Report
 	err := b.run(ctx, r, status, func(ctx context.Context, c *client.Client, opt client.SolveOpt, statuses chan *client.SolveStatus) error {
 		frontend, attrs := opt.Frontend, opt.FrontendAttrs
@@ -167,6 +169,9 @@ func (b *Builder) run(ctx context.Context, r Request, status func(*Status),
 		return err
 	}
 	defer done()
+	if err := b.isolate(ctx, r.Isolation, &opt); err != nil {
+		return err
+	}
 	p, err := b.process(ctx)
 	if err != nil {
 		return err

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/atollvm/atoll/internal/build/child"
+	"github.com/atollvm/atoll/internal/build/vmexec"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
@@ -201,6 +203,8 @@ var known = []struct {
 	hint    string
 }{
 	{regexp.MustCompile(`target stage`), errdefs.ErrNotFound, "name a stage that the Dockerfile has: FROM … AS name"},
+	{regexp.MustCompile(child.NoRunc), errdefs.ErrFailedPrecondition, "apt install runc, or build with --isolation vm"},
+	{regexp.MustCompile(vmexec.OutOfMemory), errdefs.ErrResourceExhausted, "give builds more: vmMemory in the section [build] of the settings file"},
 	{regexp.MustCompile(`exec format error|no support for running processes with`), errdefs.ErrFailedPrecondition,
 		"a RUN step for another platform needs that platform: leave --platform out, build on such a host, or use RUN only in stages FROM --platform=$BUILDPLATFORM"},
 	{regexp.MustCompile(failedStep), errdefs.ErrFailedPrecondition, ""},

@@ -45,6 +45,7 @@ type Request struct {
 	NoCacheStages  []string
 	Pull           bool   // ask the registry what tags in FROM stand for, not the image store
 	Platform       string // empty: the host's
+	Isolation      string // where RUN steps run: IsolationHost (or empty), IsolationVM
 	Network        string // of RUN: "host" or "none"; empty: host
 	AddHosts       []string
 	ShmSize        int64

@@ -88,9 +88,11 @@ With -o the image is also kept here when it has a name by -t, or is of type disk
 	f.DurationVar(&b.timeout, "timeout", 0, "end the build after this time, as 30m (default: as the daemon's settings say)")
 	f.BoolVar(&b.check, "check", false, "check the Dockerfile and build nothing; exit code 1 when there are warnings")
 	f.StringVar(&b.start.Call, "call", "", "build nothing; print check, outline or targets")
+	f.StringVar(&b.start.Isolation, "isolation", "", "where RUN steps run: host, or vm for a virtual machine of the build's own (default: as the daemon's settings say, host)")
 	f.StringVar(&b.mode, "progress", "auto", "auto, plain, tty, quiet or rawjson")
 	f.BoolVarP(&b.quiet, "quiet", "q", false, "the digest only; the same as --progress quiet")
 	complete(cmd, "progress", "auto", "plain", "tty", "quiet", "rawjson")
+	complete(cmd, "isolation", "host", "vm")
 	complete(cmd, "network", "host", "none")
 	complete(cmd, "call", "check", "outline", "targets")
 	return cmd
@@ -115,6 +117,11 @@ func (b *buildFlags) read(e *environment, context string) (*buildCall, error) {
 	case "auto", "plain", "tty", "quiet", "rawjson":
 	default:
 		return nil, usagef("--progress %q: want auto, plain, tty, quiet or rawjson", b.mode)
+	}
+	switch b.start.Isolation {
+	case "", "host", "vm":
+	default:
+		return nil, usagef("--isolation %q: want host or vm", b.start.Isolation)
 	}
 	if b.check {
 		b.start.Call = "check"

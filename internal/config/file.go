@@ -64,7 +64,13 @@ type TLS struct {
 type Build struct {
 	CacheSize Bytes    `toml:"cacheSize"` // as "10G"; 0: the builder's default
 	Timeout   Duration `toml:"timeout"`   // of one whole build, as "2h"; 0: none
+	Isolation string   `toml:"isolation"` // where RUN steps run: host (the default) or vm
+	VMCPUs    int      `toml:"vmCPUs"`    // of a build's VM; 0: as many as the host has
+	VMMemory  Bytes    `toml:"vmMemory"`  // of a build's VM, as "4G"; 0: a quarter of the host's, 2G at most
 }
+
+// minVMMemory is what a build's VM boots with and has something left for a step.
+const minVMMemory = 256 << 20
 
 // Bytes is a size in bytes, written as 512M or 2G (binary units).
 type Bytes int64
@@ -145,6 +151,15 @@ func (s Settings) check() error {
 		if r.CA != "" && !filepath.IsAbs(r.CA) {
 			faults = append(faults, fmt.Errorf("registry %q: ca %q: give an absolute path", name, r.CA))
 		}
+	}
+	if i := s.Build.Isolation; i != "" && i != "host" && i != "vm" {
+		faults = append(faults, fmt.Errorf("build: isolation %q: give host or vm", i))
+	}
+	if s.Build.VMCPUs < 0 {
+		faults = append(faults, fmt.Errorf("build: vmCPUs %d: give 1 or more", s.Build.VMCPUs))
+	}
+	if m := s.Build.VMMemory; m != 0 && m < minVMMemory {
+		faults = append(faults, fmt.Errorf("build: vmMemory of %s: give at least %s", units.BytesSize(float64(m)), units.BytesSize(minVMMemory)))
 	}
 	for _, path := range s.TLS.CA {
 		if !filepath.IsAbs(path) {

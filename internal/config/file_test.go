@@ -30,6 +30,9 @@ ca = ["/etc/corp.pem"]
 [build]
 cacheSize = "2G"
 timeout = "90m"
+isolation = "vm"
+vmCPUs = 3
+vmMemory = "1G"
 `)
 	want := Settings{
 		Registries: map[string]Registry{
@@ -38,7 +41,7 @@ timeout = "90m"
 		},
 		Proxy: Proxy{HTTPS: "http://proxy.example:3128", No: "localhost,.example"},
 		TLS:   TLS{CA: []string{"/etc/corp.pem"}},
-		Build: Build{CacheSize: 2 << 30, Timeout: Duration(90 * time.Minute)},
+		Build: Build{CacheSize: 2 << 30, Timeout: Duration(90 * time.Minute), Isolation: "vm", VMCPUs: 3, VMMemory: 1 << 30},
 	}
 	got, err := LoadSettings(home)
 	if err != nil {
@@ -54,6 +57,9 @@ func TestLoadSettingsFaults(t *testing.T) {
 		"[build]\ncacheSise = \"2G\"\n":                    "line 2: unknown key build.cacheSise",
 		"[build]\n\ncacheSize = \"2X\"\n":                  "line 3",
 		"[build]\ntimeout = \"-2h\"\n":                     "line 2",
+		"[build]\nisolation = \"jail\"\n":                  `isolation "jail"`,
+		"[build]\nvmMemory = \"64M\"\n":                    "at least 256MiB",
+		"[build]\nvmCPUs = -1\n":                           "vmCPUs -1",
 		"[build\n":                                         "line 1",
 		"[registry.\"r\"]\nmirrors = [\"ftp://x\"]\n":      `mirror "ftp://x"`,
 		"[registry.\"r\"]\nca = \"x.pem\"\n":               "absolute path",

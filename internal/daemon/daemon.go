@@ -21,6 +21,7 @@ import (
 
 	"github.com/atollvm/atoll/internal/base"
 	"github.com/atollvm/atoll/internal/build"
+	"github.com/atollvm/atoll/internal/build/child"
 	"github.com/atollvm/atoll/internal/config"
 	"github.com/atollvm/atoll/internal/event"
 	"github.com/atollvm/atoll/internal/hint"
@@ -131,6 +132,9 @@ func assemble(c Config, db *state.DB) (*system, error) {
 		KnownBase: func(r reference.Named) bool { return isBase(reference.FamiliarString(r)) }, DockerConfigDir: c.DockerConfigDir,
 		Registries: buildRegistries(c.Settings.Registries), Proxy: build.Proxy(c.Settings.Proxy), CA: c.Settings.TLS.CA,
 		CacheSize: int64(c.Settings.Build.CacheSize), Timeout: time.Duration(c.Settings.Build.Timeout), Log: c.Log,
+		VM: func(ctx context.Context) (child.Isolation, error) {
+			return s.buildVM(ctx, c.Settings.Build, at("qemu"))
+		},
 	})
 	s.userNet = user.New(user.Options{Dir: at("net"), Helper: []string{c.Exe, NetworkHelper}, ResolvConf: "/etc/resolv.conf", Log: c.Log})
 	if s.networks, err = network.Open(db, s.userNet); err != nil {
@@ -185,7 +189,7 @@ func (s *system) serve(ctx context.Context, c Config) error {
 	protocols.SetUnencryptedHTTP2(true)
 	door := &http.Server{
 		Handler: server.Handler(server.Options{
-			Machines: s.machines, Images: s.images, Disks: &disksOf{s}, Builds: s.builder, Bases: s.bases, Kernels: s.kernels,
+			Machines: s.machines, Images: s.images, Disks: &disksOf{s}, Builds: s.builder, Isolation: c.Settings.Build.Isolation, Bases: s.bases, Kernels: s.kernels,
 			Doctor: func(ctx context.Context) []server.Check { return s.doctor(ctx, c) }, Events: s.events, Shutdown: stop, Log: c.Log,
 			Version: server.Version{Version: c.Version, Commit: c.Commit, Home: c.Home},
 		}),

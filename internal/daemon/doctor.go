@@ -14,6 +14,7 @@ import (
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/kernel"
 	"github.com/atollvm/atoll/internal/server"
+	"github.com/atollvm/atoll/internal/vmm/qemu"
 	"github.com/docker/go-units"
 )
 
@@ -23,7 +24,8 @@ const lowDisk = 2 << 30
 func (s *system) doctor(ctx context.Context, c Config) []server.Check {
 	return []server.Check{
 		s.checkVMM(ctx),
-		checkTool("runc", "runs the RUN steps of atoll build", "apt install runc"),
+		checkTool("runc", "runs the RUN steps of atoll build", "apt install runc, or build with --isolation vm"),
+		checkVirtiofsd(),
 		checkTool("git", "fetches build contexts from git repositories", "apt install git"),
 		checkTool("mmdebstrap", "makes Debian base images", "apt install mmdebstrap"),
 		s.checkKernel(),
@@ -53,6 +55,14 @@ func checkTool(name, use, install string) server.Check {
 		return server.Check{Name: name, Level: server.Warn, Message: "not found; it " + use, Hint: install}
 	}
 	return server.Check{Name: name, Level: server.OK, Message: path}
+}
+
+func checkVirtiofsd() server.Check {
+	path, err := qemu.FindVirtiofsd()
+	if err != nil {
+		return server.Check{Name: "virtiofsd", Level: server.Warn, Message: "not found; atoll build --isolation vm needs it", Hint: hint.Of(err)}
+	}
+	return server.Check{Name: "virtiofsd", Level: server.OK, Message: path}
 }
 
 func (s *system) checkKernel() server.Check {

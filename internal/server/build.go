@@ -3,6 +3,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -50,6 +51,7 @@ func (s *builds) Build(ctx context.Context, stream *buildStream) error {
 	if err != nil {
 		return err
 	}
+	req.Isolation = cmp.Or(req.Isolation, s.Isolation)
 	if start.GetContextStream() {
 		req.ContextStream = c
 	} else {
@@ -181,7 +183,8 @@ func (c *buildCall) request(start *atollv1.BuildStart) (build.Request, error) {
 		Dockerfile: start.GetDockerfile(), DockerfileText: start.GetDockerfileText(), Target: start.GetTarget(),
 		BuildArgs: start.GetBuildArgs(), Labels: start.GetLabels(), Contexts: start.GetBuildContexts(),
 		NoCache: start.GetNoCache(), NoCacheStages: start.GetNoCacheStages(), Pull: start.GetPull(), Platform: start.GetPlatform(),
-		Network: start.GetNetwork(), AddHosts: start.GetAddHosts(), ShmSize: start.GetShmBytes(), Ulimits: start.GetUlimits(),
+		Isolation: start.GetIsolation(),
+		Network:   start.GetNetwork(), AddHosts: start.GetAddHosts(), ShmSize: start.GetShmBytes(), Ulimits: start.GetUlimits(),
 		Secrets: start.GetSecrets(), Agents: map[string]build.Dial{},
 		CacheTo: cacheOptions(start.GetCacheTo()), CacheFrom: cacheOptions(start.GetCacheFrom()),
 		Timeout: start.GetTimeout().AsDuration(), Quiet: start.GetQuiet(),

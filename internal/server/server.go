@@ -37,13 +37,15 @@ type Options struct {
 	Images   *image.Store
 	Disks    Disks
 	Builds   *build.Builder
-	Bases    *base.Builder
-	Kernels  *kernel.Store
-	Doctor   func(ctx context.Context) []Check
-	Events   *event.Bus
-	Version  Version
-	Shutdown func() // ends the daemon
-	Log      *slog.Logger
+	// Isolation is where the RUN steps of a build run that does not say so itself; empty: on the host.
+	Isolation string
+	Bases     *base.Builder
+	Kernels   *kernel.Store
+	Doctor    func(ctx context.Context) []Check
+	Events    *event.Bus
+	Version   Version
+	Shutdown  func() // ends the daemon
+	Log       *slog.Logger
 }
 
 // Disks makes root disks.

@@ -17,7 +17,10 @@ type Spec struct {
 	MemoryBytes int64
 	Disks       []Disk // in this order: the guest sees /dev/vda, /dev/vdb, …
 	NICs        []NIC
-	PowersOff   bool // the guest switches itself off; without it only a reset is sure to end the VMM
+	Shares      []Share
+	// Tethered: the instance ends with the process that starts it, however that ends. There is nothing to recover then.
+	Tethered  bool
+	PowersOff bool // the guest switches itself off; without it only a reset is sure to end the VMM
 }
 
 // Kernel is what boots: an uncompressed ELF kernel, its initramfs, and what the kernel is able to do.
@@ -44,6 +47,14 @@ type NIC struct {
 	MTU    int
 	Local  string
 	Remote string
+}
+
+// Share is a directory of the host that the guest mounts as virtio-fs by its tag: owners, modes, devices and links are the host's own.
+// The guest reaches nothing outside it. What is mounted below Path later is seen, unless the share is read-only.
+type Share struct {
+	Tag      string // at most 36 bytes
+	Path     string
+	ReadOnly bool
 }
 
 // Driver starts instances of one VMM.

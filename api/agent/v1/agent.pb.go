@@ -184,7 +184,7 @@ func (x GoingDown_Reason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use GoingDown_Reason.Descriptor instead.
 func (GoingDown_Reason) EnumDescriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{18, 0}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{19, 0}
 }
 
 // Request opens a stream.
@@ -200,6 +200,8 @@ type Request struct {
 	//	*Request_Stdin
 	//	*Request_Signal
 	//	*Request_Shutdown
+	//	*Request_Container
+	//	*Request_Accept
 	Kind          isRequest_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -314,6 +316,24 @@ func (x *Request) GetShutdown() *Shutdown {
 	return nil
 }
 
+func (x *Request) GetContainer() *Container {
+	if x != nil {
+		if x, ok := x.Kind.(*Request_Container); ok {
+			return x.Container
+		}
+	}
+	return nil
+}
+
+func (x *Request) GetAccept() *Accept {
+	if x != nil {
+		if x, ok := x.Kind.(*Request_Accept); ok {
+			return x.Accept
+		}
+	}
+	return nil
+}
+
 type isRequest_Kind interface {
 	isRequest_Kind()
 }
@@ -350,6 +370,14 @@ type Request_Shutdown struct {
 	Shutdown *Shutdown `protobuf:"bytes,8,opt,name=shutdown,proto3,oneof"` // → ShutdownReply; then the agent ends all processes and powers off
 }
 
+type Request_Container struct {
+	Container *Container `protobuf:"bytes,20,opt,name=container,proto3,oneof"` // ⇄ ExecInput… / ExecOutput…, the last one with exit or error
+}
+
+type Request_Accept struct {
+	Accept *Accept `protobuf:"bytes,21,opt,name=accept,proto3,oneof"` // → AcceptReply, then that connection's bytes both ways
+}
+
 func (*Request_Hello) isRequest_Kind() {}
 
 func (*Request_Configure) isRequest_Kind() {}
@@ -365,6 +393,10 @@ func (*Request_Stdin) isRequest_Kind() {}
 func (*Request_Signal) isRequest_Kind() {}
 
 func (*Request_Shutdown) isRequest_Kind() {}
+
+func (*Request_Container) isRequest_Kind() {}
+
+func (*Request_Accept) isRequest_Kind() {}
 
 type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -512,13 +544,14 @@ type Config struct {
 	DnsSearch  []string               `protobuf:"bytes,5,rep,name=dns_search,json=dnsSearch,proto3" json:"dns_search,omitempty"`
 	Interfaces []*Interface           `protobuf:"bytes,6,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
 	UnixNanos  int64                  `protobuf:"varint,7,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"` // the host's clock when the message was sent
-	Root       *Root                  `protobuf:"bytes,8,opt,name=root,proto3" json:"root,omitempty"`
-	Process    *Process               `protobuf:"bytes,9,opt,name=process,proto3" json:"process,omitempty"`  // the entrypoint
-	Entropy    []byte                 `protobuf:"bytes,10,opt,name=entropy,proto3" json:"entropy,omitempty"` // mixed into the guest's random pool
-	Modules    []string               `protobuf:"bytes,11,rep,name=modules,proto3" json:"modules,omitempty"` // features whose modules the initramfs has in a directory of that name: loaded before all else
+	Root       *Root                  `protobuf:"bytes,8,opt,name=root,proto3" json:"root,omitempty"`                             // absent: the guest stays in its initramfs
+	Process    *Process               `protobuf:"bytes,9,opt,name=process,proto3" json:"process,omitempty"`                       // the entrypoint; absent: the guest waits for Exec and Container, and does not go down by itself
+	Entropy    []byte                 `protobuf:"bytes,10,opt,name=entropy,proto3" json:"entropy,omitempty"`                      // mixed into the guest's random pool
+	Modules    []string               `protobuf:"bytes,11,rep,name=modules,proto3" json:"modules,omitempty"`                      // features whose modules the initramfs has in a directory of that name: loaded before all else
 	// PID 1 becomes process, the image's own init, and the agent goes on beside it. After Progress.done the host drops the session and
 	// opens another one, which the agent answers from its new process.
-	Init          bool `protobuf:"varint,20,opt,name=init,proto3" json:"init,omitempty"`
+	Init          bool     `protobuf:"varint,20,opt,name=init,proto3" json:"init,omitempty"`
+	Shares        []*Share `protobuf:"bytes,30,rep,name=shares,proto3" json:"shares,omitempty"` // mounted before the entrypoint starts
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -635,6 +668,13 @@ func (x *Config) GetInit() bool {
 		return x.Init
 	}
 	return false
+}
+
+func (x *Config) GetShares() []*Share {
+	if x != nil {
+		return x.Shares
+	}
+	return nil
 }
 
 type HostEntry struct {
@@ -757,6 +797,67 @@ func (x *Interface) GetMtu() uint32 {
 	return 0
 }
 
+// Share is a directory of the host that comes as virtio-fs.
+type Share struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tag           string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"` // where it is mounted; made when it is not there
+	ReadOnly      bool                   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Share) Reset() {
+	*x = Share{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Share) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Share) ProtoMessage() {}
+
+func (x *Share) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Share.ProtoReflect.Descriptor instead.
+func (*Share) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Share) GetTag() string {
+	if x != nil {
+		return x.Tag
+	}
+	return ""
+}
+
+func (x *Share) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Share) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
 type Root struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Scratch       string                 `protobuf:"bytes,3,opt,name=scratch,proto3" json:"scratch,omitempty"`                            // the scratch disk, as /dev/vdb; empty: a tmpfs
@@ -769,7 +870,7 @@ type Root struct {
 
 func (x *Root) Reset() {
 	*x = Root{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -781,7 +882,7 @@ func (x *Root) String() string {
 func (*Root) ProtoMessage() {}
 
 func (x *Root) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -794,7 +895,7 @@ func (x *Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Root.ProtoReflect.Descriptor instead.
 func (*Root) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Root) GetScratch() string {
@@ -838,7 +939,7 @@ type RootDisk struct {
 
 func (x *RootDisk) Reset() {
 	*x = RootDisk{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -850,7 +951,7 @@ func (x *RootDisk) String() string {
 func (*RootDisk) ProtoMessage() {}
 
 func (x *RootDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -863,7 +964,7 @@ func (x *RootDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootDisk.ProtoReflect.Descriptor instead.
 func (*RootDisk) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *RootDisk) GetDevice() string {
@@ -906,7 +1007,7 @@ type Verity struct {
 
 func (x *Verity) Reset() {
 	*x = Verity{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -918,7 +1019,7 @@ func (x *Verity) String() string {
 func (*Verity) ProtoMessage() {}
 
 func (x *Verity) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -931,7 +1032,7 @@ func (x *Verity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Verity.ProtoReflect.Descriptor instead.
 func (*Verity) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Verity) GetRootHash() string {
@@ -972,7 +1073,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -984,7 +1085,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -997,7 +1098,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Process) GetArgv() []string {
@@ -1077,7 +1178,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1089,7 +1190,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1102,7 +1203,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Progress) GetStep() string {
@@ -1149,7 +1250,7 @@ type OutputRequest struct {
 
 func (x *OutputRequest) Reset() {
 	*x = OutputRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1161,7 +1262,7 @@ func (x *OutputRequest) String() string {
 func (*OutputRequest) ProtoMessage() {}
 
 func (x *OutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1174,7 +1275,7 @@ func (x *OutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputRequest.ProtoReflect.Descriptor instead.
 func (*OutputRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *OutputRequest) GetAfter() uint64 {
@@ -1199,7 +1300,7 @@ type Output struct {
 
 func (x *Output) Reset() {
 	*x = Output{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1211,7 +1312,7 @@ func (x *Output) String() string {
 func (*Output) ProtoMessage() {}
 
 func (x *Output) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1224,7 +1325,7 @@ func (x *Output) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Output.ProtoReflect.Descriptor instead.
 func (*Output) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Output) GetSeq() uint64 {
@@ -1271,7 +1372,7 @@ type OutputAck struct {
 
 func (x *OutputAck) Reset() {
 	*x = OutputAck{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1283,7 +1384,7 @@ func (x *OutputAck) String() string {
 func (*OutputAck) ProtoMessage() {}
 
 func (x *OutputAck) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1296,7 +1397,7 @@ func (x *OutputAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputAck.ProtoReflect.Descriptor instead.
 func (*OutputAck) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *OutputAck) GetSeq() uint64 {
@@ -1314,7 +1415,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1326,7 +1427,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1339,7 +1440,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 // Event is what happened in the guest.
@@ -1358,7 +1459,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1370,7 +1471,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1383,7 +1484,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -1458,7 +1559,7 @@ type EntrypointStarted struct {
 
 func (x *EntrypointStarted) Reset() {
 	*x = EntrypointStarted{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1470,7 +1571,7 @@ func (x *EntrypointStarted) String() string {
 func (*EntrypointStarted) ProtoMessage() {}
 
 func (x *EntrypointStarted) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1483,7 +1584,7 @@ func (x *EntrypointStarted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntrypointStarted.ProtoReflect.Descriptor instead.
 func (*EntrypointStarted) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *EntrypointStarted) GetPid() uint32 {
@@ -1504,7 +1605,7 @@ type EntrypointExited struct {
 
 func (x *EntrypointExited) Reset() {
 	*x = EntrypointExited{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1516,7 +1617,7 @@ func (x *EntrypointExited) String() string {
 func (*EntrypointExited) ProtoMessage() {}
 
 func (x *EntrypointExited) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1529,7 +1630,7 @@ func (x *EntrypointExited) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntrypointExited.ProtoReflect.Descriptor instead.
 func (*EntrypointExited) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *EntrypointExited) GetCode() int32 {
@@ -1563,7 +1664,7 @@ type GoingDown struct {
 
 func (x *GoingDown) Reset() {
 	*x = GoingDown{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1575,7 +1676,7 @@ func (x *GoingDown) String() string {
 func (*GoingDown) ProtoMessage() {}
 
 func (x *GoingDown) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1588,7 +1689,7 @@ func (x *GoingDown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GoingDown.ProtoReflect.Descriptor instead.
 func (*GoingDown) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GoingDown) GetReason() GoingDown_Reason {
@@ -1615,7 +1716,7 @@ type EventAck struct {
 
 func (x *EventAck) Reset() {
 	*x = EventAck{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1627,7 +1728,7 @@ func (x *EventAck) String() string {
 func (*EventAck) ProtoMessage() {}
 
 func (x *EventAck) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1640,7 +1741,7 @@ func (x *EventAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventAck.ProtoReflect.Descriptor instead.
 func (*EventAck) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *EventAck) GetSeq() uint64 {
@@ -1653,14 +1754,15 @@ func (x *EventAck) GetSeq() uint64 {
 type Exec struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Process       *Process               `protobuf:"bytes,1,opt,name=process,proto3" json:"process,omitempty"`
-	Detach        bool                   `protobuf:"varint,2,opt,name=detach,proto3" json:"detach,omitempty"` // answer with started and run on without the host
+	Detach        bool                   `protobuf:"varint,2,opt,name=detach,proto3" json:"detach,omitempty"`      // answer with started and run on without the host
+	Container     string                 `protobuf:"bytes,3,opt,name=container,proto3" json:"container,omitempty"` // its id: run in there
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Exec) Reset() {
 	*x = Exec{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1672,7 +1774,7 @@ func (x *Exec) String() string {
 func (*Exec) ProtoMessage() {}
 
 func (x *Exec) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1685,7 +1787,7 @@ func (x *Exec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exec.ProtoReflect.Descriptor instead.
 func (*Exec) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Exec) GetProcess() *Process {
@@ -1700,6 +1802,321 @@ func (x *Exec) GetDetach() bool {
 		return x.Detach
 	}
 	return false
+}
+
+func (x *Exec) GetContainer() string {
+	if x != nil {
+		return x.Container
+	}
+	return ""
+}
+
+// Container runs a process with a root, processes, mounts, host name and IPC of its own. All in it ends with the process, or with the
+// stream: SIGHUP, then SIGKILL.
+type Container struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // for Exec
+	Process       *Process               `protobuf:"bytes,2,opt,name=process,proto3" json:"process,omitempty"`
+	Root          string                 `protobuf:"bytes,3,opt,name=root,proto3" json:"root,omitempty"`                          // a directory of the guest
+	ReadOnly      bool                   `protobuf:"varint,4,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"` // the root
+	Mounts        []*Mount               `protobuf:"bytes,5,rep,name=mounts,proto3" json:"mounts,omitempty"`                      // in this order, over /proc, /sys and /dev, which every container has
+	Hostname      string                 `protobuf:"bytes,6,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	Hosts         []byte                 `protobuf:"bytes,7,opt,name=hosts,proto3" json:"hosts,omitempty"` // what /etc/hosts says in there
+	ResolvConf    []byte                 `protobuf:"bytes,8,opt,name=resolv_conf,json=resolvConf,proto3" json:"resolv_conf,omitempty"`
+	NoNetwork     bool                   `protobuf:"varint,9,opt,name=no_network,json=noNetwork,proto3" json:"no_network,omitempty"` // nothing but a loopback
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Container) Reset() {
+	*x = Container{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Container) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Container) ProtoMessage() {}
+
+func (x *Container) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Container.ProtoReflect.Descriptor instead.
+func (*Container) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *Container) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Container) GetProcess() *Process {
+	if x != nil {
+		return x.Process
+	}
+	return nil
+}
+
+func (x *Container) GetRoot() string {
+	if x != nil {
+		return x.Root
+	}
+	return ""
+}
+
+func (x *Container) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *Container) GetMounts() []*Mount {
+	if x != nil {
+		return x.Mounts
+	}
+	return nil
+}
+
+func (x *Container) GetHostname() string {
+	if x != nil {
+		return x.Hostname
+	}
+	return ""
+}
+
+func (x *Container) GetHosts() []byte {
+	if x != nil {
+		return x.Hosts
+	}
+	return nil
+}
+
+func (x *Container) GetResolvConf() []byte {
+	if x != nil {
+		return x.ResolvConf
+	}
+	return nil
+}
+
+func (x *Container) GetNoNetwork() bool {
+	if x != nil {
+		return x.NoNetwork
+	}
+	return false
+}
+
+type Mount struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Source   string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"` // a directory or file of the guest; empty: a tmpfs
+	Target   string                 `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"` // below the container's root; made when it is not there
+	ReadOnly bool                   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	Options  string                 `protobuf:"bytes,4,opt,name=options,proto3" json:"options,omitempty"` // of a tmpfs, as size=1m,mode=0700
+	// A unix socket in the place of a source, whose connections the host takes by Accept.
+	Socket        bool   `protobuf:"varint,5,opt,name=socket,proto3" json:"socket,omitempty"`
+	Mode          uint32 `protobuf:"varint,6,opt,name=mode,proto3" json:"mode,omitempty"` // of the socket, and its owner
+	Uid           uint32 `protobuf:"varint,7,opt,name=uid,proto3" json:"uid,omitempty"`
+	Gid           uint32 `protobuf:"varint,8,opt,name=gid,proto3" json:"gid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Mount) Reset() {
+	*x = Mount{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Mount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Mount) ProtoMessage() {}
+
+func (x *Mount) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Mount.ProtoReflect.Descriptor instead.
+func (*Mount) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *Mount) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *Mount) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *Mount) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *Mount) GetOptions() string {
+	if x != nil {
+		return x.Options
+	}
+	return ""
+}
+
+func (x *Mount) GetSocket() bool {
+	if x != nil {
+		return x.Socket
+	}
+	return false
+}
+
+func (x *Mount) GetMode() uint32 {
+	if x != nil {
+		return x.Mode
+	}
+	return 0
+}
+
+func (x *Mount) GetUid() uint32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
+func (x *Mount) GetGid() uint32 {
+	if x != nil {
+		return x.Gid
+	}
+	return 0
+}
+
+// Accept waits for the next connection to a socket of a container.
+type Accept struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Container     string                 `protobuf:"bytes,1,opt,name=container,proto3" json:"container,omitempty"`
+	Mount         uint32                 `protobuf:"varint,2,opt,name=mount,proto3" json:"mount,omitempty"` // which of Container.mounts
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Accept) Reset() {
+	*x = Accept{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Accept) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Accept) ProtoMessage() {}
+
+func (x *Accept) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Accept.ProtoReflect.Descriptor instead.
+func (*Accept) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *Accept) GetContainer() string {
+	if x != nil {
+		return x.Container
+	}
+	return ""
+}
+
+func (x *Accept) GetMount() uint32 {
+	if x != nil {
+		return x.Mount
+	}
+	return 0
+}
+
+type AcceptReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Error         string                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptReply) Reset() {
+	*x = AcceptReply{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptReply) ProtoMessage() {}
+
+func (x *AcceptReply) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptReply.ProtoReflect.Descriptor instead.
+func (*AcceptReply) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *AcceptReply) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
 }
 
 type ExecInput struct {
@@ -1717,7 +2134,7 @@ type ExecInput struct {
 
 func (x *ExecInput) Reset() {
 	*x = ExecInput{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1729,7 +2146,7 @@ func (x *ExecInput) String() string {
 func (*ExecInput) ProtoMessage() {}
 
 func (x *ExecInput) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1742,7 +2159,7 @@ func (x *ExecInput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecInput.ProtoReflect.Descriptor instead.
 func (*ExecInput) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ExecInput) GetKind() isExecInput_Kind {
@@ -1826,7 +2243,7 @@ type Resize struct {
 
 func (x *Resize) Reset() {
 	*x = Resize{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1838,7 +2255,7 @@ func (x *Resize) String() string {
 func (*Resize) ProtoMessage() {}
 
 func (x *Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1851,7 +2268,7 @@ func (x *Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resize.ProtoReflect.Descriptor instead.
 func (*Resize) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Resize) GetRows() uint32 {
@@ -1885,7 +2302,7 @@ type ExecOutput struct {
 
 func (x *ExecOutput) Reset() {
 	*x = ExecOutput{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1897,7 +2314,7 @@ func (x *ExecOutput) String() string {
 func (*ExecOutput) ProtoMessage() {}
 
 func (x *ExecOutput) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1910,7 +2327,7 @@ func (x *ExecOutput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecOutput.ProtoReflect.Descriptor instead.
 func (*ExecOutput) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ExecOutput) GetKind() isExecOutput_Kind {
@@ -2026,7 +2443,7 @@ type ExecError struct {
 
 func (x *ExecError) Reset() {
 	*x = ExecError{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2038,7 +2455,7 @@ func (x *ExecError) String() string {
 func (*ExecError) ProtoMessage() {}
 
 func (x *ExecError) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2051,7 +2468,7 @@ func (x *ExecError) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecError.ProtoReflect.Descriptor instead.
 func (*ExecError) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ExecError) GetFailure() FailureClass {
@@ -2076,7 +2493,7 @@ type Stdin struct {
 
 func (x *Stdin) Reset() {
 	*x = Stdin{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2088,7 +2505,7 @@ func (x *Stdin) String() string {
 func (*Stdin) ProtoMessage() {}
 
 func (x *Stdin) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2101,7 +2518,7 @@ func (x *Stdin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stdin.ProtoReflect.Descriptor instead.
 func (*Stdin) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 type Signal struct {
@@ -2113,7 +2530,7 @@ type Signal struct {
 
 func (x *Signal) Reset() {
 	*x = Signal{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2125,7 +2542,7 @@ func (x *Signal) String() string {
 func (*Signal) ProtoMessage() {}
 
 func (x *Signal) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2138,7 +2555,7 @@ func (x *Signal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Signal.ProtoReflect.Descriptor instead.
 func (*Signal) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Signal) GetName() string {
@@ -2157,7 +2574,7 @@ type SignalReply struct {
 
 func (x *SignalReply) Reset() {
 	*x = SignalReply{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2169,7 +2586,7 @@ func (x *SignalReply) String() string {
 func (*SignalReply) ProtoMessage() {}
 
 func (x *SignalReply) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2182,7 +2599,7 @@ func (x *SignalReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalReply.ProtoReflect.Descriptor instead.
 func (*SignalReply) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SignalReply) GetError() string {
@@ -2202,7 +2619,7 @@ type Shutdown struct {
 
 func (x *Shutdown) Reset() {
 	*x = Shutdown{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2214,7 +2631,7 @@ func (x *Shutdown) String() string {
 func (*Shutdown) ProtoMessage() {}
 
 func (x *Shutdown) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2227,7 +2644,7 @@ func (x *Shutdown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Shutdown.ProtoReflect.Descriptor instead.
 func (*Shutdown) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Shutdown) GetSignal() string {
@@ -2253,7 +2670,7 @@ type ShutdownReply struct {
 
 func (x *ShutdownReply) Reset() {
 	*x = ShutdownReply{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2265,7 +2682,7 @@ func (x *ShutdownReply) String() string {
 func (*ShutdownReply) ProtoMessage() {}
 
 func (x *ShutdownReply) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2278,7 +2695,7 @@ func (x *ShutdownReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownReply.ProtoReflect.Descriptor instead.
 func (*ShutdownReply) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ShutdownReply) GetError() string {
@@ -2297,7 +2714,7 @@ type ExecOutput_Started struct {
 
 func (x *ExecOutput_Started) Reset() {
 	*x = ExecOutput_Started{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2309,7 +2726,7 @@ func (x *ExecOutput_Started) String() string {
 func (*ExecOutput_Started) ProtoMessage() {}
 
 func (x *ExecOutput_Started) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2322,7 +2739,7 @@ func (x *ExecOutput_Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecOutput_Started.ProtoReflect.Descriptor instead.
 func (*ExecOutput_Started) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23, 0}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28, 0}
 }
 
 func (x *ExecOutput_Started) GetPid() uint32 {
@@ -2336,7 +2753,7 @@ var File_api_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x18api/agent/v1/agent.proto\x12\x0eatoll.agent.v1\"\xac\x03\n" +
+	"\x18api/agent/v1/agent.proto\x12\x0eatoll.agent.v1\"\x99\x04\n" +
 	"\aRequest\x12-\n" +
 	"\x05hello\x18\x01 \x01(\v2\x15.atoll.agent.v1.HelloH\x00R\x05hello\x126\n" +
 	"\tconfigure\x18\x02 \x01(\v2\x16.atoll.agent.v1.ConfigH\x00R\tconfigure\x127\n" +
@@ -2345,7 +2762,9 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x04exec\x18\x05 \x01(\v2\x14.atoll.agent.v1.ExecH\x00R\x04exec\x12-\n" +
 	"\x05stdin\x18\x06 \x01(\v2\x15.atoll.agent.v1.StdinH\x00R\x05stdin\x120\n" +
 	"\x06signal\x18\a \x01(\v2\x16.atoll.agent.v1.SignalH\x00R\x06signal\x126\n" +
-	"\bshutdown\x18\b \x01(\v2\x18.atoll.agent.v1.ShutdownH\x00R\bshutdownB\x06\n" +
+	"\bshutdown\x18\b \x01(\v2\x18.atoll.agent.v1.ShutdownH\x00R\bshutdown\x129\n" +
+	"\tcontainer\x18\x14 \x01(\v2\x19.atoll.agent.v1.ContainerH\x00R\tcontainer\x120\n" +
+	"\x06accept\x18\x15 \x01(\v2\x16.atoll.agent.v1.AcceptH\x00R\x06acceptB\x06\n" +
 	"\x04kind\"#\n" +
 	"\x05Hello\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\"\x84\x02\n" +
@@ -2359,7 +2778,7 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05state\x18\x04 \x01(\v2\x15.atoll.agent.v1.EventR\x05state\x12\x17\n" +
 	"\aboot_id\x18\x05 \x01(\tR\x06bootId\x12,\n" +
 	"\x12start_uptime_nanos\x18\x06 \x01(\x03R\x10startUptimeNanos\x12!\n" +
-	"\fuptime_nanos\x18\a \x01(\x03R\vuptimeNanos\"\xb3\x03\n" +
+	"\fuptime_nanos\x18\a \x01(\x03R\vuptimeNanos\"\xe2\x03\n" +
 	"\x06Config\x12\x1d\n" +
 	"\n" +
 	"machine_id\x18\x01 \x01(\tR\tmachineId\x12\x1a\n" +
@@ -2379,7 +2798,8 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\aentropy\x18\n" +
 	" \x01(\fR\aentropy\x12\x18\n" +
 	"\amodules\x18\v \x03(\tR\amodules\x12\x12\n" +
-	"\x04init\x18\x14 \x01(\bR\x04init\";\n" +
+	"\x04init\x18\x14 \x01(\bR\x04init\x12-\n" +
+	"\x06shares\x18\x1e \x03(\v2\x15.atoll.agent.v1.ShareR\x06shares\";\n" +
 	"\tHostEntry\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x14\n" +
 	"\x05names\x18\x02 \x03(\tR\x05names\"c\n" +
@@ -2387,7 +2807,11 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x03mac\x18\x01 \x01(\tR\x03mac\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x18\n" +
 	"\agateway\x18\x03 \x01(\tR\agateway\x12\x10\n" +
-	"\x03mtu\x18\x04 \x01(\rR\x03mtu\"\x9c\x01\n" +
+	"\x03mtu\x18\x04 \x01(\rR\x03mtu\"J\n" +
+	"\x05Share\x12\x10\n" +
+	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x1b\n" +
+	"\tread_only\x18\x03 \x01(\bR\breadOnly\"\x9c\x01\n" +
 	"\x04Root\x12\x18\n" +
 	"\ascratch\x18\x03 \x01(\tR\ascratch\x12!\n" +
 	"\fscratch_type\x18\x04 \x01(\tR\vscratchType\x12\x1b\n" +
@@ -2458,10 +2882,37 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\rREASON_REBOOT\x10\x04\x12\x11\n" +
 	"\rREASON_VERITY\x10\x05\"\x1c\n" +
 	"\bEventAck\x12\x10\n" +
-	"\x03seq\x18\x01 \x01(\x04R\x03seq\"Q\n" +
+	"\x03seq\x18\x01 \x01(\x04R\x03seq\"o\n" +
 	"\x04Exec\x121\n" +
 	"\aprocess\x18\x01 \x01(\v2\x17.atoll.agent.v1.ProcessR\aprocess\x12\x16\n" +
-	"\x06detach\x18\x02 \x01(\bR\x06detach\"\x9a\x01\n" +
+	"\x06detach\x18\x02 \x01(\bR\x06detach\x12\x1c\n" +
+	"\tcontainer\x18\x03 \x01(\tR\tcontainer\"\xa0\x02\n" +
+	"\tContainer\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x121\n" +
+	"\aprocess\x18\x02 \x01(\v2\x17.atoll.agent.v1.ProcessR\aprocess\x12\x12\n" +
+	"\x04root\x18\x03 \x01(\tR\x04root\x12\x1b\n" +
+	"\tread_only\x18\x04 \x01(\bR\breadOnly\x12-\n" +
+	"\x06mounts\x18\x05 \x03(\v2\x15.atoll.agent.v1.MountR\x06mounts\x12\x1a\n" +
+	"\bhostname\x18\x06 \x01(\tR\bhostname\x12\x14\n" +
+	"\x05hosts\x18\a \x01(\fR\x05hosts\x12\x1f\n" +
+	"\vresolv_conf\x18\b \x01(\fR\n" +
+	"resolvConf\x12\x1d\n" +
+	"\n" +
+	"no_network\x18\t \x01(\bR\tnoNetwork\"\xbe\x01\n" +
+	"\x05Mount\x12\x16\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\x12\x1b\n" +
+	"\tread_only\x18\x03 \x01(\bR\breadOnly\x12\x18\n" +
+	"\aoptions\x18\x04 \x01(\tR\aoptions\x12\x16\n" +
+	"\x06socket\x18\x05 \x01(\bR\x06socket\x12\x12\n" +
+	"\x04mode\x18\x06 \x01(\rR\x04mode\x12\x10\n" +
+	"\x03uid\x18\a \x01(\rR\x03uid\x12\x10\n" +
+	"\x03gid\x18\b \x01(\rR\x03gid\"<\n" +
+	"\x06Accept\x12\x1c\n" +
+	"\tcontainer\x18\x01 \x01(\tR\tcontainer\x12\x14\n" +
+	"\x05mount\x18\x02 \x01(\rR\x05mount\"#\n" +
+	"\vAcceptReply\x12\x14\n" +
+	"\x05error\x18\x01 \x01(\tR\x05error\"\x9a\x01\n" +
 	"\tExecInput\x12\x16\n" +
 	"\x05stdin\x18\x01 \x01(\fH\x00R\x05stdin\x12!\n" +
 	"\vclose_stdin\x18\x02 \x01(\bH\x00R\n" +
@@ -2521,7 +2972,7 @@ func file_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_api_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_api_agent_v1_agent_proto_goTypes = []any{
 	(FailureClass)(0),          // 0: atoll.agent.v1.FailureClass
 	(Stream)(0),                // 1: atoll.agent.v1.Stream
@@ -2532,65 +2983,75 @@ var file_api_agent_v1_agent_proto_goTypes = []any{
 	(*Config)(nil),             // 6: atoll.agent.v1.Config
 	(*HostEntry)(nil),          // 7: atoll.agent.v1.HostEntry
 	(*Interface)(nil),          // 8: atoll.agent.v1.Interface
-	(*Root)(nil),               // 9: atoll.agent.v1.Root
-	(*RootDisk)(nil),           // 10: atoll.agent.v1.RootDisk
-	(*Verity)(nil),             // 11: atoll.agent.v1.Verity
-	(*Process)(nil),            // 12: atoll.agent.v1.Process
-	(*Progress)(nil),           // 13: atoll.agent.v1.Progress
-	(*OutputRequest)(nil),      // 14: atoll.agent.v1.OutputRequest
-	(*Output)(nil),             // 15: atoll.agent.v1.Output
-	(*OutputAck)(nil),          // 16: atoll.agent.v1.OutputAck
-	(*WatchRequest)(nil),       // 17: atoll.agent.v1.WatchRequest
-	(*Event)(nil),              // 18: atoll.agent.v1.Event
-	(*EntrypointStarted)(nil),  // 19: atoll.agent.v1.EntrypointStarted
-	(*EntrypointExited)(nil),   // 20: atoll.agent.v1.EntrypointExited
-	(*GoingDown)(nil),          // 21: atoll.agent.v1.GoingDown
-	(*EventAck)(nil),           // 22: atoll.agent.v1.EventAck
-	(*Exec)(nil),               // 23: atoll.agent.v1.Exec
-	(*ExecInput)(nil),          // 24: atoll.agent.v1.ExecInput
-	(*Resize)(nil),             // 25: atoll.agent.v1.Resize
-	(*ExecOutput)(nil),         // 26: atoll.agent.v1.ExecOutput
-	(*ExecError)(nil),          // 27: atoll.agent.v1.ExecError
-	(*Stdin)(nil),              // 28: atoll.agent.v1.Stdin
-	(*Signal)(nil),             // 29: atoll.agent.v1.Signal
-	(*SignalReply)(nil),        // 30: atoll.agent.v1.SignalReply
-	(*Shutdown)(nil),           // 31: atoll.agent.v1.Shutdown
-	(*ShutdownReply)(nil),      // 32: atoll.agent.v1.ShutdownReply
-	(*ExecOutput_Started)(nil), // 33: atoll.agent.v1.ExecOutput.Started
+	(*Share)(nil),              // 9: atoll.agent.v1.Share
+	(*Root)(nil),               // 10: atoll.agent.v1.Root
+	(*RootDisk)(nil),           // 11: atoll.agent.v1.RootDisk
+	(*Verity)(nil),             // 12: atoll.agent.v1.Verity
+	(*Process)(nil),            // 13: atoll.agent.v1.Process
+	(*Progress)(nil),           // 14: atoll.agent.v1.Progress
+	(*OutputRequest)(nil),      // 15: atoll.agent.v1.OutputRequest
+	(*Output)(nil),             // 16: atoll.agent.v1.Output
+	(*OutputAck)(nil),          // 17: atoll.agent.v1.OutputAck
+	(*WatchRequest)(nil),       // 18: atoll.agent.v1.WatchRequest
+	(*Event)(nil),              // 19: atoll.agent.v1.Event
+	(*EntrypointStarted)(nil),  // 20: atoll.agent.v1.EntrypointStarted
+	(*EntrypointExited)(nil),   // 21: atoll.agent.v1.EntrypointExited
+	(*GoingDown)(nil),          // 22: atoll.agent.v1.GoingDown
+	(*EventAck)(nil),           // 23: atoll.agent.v1.EventAck
+	(*Exec)(nil),               // 24: atoll.agent.v1.Exec
+	(*Container)(nil),          // 25: atoll.agent.v1.Container
+	(*Mount)(nil),              // 26: atoll.agent.v1.Mount
+	(*Accept)(nil),             // 27: atoll.agent.v1.Accept
+	(*AcceptReply)(nil),        // 28: atoll.agent.v1.AcceptReply
+	(*ExecInput)(nil),          // 29: atoll.agent.v1.ExecInput
+	(*Resize)(nil),             // 30: atoll.agent.v1.Resize
+	(*ExecOutput)(nil),         // 31: atoll.agent.v1.ExecOutput
+	(*ExecError)(nil),          // 32: atoll.agent.v1.ExecError
+	(*Stdin)(nil),              // 33: atoll.agent.v1.Stdin
+	(*Signal)(nil),             // 34: atoll.agent.v1.Signal
+	(*SignalReply)(nil),        // 35: atoll.agent.v1.SignalReply
+	(*Shutdown)(nil),           // 36: atoll.agent.v1.Shutdown
+	(*ShutdownReply)(nil),      // 37: atoll.agent.v1.ShutdownReply
+	(*ExecOutput_Started)(nil), // 38: atoll.agent.v1.ExecOutput.Started
 }
 var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	4,  // 0: atoll.agent.v1.Request.hello:type_name -> atoll.agent.v1.Hello
 	6,  // 1: atoll.agent.v1.Request.configure:type_name -> atoll.agent.v1.Config
-	14, // 2: atoll.agent.v1.Request.output:type_name -> atoll.agent.v1.OutputRequest
-	17, // 3: atoll.agent.v1.Request.watch:type_name -> atoll.agent.v1.WatchRequest
-	23, // 4: atoll.agent.v1.Request.exec:type_name -> atoll.agent.v1.Exec
-	28, // 5: atoll.agent.v1.Request.stdin:type_name -> atoll.agent.v1.Stdin
-	29, // 6: atoll.agent.v1.Request.signal:type_name -> atoll.agent.v1.Signal
-	31, // 7: atoll.agent.v1.Request.shutdown:type_name -> atoll.agent.v1.Shutdown
-	18, // 8: atoll.agent.v1.HelloReply.state:type_name -> atoll.agent.v1.Event
-	7,  // 9: atoll.agent.v1.Config.hosts:type_name -> atoll.agent.v1.HostEntry
-	8,  // 10: atoll.agent.v1.Config.interfaces:type_name -> atoll.agent.v1.Interface
-	9,  // 11: atoll.agent.v1.Config.root:type_name -> atoll.agent.v1.Root
-	12, // 12: atoll.agent.v1.Config.process:type_name -> atoll.agent.v1.Process
-	10, // 13: atoll.agent.v1.Root.disks:type_name -> atoll.agent.v1.RootDisk
-	11, // 14: atoll.agent.v1.RootDisk.verity:type_name -> atoll.agent.v1.Verity
-	0,  // 15: atoll.agent.v1.Progress.failure:type_name -> atoll.agent.v1.FailureClass
-	1,  // 16: atoll.agent.v1.Output.stream:type_name -> atoll.agent.v1.Stream
-	19, // 17: atoll.agent.v1.Event.started:type_name -> atoll.agent.v1.EntrypointStarted
-	20, // 18: atoll.agent.v1.Event.exited:type_name -> atoll.agent.v1.EntrypointExited
-	21, // 19: atoll.agent.v1.Event.going_down:type_name -> atoll.agent.v1.GoingDown
-	2,  // 20: atoll.agent.v1.GoingDown.reason:type_name -> atoll.agent.v1.GoingDown.Reason
-	12, // 21: atoll.agent.v1.Exec.process:type_name -> atoll.agent.v1.Process
-	25, // 22: atoll.agent.v1.ExecInput.resize:type_name -> atoll.agent.v1.Resize
-	33, // 23: atoll.agent.v1.ExecOutput.started:type_name -> atoll.agent.v1.ExecOutput.Started
-	20, // 24: atoll.agent.v1.ExecOutput.exit:type_name -> atoll.agent.v1.EntrypointExited
-	27, // 25: atoll.agent.v1.ExecOutput.error:type_name -> atoll.agent.v1.ExecError
-	0,  // 26: atoll.agent.v1.ExecError.failure:type_name -> atoll.agent.v1.FailureClass
-	27, // [27:27] is the sub-list for method output_type
-	27, // [27:27] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	15, // 2: atoll.agent.v1.Request.output:type_name -> atoll.agent.v1.OutputRequest
+	18, // 3: atoll.agent.v1.Request.watch:type_name -> atoll.agent.v1.WatchRequest
+	24, // 4: atoll.agent.v1.Request.exec:type_name -> atoll.agent.v1.Exec
+	33, // 5: atoll.agent.v1.Request.stdin:type_name -> atoll.agent.v1.Stdin
+	34, // 6: atoll.agent.v1.Request.signal:type_name -> atoll.agent.v1.Signal
+	36, // 7: atoll.agent.v1.Request.shutdown:type_name -> atoll.agent.v1.Shutdown
+	25, // 8: atoll.agent.v1.Request.container:type_name -> atoll.agent.v1.Container
+	27, // 9: atoll.agent.v1.Request.accept:type_name -> atoll.agent.v1.Accept
+	19, // 10: atoll.agent.v1.HelloReply.state:type_name -> atoll.agent.v1.Event
+	7,  // 11: atoll.agent.v1.Config.hosts:type_name -> atoll.agent.v1.HostEntry
+	8,  // 12: atoll.agent.v1.Config.interfaces:type_name -> atoll.agent.v1.Interface
+	10, // 13: atoll.agent.v1.Config.root:type_name -> atoll.agent.v1.Root
+	13, // 14: atoll.agent.v1.Config.process:type_name -> atoll.agent.v1.Process
+	9,  // 15: atoll.agent.v1.Config.shares:type_name -> atoll.agent.v1.Share
+	11, // 16: atoll.agent.v1.Root.disks:type_name -> atoll.agent.v1.RootDisk
+	12, // 17: atoll.agent.v1.RootDisk.verity:type_name -> atoll.agent.v1.Verity
+	0,  // 18: atoll.agent.v1.Progress.failure:type_name -> atoll.agent.v1.FailureClass
+	1,  // 19: atoll.agent.v1.Output.stream:type_name -> atoll.agent.v1.Stream
+	20, // 20: atoll.agent.v1.Event.started:type_name -> atoll.agent.v1.EntrypointStarted
+	21, // 21: atoll.agent.v1.Event.exited:type_name -> atoll.agent.v1.EntrypointExited
+	22, // 22: atoll.agent.v1.Event.going_down:type_name -> atoll.agent.v1.GoingDown
+	2,  // 23: atoll.agent.v1.GoingDown.reason:type_name -> atoll.agent.v1.GoingDown.Reason
+	13, // 24: atoll.agent.v1.Exec.process:type_name -> atoll.agent.v1.Process
+	13, // 25: atoll.agent.v1.Container.process:type_name -> atoll.agent.v1.Process
+	26, // 26: atoll.agent.v1.Container.mounts:type_name -> atoll.agent.v1.Mount
+	30, // 27: atoll.agent.v1.ExecInput.resize:type_name -> atoll.agent.v1.Resize
+	38, // 28: atoll.agent.v1.ExecOutput.started:type_name -> atoll.agent.v1.ExecOutput.Started
+	21, // 29: atoll.agent.v1.ExecOutput.exit:type_name -> atoll.agent.v1.EntrypointExited
+	32, // 30: atoll.agent.v1.ExecOutput.error:type_name -> atoll.agent.v1.ExecError
+	0,  // 31: atoll.agent.v1.ExecError.failure:type_name -> atoll.agent.v1.FailureClass
+	32, // [32:32] is the sub-list for method output_type
+	32, // [32:32] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_api_agent_v1_agent_proto_init() }
@@ -2607,19 +3068,21 @@ func file_api_agent_v1_agent_proto_init() {
 		(*Request_Stdin)(nil),
 		(*Request_Signal)(nil),
 		(*Request_Shutdown)(nil),
+		(*Request_Container)(nil),
+		(*Request_Accept)(nil),
 	}
-	file_api_agent_v1_agent_proto_msgTypes[15].OneofWrappers = []any{
+	file_api_agent_v1_agent_proto_msgTypes[16].OneofWrappers = []any{
 		(*Event_Started)(nil),
 		(*Event_Exited)(nil),
 		(*Event_GoingDown)(nil),
 	}
-	file_api_agent_v1_agent_proto_msgTypes[21].OneofWrappers = []any{
+	file_api_agent_v1_agent_proto_msgTypes[26].OneofWrappers = []any{
 		(*ExecInput_Stdin)(nil),
 		(*ExecInput_CloseStdin)(nil),
 		(*ExecInput_Resize)(nil),
 		(*ExecInput_Signal)(nil),
 	}
-	file_api_agent_v1_agent_proto_msgTypes[23].OneofWrappers = []any{
+	file_api_agent_v1_agent_proto_msgTypes[28].OneofWrappers = []any{
 		(*ExecOutput_Started_)(nil),
 		(*ExecOutput_Stdout)(nil),
 		(*ExecOutput_Stderr)(nil),
@@ -2633,7 +3096,7 @@ func file_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_agent_v1_agent_proto_rawDesc), len(file_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   31,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

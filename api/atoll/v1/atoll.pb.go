@@ -4849,9 +4849,10 @@ type BuildStart struct {
 	CacheTo        []*CacheOption       `protobuf:"bytes,21,rep,name=cache_to,json=cacheTo,proto3" json:"cache_to,omitempty"`
 	CacheFrom      []*CacheOption       `protobuf:"bytes,22,rep,name=cache_from,json=cacheFrom,proto3" json:"cache_from,omitempty"`
 	Outputs        []*BuildOutput       `protobuf:"bytes,23,rep,name=outputs,proto3" json:"outputs,omitempty"`
-	Call           string               `protobuf:"bytes,24,opt,name=call,proto3" json:"call,omitempty"`       // check, outline or targets: answers a report and builds nothing
-	Quiet          bool                 `protobuf:"varint,25,opt,name=quiet,proto3" json:"quiet,omitempty"`    // no statuses but warnings; the output of a step that failed then comes with the error
-	Timeout        *durationpb.Duration `protobuf:"bytes,26,opt,name=timeout,proto3" json:"timeout,omitempty"` // of the whole build; 0: as the daemon's settings say
+	Call           string               `protobuf:"bytes,24,opt,name=call,proto3" json:"call,omitempty"`           // check, outline or targets: answers a report and builds nothing
+	Quiet          bool                 `protobuf:"varint,25,opt,name=quiet,proto3" json:"quiet,omitempty"`        // no statuses but warnings; the output of a step that failed then comes with the error
+	Timeout        *durationpb.Duration `protobuf:"bytes,26,opt,name=timeout,proto3" json:"timeout,omitempty"`     // of the whole build; 0: as the daemon's settings say
+	Isolation      string               `protobuf:"bytes,27,opt,name=isolation,proto3" json:"isolation,omitempty"` // where RUN steps run: host or vm; default: as the daemon's settings say
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -5066,6 +5067,13 @@ func (x *BuildStart) GetTimeout() *durationpb.Duration {
 		return x.Timeout
 	}
 	return nil
+}
+
+func (x *BuildStart) GetIsolation() string {
+	if x != nil {
+		return x.Isolation
+	}
+	return ""
 }
 
 type CacheOption struct {
@@ -8203,7 +8211,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\vcontext_end\x18\x03 \x01(\bH\x00R\n" +
 	"contextEnd\x12+\n" +
 	"\x05agent\x18\x04 \x01(\v2\x13.atoll.v1.AgentDataH\x00R\x05agentB\x06\n" +
-	"\x04kind\"\xd7\t\n" +
+	"\x04kind\"\xf5\t\n" +
 	"\n" +
 	"BuildStart\x12\x1f\n" +
 	"\vcontext_dir\x18\x01 \x01(\tR\n" +
@@ -8238,7 +8246,8 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\aoutputs\x18\x17 \x03(\v2\x15.atoll.v1.BuildOutputR\aoutputs\x12\x12\n" +
 	"\x04call\x18\x18 \x01(\tR\x04call\x12\x14\n" +
 	"\x05quiet\x18\x19 \x01(\bR\x05quiet\x123\n" +
-	"\atimeout\x18\x1a \x01(\v2\x19.google.protobuf.DurationR\atimeout\x1a<\n" +
+	"\atimeout\x18\x1a \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12\x1c\n" +
+	"\tisolation\x18\x1b \x01(\tR\tisolation\x1a<\n" +
 	"\x0eBuildArgsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +

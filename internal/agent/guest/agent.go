@@ -19,6 +19,7 @@ import (
 	"time"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
+	"github.com/atollvm/atoll/internal/agent/guest/container"
 	"github.com/atollvm/atoll/internal/agent/guest/mounts"
 	"github.com/atollvm/atoll/internal/agent/guest/process"
 	"github.com/atollvm/atoll/internal/agent/transport"
@@ -44,6 +45,8 @@ type Agent struct {
 
 	mu         sync.Mutex // guards what follows
 	configured bool
+	waiting    bool                            // configured without an entrypoint: for Exec and Container
+	containers map[string]*container.Container // by their ids, while they run
 	root       *mounts.Root
 	entrypoint *entrypoint
 	reason     agentv1.GoingDown_Reason // why the machine will go down, once that is known
@@ -136,6 +139,10 @@ func (a *Agent) serve(s net.Conn) {
 		a.watch(s)
 	case *agentv1.Request_Exec:
 		a.exec(s, k.Exec)
+	case *agentv1.Request_Container:
+		a.container(s, k.Container)
+	case *agentv1.Request_Accept:
+		a.acceptIn(s, k.Accept)
 	case *agentv1.Request_Stdin:
 		a.stdin(s)
 	case *agentv1.Request_Signal:

@@ -42,6 +42,7 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 		{"modules", func() error { return loadFeatures(c.GetModules()) }},
 		{"root", func() error { return a.mountRoot(c.GetRoot()) }},
 		{"file systems", mounts.System},
+		{"shares", func() error { return mounts.Shares(c.GetShares()) }},
 		{"control groups", process.SetUpCgroups},
 		{"hostname", func() error { return setHostname(c) }},
 		{"network", func() error { return netconf.Set(c.GetInterfaces()) }},
@@ -132,6 +133,9 @@ func loadFeatures(names []string) error {
 }
 
 func (a *Agent) mountRoot(r *agentv1.Root) error {
+	if r == nil {
+		return nil
+	}
 	if slices.ContainsFunc(r.GetDisks(), func(d *agentv1.RootDisk) bool { return d.GetVerity() != nil }) {
 		if err := mounts.WatchVerity(func(detail string) { a.goDownFor(agentv1.GoingDown_REASON_VERITY, detail) }); err != nil {
 			return err

@@ -30,6 +30,12 @@ func spec(p *agentv1.Process, cgroup string) process.Spec {
 func size(n uint32) uint16 { return uint16(min(n, 1<<16-1)) }
 
 func (a *Agent) startEntrypoint(p *agentv1.Process) error {
+	if p == nil {
+		a.mu.Lock()
+		a.waiting = true
+		a.mu.Unlock()
+		return nil
+	}
 	stop, err := parseSignal(p.GetStopSignal(), unix.SIGTERM)
 	if err != nil {
 		return err

@@ -22,27 +22,42 @@ const hangUpGrace = time.Second
 // SIGHUP, and SIGKILL a second later. A detached one runs on.
 func (a *Agent) exec(s net.Conn, req *agentv1.Exec) {
 	in := &input{stream: s}
-	if a.main() == nil {
-		in.send(execError(errors.New("the machine has not been configured")))
+	if !a.ready() {
+		in.send(execError(errNotReady))
 		return
 	}
 	sp := spec(req.GetProcess(), "exec-"+strconv.FormatUint(a.execs.Add(1), 10))
 	sp.Stdin = sp.Stdin && !req.GetDetach()
-	p, err := a.processes.Start(sp)
+	start := a.processes.Start
+	if id := req.GetContainer(); id != "" {
+		start = func(sp process.Spec) (*process.Process, error) { return a.startInside(id, sp) }
+	}
+	p, err := start(sp)
 	if err != nil {
 		in.send(execError(err))
 		return
 	}
-	started := &agentv1.ExecOutput_Started{Pid: uint32(p.PID)}
-	sent := in.send(&agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Started_{Started: started}})
-	if req.GetDetach() {
-		go func() {
-			carry(p, func([]byte) {}, func([]byte) {})
-			p.Release()
-		}()
+	if !req.GetDetach() {
+		in.send(attend(in, p))
+		p.Release()
 		return
 	}
-	if sent != nil {
+	in.send(started(p))
+	go func() {
+		carry(p, func([]byte) {}, func([]byte) {})
+		p.Release()
+	}()
+}
+
+var errNotReady = errors.New("the machine has not been configured")
+
+func started(p *process.Process) *agentv1.ExecOutput {
+	return &agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Started_{Started: &agentv1.ExecOutput_Started{Pid: uint32(p.PID)}}}
+}
+
+// attend carries between a process and its host until the process has ended, and returns the last message.
+func attend(in *input, p *process.Process) *agentv1.ExecOutput {
+	if in.send(started(p)) != nil {
 		hangUp(p)
 	}
 	in.proc, in.queue = p, newStdinQueue(p)
@@ -56,8 +71,7 @@ func (a *Agent) exec(s net.Conn, req *agentv1.Exec) {
 	if p.Stdin != nil {
 		p.Stdin.Close()
 	}
-	in.send(&agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Exit{Exit: p.Exit()}})
-	p.Release()
+	return &agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Exit{Exit: p.Exit()}}
 }
 
 // carry copies both outputs and returns when the process has ended and all it wrote was given.

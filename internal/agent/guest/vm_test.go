@@ -282,11 +282,17 @@ func (v *guestVM) exec(p *agentv1.Process, stdin []byte) (stdout, stderr string,
 			x.CloseStdin()
 		}()
 	}
+	return v.drain(x)
+}
+
+// drain returns what a process writes and its exit code.
+func (v *guestVM) drain(x *host.Exec) (stdout, stderr string, code int32) {
+	v.t.Helper()
 	var out, errs bytes.Buffer
 	for {
 		o, err := x.Recv()
 		if err != nil {
-			v.t.Fatalf("exec %q: %v, so far %q %q", p.GetArgv(), err, out.String(), errs.String())
+			v.t.Fatalf("process %d: %v, so far %q %q", x.PID(), err, out.String(), errs.String())
 		}
 		out.Write(o.GetStdout())
 		errs.Write(o.GetStderr())
@@ -447,6 +453,7 @@ func TestVMExec(t *testing.T) {
 		x.Close()
 		v.eventually("cat /detached 2>/dev/null", "x\n")
 	})
+	t.Run("containers", func(t *testing.T) { v.testContainers(t) })
 	t.Run("many", func(t *testing.T) {
 		began := time.Now()
 		for range 100 {
@@ -466,6 +473,84 @@ func TestVMExec(t *testing.T) {
 		all.Wait()
 		v.eventually("ls -d /sys/fs/cgroup/atoll/exec-* | wc -l", "2\n") // this one's, and that with a sleep left behind
 	})
+}
+
+func (v *guestVM) testContainers(t *testing.T) {
+	if _, errOut, code := v.exec(sh(`mkdir -p /c/bin /c/etc /given/dir && cp /bin/busybox /c/bin/ && for a in sh cat ls id sleep ps touch mount echo seq wc grep readlink stat; do ln -s busybox /c/bin/$a; done
+		echo given >/given/file; echo app:x:1000:1000::/home/app:/bin/sh >/c/etc/passwd; ln -s /given/file /c/leads-out; ln -s ../../../nowhere /c/etc/resolv.conf`), nil); code != 0 {
+		t.Fatal(errOut)
+	}
+	contained := func(script string) *agentv1.Container {
+		return &agentv1.Container{
+			Id: "c", Root: "/c", Process: sh(script), Hostname: "inside", Hosts: []byte("127.0.0.1 inside\n"), ResolvConf: []byte("nameserver 1.1.1.1\n"),
+		}
+	}
+	for _, tc := range []struct {
+		name, script string
+		change       func(*agentv1.Container)
+		out          string
+		code         int32
+	}{
+		{name: "what is its own", script: "cat /proc/sys/kernel/hostname /etc/hosts /etc/resolv.conf; ps -o args | grep -c '^sleep 1000'; cat /leads-out 2>/dev/null; exit 7", out: "inside\n127.0.0.1 inside\nnameserver 1.1.1.1\n0\n", code: 7},
+		{name: "devices", script: "echo x >/dev/null; echo x >/dev/shm/x; echo y >/dev/stdout; stat -c %t,%T,%a /dev/zero; readlink /dev/ptmx", out: "y\n1,5,666\npts/ptmx\n"},
+		{name: "rights", script: "grep CapEff /proc/self/status; mount -t tmpfs x /etc 2>/dev/null || echo no mount; echo 1 2>/dev/null >/proc/sys/kernel/panic || echo no sysctl", out: "CapEff:\t00000000a80425fb\nno mount\nno sysctl\n"},
+		{name: "user and directory", script: "id -u; echo $HOME; stat -c %n .", change: func(c *agentv1.Container) { c.Process.User, c.Process.WorkingDir = "app", "/new/dir" }, out: "1000\n/home/app\n.\n"},
+		{name: "mounts", script: "cat /a/b/file /f; echo x 2>/dev/null >/a/b/x || echo read-only; echo x >/t/x && echo room", change: func(c *agentv1.Container) {
+			c.Mounts = []*agentv1.Mount{{Source: "/given", Target: "/a/b", ReadOnly: true}, {Source: "/given/file", Target: "/f"}, {Target: "/t", Options: "size=1m"}}
+		}, out: "given\ngiven\nread-only\nroom\n"},
+		{name: "read-only", script: "echo x 2>/dev/null >/x || echo no; echo x >/dev/shm/x && echo yes", change: func(c *agentv1.Container) { c.ReadOnly = true }, out: "no\nyes\n"},
+		{name: "network", script: "ls /sys/class/net | grep -v dummy", out: "eth0\nlo\n"},
+		{name: "no network", script: "ls /sys/class/net | grep -v dummy", change: func(c *agentv1.Container) { c.NoNetwork = true }, out: "lo\n"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := contained(tc.script)
+			if tc.change != nil {
+				tc.change(c)
+			}
+			x, err := v.client.Container(t.Context(), c)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer x.Close()
+			if out, errOut, code := v.drain(x); out != tc.out || errOut != "" || code != tc.code {
+				t.Errorf("got %q, %q, %d; want %q, %d", out, errOut, code, tc.out, tc.code)
+			}
+		})
+	}
+	_, err := v.client.Container(t.Context(), &agentv1.Container{Id: "c", Root: "/c", Process: &agentv1.Process{Argv: []string{"nothere"}}})
+	var f *host.Failure
+	if !errors.As(err, &f) || f.Class != agentv1.FailureClass_FAILURE_CLASS_NOT_FOUND {
+		t.Errorf("a missing command: %v", err)
+	}
+	if _, err = v.client.Container(t.Context(), &agentv1.Container{Id: "c", Root: "/no/such", Process: sh("true")}); err == nil {
+		t.Error("a missing root")
+	}
+
+	x, err := v.client.Container(t.Context(), contained("(sleep 888 &) ; sleep 888 & echo x >/made; sleep 889"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer x.Close()
+	v.eventually("cat /c/made 2>/dev/null", "x\n")
+	const living = "ps -o args | grep -c 'sleep [8]8'"
+	v.eventually(living, "3\n")
+	y, err := v.client.Exec(t.Context(), &agentv1.Exec{Container: "c", Process: sh("cat /made; ps -o args | grep -c 'sleep [8]8'")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, _, _ := v.drain(y); out != "x\n3\n" {
+		t.Errorf("beside it: %q", out)
+	}
+	x.Signal(9)
+	if _, _, code := v.drain(x); code != 137 {
+		t.Errorf("killed: %d", code)
+	}
+	if out, _, _ := v.exec(sh(living+"; grep -c ' /c[ /]' /proc/mounts"), nil); out != "0\n0\n" { // at once
+		t.Errorf("left behind: %q", out)
+	}
+	if _, err := v.client.Exec(t.Context(), &agentv1.Exec{Container: "c", Process: sh("true")}); err == nil {
+		t.Error("ran in a container that has ended")
+	}
 }
 
 func user(name, script string) *agentv1.Process {

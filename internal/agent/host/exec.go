@@ -157,7 +157,7 @@ func (i *input) Close() error {
 	return i.stream.Close()
 }
 
-// Exec is a process beside the entrypoint. Closing it while the process runs kills the process, unless it was detached.
+// Exec is a process beside the entrypoint, or in a container. Closing it while the process runs kills the process, unless it was detached.
 // Write, CloseStdin, Resize and Signal may be called while another goroutine is in Recv; Write needs that one to go on.
 type Exec struct {
 	*input
@@ -167,7 +167,47 @@ type Exec struct {
 
 // Exec starts a process and waits for its start; a *Failure says why there was none. The stream ends with ctx.
 func (c *Client) Exec(ctx context.Context, req *agentv1.Exec) (*Exec, error) {
-	s, err := c.open(ctx, &agentv1.Request{Kind: &agentv1.Request_Exec{Exec: req}})
+	return c.start(ctx, &agentv1.Request{Kind: &agentv1.Request_Exec{Exec: req}})
+}
+
+// Container starts a process in a container of its own, as Exec. Its exit comes when the guest holds nothing of the container's root
+// and mounts any more.
+func (c *Client) Container(ctx context.Context, req *agentv1.Container) (*Exec, error) {
+	return c.start(ctx, &agentv1.Request{Kind: &agentv1.Request_Container{Container: req}})
+}
+
+// Accept waits for a process to connect to a socket of a container, and returns the connection, which ends with ctx. The error says that
+// no more will come.
+func (c *Client) Accept(ctx context.Context, container string, mount int) (io.ReadWriteCloser, error) {
+	s, err := c.open(ctx, &agentv1.Request{Kind: &agentv1.Request_Accept{Accept: &agentv1.Accept{Container: container, Mount: uint32(mount)}}})
+	if err != nil {
+		return nil, err
+	}
+	reply := &agentv1.AcceptReply{}
+	err = s.recv(reply)
+	if err == nil && reply.GetError() != "" {
+		err = fmt.Errorf("%s: %w", printable(reply.GetError()), errdefs.ErrUnavailable)
+	}
+	if err != nil {
+		s.Close()
+		return nil, fmt.Errorf("waiting for a connection to a socket of the guest: %w", err)
+	}
+	return &accepted{s.conn, s}, nil
+}
+
+// accepted is a connection from the guest.
+type accepted struct {
+	net.Conn
+	stream *stream
+}
+
+func (a *accepted) Close() error { return a.stream.Close() }
+
+// CloseWrite tells the guest that nothing more will come; what it sends can still be read.
+func (a *accepted) CloseWrite() error { return a.Conn.Close() }
+
+func (c *Client) start(ctx context.Context, req *agentv1.Request) (*Exec, error) {
+	s, err := c.open(ctx, req)
 	if err != nil {
 		return nil, err
 	}

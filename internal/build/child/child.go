@@ -12,6 +12,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"os/signal"
@@ -68,7 +69,7 @@ func run(ctx context.Context, args []string) (err error) {
 	flags := flag.NewFlagSet("build-child", flag.ContinueOnError)
 	flags.StringVar(&dir, "dir", "", "state directory")
 	flags.StringVar(&contentDir, "content", "", "root of the image store's content")
-	flags.StringVar(&runc, "runc", "", "path of runc")
+	flags.StringVar(&runc, "runc", "", "path of runc; empty: there is none")
 	flags.Int64Var(&cacheSize, "cache-size", 0, "bytes that the cache may grow to; 0: by the disk's size")
 	flags.Func("ca", "PEM file of a certificate authority to trust beside the system's", func(path string) error {
 		cas = append(cas, path)
@@ -103,7 +104,7 @@ func run(ctx context.Context, args []string) (err error) {
 	if err := os.Setenv("TMPDIR", tmp); err != nil {
 		return err
 	}
-	if err := errors.Join(cleanLocked(ctx, dir, runc), emptyDir(tmp)); err != nil {
+	if err := errors.Join(cleanLocked(ctx, dir, runc), emptyDir(tmp), emptyDir(vmDir(dir))); err != nil {
 		return fmt.Errorf("cleaning up after the previous builder: %w", err)
 	}
 	authorities, err := readAuthorities(cas)
@@ -120,8 +121,10 @@ func run(ctx context.Context, args []string) (err error) {
 	}
 	defer session.Close()
 
+	vms := newVMs(dir, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	defer vms.wait()
 	c, err := newController(ctx, options{
-		dir: dir, contentDir: contentDir, runc: runc, cacheSize: cacheSize, authorities: authorities, store: newStore(session, registries),
+		dir: dir, contentDir: contentDir, runc: runc, cacheSize: cacheSize, authorities: authorities, store: newStore(session, registries), vms: vms,
 	})
 	if err != nil {
 		return fmt.Errorf("opening the build cache in %s: %w", dir, err)

@@ -39,6 +39,9 @@ func Clean(ctx context.Context, dir, runc string) error {
 
 // cleanLocked needs the lock of dir.
 func cleanLocked(ctx context.Context, dir, runc string) error {
+	if runc == "" {
+		return nil
+	}
 	for _, config := range bundles(dir) {
 		bundle := filepath.Dir(config)
 		if out, err := exec.CommandContext(ctx, runc, "delete", "--force", filepath.Base(bundle)).CombinedOutput(); err != nil {

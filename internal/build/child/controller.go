@@ -24,6 +24,7 @@ import (
 	registrycache "github.com/moby/buildkit/cache/remotecache/registry"
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/control"
+	"github.com/moby/buildkit/executor"
 	"github.com/moby/buildkit/executor/oci"
 	"github.com/moby/buildkit/executor/resources"
 	"github.com/moby/buildkit/executor/runcexecutor"
@@ -56,10 +57,11 @@ const CacheFile = "cache.db"
 type options struct {
 	dir         string // state
 	contentDir  string // the image store's content
-	runc        string // path
+	runc        string // path; empty: there is none
 	cacheSize   int64  // bytes; 0: by the disk's size
 	authorities authorities
 	store       *store
+	vms         *vms
 }
 
 // newController puts a BuildKit together. Its Close closes everything in it.
@@ -115,6 +117,9 @@ func newController(ctx context.Context, o options) (*control.Controller, error) 
 type imageWorker struct {
 	*base.Worker
 	exporter *imageExporter
+
+	vms         *vms
+	authorities authorities
 }
 
 func (w *imageWorker) Exporter(name string, sm *session.Manager) (exporter.Exporter, error) {
@@ -132,14 +137,7 @@ func newWorker(ctx context.Context, o options) (*imageWorker, error) {
 		pb.NetMode_HOST:  hostNetwork,
 		pb.NetMode_NONE:  network.NewNoneProvider(),
 	}
-	executor, err := runcexecutor.New(runcexecutor.Opt{
-		Root:                executorDir(dir),
-		CommandCandidates:   []string{o.runc},
-		ProcessMode:         oci.ProcessSandbox,
-		DefaultCgroupParent: "atoll-build",
-		// The zero monitor records nothing. One made by NewMonitor would move the processes of our own cgroup about.
-		ResourceMonitor: &resources.Monitor{},
-	}, networks)
+	executor, err := newExecutor(dir, o.runc, networks)
 	if err != nil {
 		return nil, err
 	}
@@ -208,7 +206,22 @@ func newWorker(ctx context.Context, o options) (*imageWorker, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &imageWorker{w, &imageExporter{writer: writer, leases: leases, from: blobs, to: o.contentDir}}, nil
+	return &imageWorker{w, &imageExporter{writer: writer, leases: leases, from: blobs, to: o.contentDir}, o.vms, o.authorities}, nil
+}
+
+// newExecutor runs steps on this host. Without runc there are only the VMs.
+func newExecutor(dir, runc string, networks map[pb.NetMode]network.Provider) (executor.Executor, error) {
+	if runc == "" {
+		return noExecutor{}, nil
+	}
+	return runcexecutor.New(runcexecutor.Opt{
+		Root:                executorDir(dir),
+		CommandCandidates:   []string{runc},
+		ProcessMode:         oci.ProcessSandbox,
+		DefaultCgroupParent: "atoll-build",
+		// The zero monitor records nothing. One made by NewMonitor would move the processes of our own cgroup about.
+		ResourceMonitor: &resources.Monitor{},
+	}, networks)
 }
 
 // newSnapshotter prefers overlay; the native one copies whole trees but works where overlay cannot be stacked.

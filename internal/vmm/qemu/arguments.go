@@ -20,6 +20,7 @@ import (
 const (
 	minMemory   = 64 << 20
 	maxSocket   = 107 // bytes of a unix socket's path: sun_path less its NUL
+	maxTag      = 36  // bytes of a share's tag in the device's configuration
 	mmioDevices = 8   // virtio-mmio slots of microvm without ACPI
 	acpiDevices = 23  // and with it: QEMU 7.2 has 24 (hw/i386/microvm.c), but with all in use Linux 6.1 does not find every device
 	ownDevices  = 2   // the agent's port and the random number device take a slot each
@@ -45,10 +46,16 @@ func check(spec vmm.Spec, h host) error {
 	if spec.CPUs < 1 {
 		invalid("%d CPUs", spec.CPUs)
 	}
-	if n, most := len(spec.Disks)+len(spec.NICs), slots(spec, h)-ownDevices; n > most {
-		invalid("%d disks and NICs, but there is room for %d", n, most)
+	if n, most := len(spec.Disks)+len(spec.NICs)+len(spec.Shares), slots(spec, h)-ownDevices; n > most {
+		invalid("%d disks, NICs and shares, but there is room for %d", n, most)
 	}
 	sockets := []string{filepath.Join(spec.Dir, agentSocket)}
+	for i, s := range spec.Shares {
+		sockets = append(sockets, shareSocket(spec.Dir, i))
+		if len(s.Tag) < 1 || len(s.Tag) > maxTag {
+			invalid("share %s: tag %q: it needs 1 to %d bytes", s.Path, s.Tag, maxTag)
+		}
+	}
 	for _, n := range spec.NICs {
 		sockets = append(sockets, n.Local, n.Remote)
 	}
@@ -64,6 +71,9 @@ func check(spec vmm.Spec, h host) error {
 	files := []string{spec.Kernel.Initramfs}
 	for _, d := range spec.Disks {
 		files = append(files, d.Path)
+	}
+	for _, s := range spec.Shares {
+		files = append(files, s.Path)
 	}
 	for _, name := range files {
 		if _, err := os.Stat(name); err != nil {
@@ -84,7 +94,7 @@ func slots(spec vmm.Spec, h host) int {
 // useACPI: a kernel boots faster with its devices on the command line. It gets ACPI when it needs that, when it has more devices than a
 // machine without ACPI has room for, or when it is to switch itself off: without ACPI a microvm stays on, halted.
 func useACPI(spec vmm.Spec) bool {
-	many := len(spec.Disks)+len(spec.NICs)+ownDevices > mmioDevices
+	many := len(spec.Disks)+len(spec.NICs)+len(spec.Shares)+ownDevices > mmioDevices
 	return spec.Kernel.NeedsACPI || spec.Kernel.ACPI && (many || spec.PowersOff)
 }
 
@@ -135,14 +145,22 @@ func arguments(spec vmm.Spec, h host) []string {
 		"-cpu", cpu(h),
 		"-smp", strconv.Itoa(spec.CPUs),
 		"-m", strconv.FormatInt(spec.MemoryBytes>>20, 10) + "M",
+	}
+	if len(spec.Shares) > 0 {
+		// virtiofsd works on the guest's memory, and speaks the virtio of today only.
+		args = append(args,
+			"-object", fmt.Sprintf("memory-backend-memfd,id=memory,share=on,size=%dM", spec.MemoryBytes>>20),
+			"-global", "virtio-mmio.force-legacy=false")
+	}
+	args = append(args,
 		"-kernel", spec.Kernel.Path,
 		"-initrd", spec.Kernel.Initramfs,
 		"-append", kernelArguments(spec, h),
 		"-chardev", "socket,id=qmp,fd=3,server=on,wait=off",
 		"-mon", "chardev=qmp,mode=control",
-		"-chardev", "file,id=console,append=on,path=" + escape(filepath.Join(spec.Dir, vmm.ConsoleFile)), // append: the machine room may empty it
+		"-chardev", "file,id=console,append=on,path="+escape(filepath.Join(spec.Dir, vmm.ConsoleFile)), // append: the machine room may empty it
 		"-serial", "chardev:console",
-	}
+	)
 	// QEMU gives devices their virtio-mmio slots in the order of the command line, which is the guest's order too. Slots are not named:
 	// with ACPI, Linux 6.1 finds nothing in slot 0.
 	device := func(text string) { args = append(args, "-device", text) }
@@ -165,6 +183,10 @@ func arguments(spec vmm.Spec, h host) []string {
 			i, escape(n.Local), escape(n.Remote)))
 		device(fmt.Sprintf("virtio-net-device,netdev=nic%d,mac=%s,host_mtu=%d", i, n.MAC, n.MTU))
 	}
+	for i, s := range spec.Shares {
+		args = append(args, "-chardev", fmt.Sprintf("socket,id=share%d,path=%s", i, escape(shareSocket(spec.Dir, i))))
+		device(fmt.Sprintf("vhost-user-fs-device,chardev=share%d,tag=%s,queue-size=1024", i, escape(s.Tag)))
+	}
 	return args
 }
 
@@ -172,13 +194,17 @@ func arguments(spec vmm.Spec, h host) []string {
 func escape(value string) string { return strings.ReplaceAll(value, ",", ",,") }
 
 func machine(spec vmm.Spec, h host) string {
+	name := "microvm,acpi=off"
 	switch {
 	case h.arch == "arm64":
-		return "virt,gic-version=max"
+		name = "virt,gic-version=max"
 	case useACPI(spec):
-		return "microvm,acpi=on"
+		name = "microvm,acpi=on"
 	}
-	return "microvm,acpi=off"
+	if len(spec.Shares) > 0 {
+		name += ",memory-backend=memory"
+	}
+	return name
 }
 
 func cpu(h host) string {

@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"syscall"
 
 	"github.com/containerd/errdefs"
 
@@ -81,14 +80,20 @@ func (d *Driver) start(ctx context.Context, spec vmm.Spec) (*instance, error) {
 		return nil, fmt.Errorf("%s: process %d runs there: %w", spec.Dir, pid, errdefs.ErrAlreadyExists)
 	}
 	argv := append([]string{f.Key.Binary}, arguments(spec, h)...)
-	p, err := launch(spec, argv)
+	shares, err := startShares(spec)
 	if err != nil {
 		return nil, errors.Join(err, clean(spec))
 	}
-	i, err := d.watch(spec, p.Pid, argv, p)
+	p, err := launch(spec, argv)
+	if err != nil {
+		endShares(shares)
+		return nil, errors.Join(err, clean(spec))
+	}
+	i, err := d.watch(spec, p.Pid, argv, p, shares)
 	if err != nil {
 		p.Kill()
 		p.Wait()
+		endShares(shares)
 		return nil, errors.Join(err, clean(spec))
 	}
 	d.opts.Log.Debug("qemu started", "instance", spec.ID, "pid", p.Pid, "accelerator", h.accelerator)
@@ -116,7 +121,7 @@ func (d *Driver) recover(spec vmm.Spec) (*instance, error) {
 	if err != nil {
 		return nil, err
 	}
-	return d.watch(spec, pid, argv, nil)
+	return d.watch(spec, pid, argv, nil, nil)
 }
 
 // launch makes the files and sockets of an instance and starts its process.
@@ -148,7 +153,7 @@ func launch(spec vmm.Spec, argv []string) (*os.Process, error) {
 		defer f.Close()
 		files = append(files, f)
 	}
-	p, err := os.StartProcess(argv[0], argv, &os.ProcAttr{Dir: "/", Env: []string{}, Files: files, Sys: &syscall.SysProcAttr{Setsid: true}})
+	p, err := startProcess(argv, files, spec.Tethered)
 	if err != nil {
 		return nil, err
 	}
@@ -182,6 +187,9 @@ func clean(spec vmm.Spec) error {
 	}
 	for _, n := range spec.NICs {
 		paths = append(paths, n.Local) // QEMU binds it, and never unlinks it
+	}
+	for i := range spec.Shares {
+		paths = append(paths, shareSocket(spec.Dir, i), filepath.Join(spec.Dir, shareLog))
 	}
 	var errs []error
 	for _, path := range paths {

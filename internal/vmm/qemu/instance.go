@@ -35,6 +35,8 @@ type instance struct {
 	pidfd *os.File
 	child *os.Process // nil: started by an earlier process of ours
 
+	shares []*os.Process // the virtiofsd of each share; none when started by an earlier process of ours
+
 	closing context.Context // ends with Close
 	close   context.CancelFunc
 	control chan struct{} // closed when QMP answers
@@ -57,7 +59,7 @@ type shutdown struct {
 }
 
 // watch takes charge of a running process.
-func (d *Driver) watch(spec vmm.Spec, pid int, argv []string, child *os.Process) (*instance, error) {
+func (d *Driver) watch(spec vmm.Spec, pid int, argv []string, child *os.Process, shares []*os.Process) (*instance, error) {
 	pidfd, err := openPID(pid)
 	if err != nil {
 		return nil, err
@@ -67,7 +69,7 @@ func (d *Driver) watch(spec vmm.Spec, pid int, argv []string, child *os.Process)
 		return nil, errors.Join(fmt.Errorf("process %d has ended: %w", pid, errdefs.ErrNotFound), clean(spec))
 	}
 	i := &instance{
-		spec: spec, argv: argv, log: d.opts.Log.With("instance", spec.ID), pid: pid, pidfd: pidfd, child: child,
+		spec: spec, argv: argv, log: d.opts.Log.With("instance", spec.ID), pid: pid, pidfd: pidfd, child: child, shares: shares,
 		control: make(chan struct{}), silent: make(chan struct{}), watched: make(chan struct{}), done: make(chan struct{}),
 	}
 	i.closing, i.close = context.WithCancel(context.Background())
@@ -150,6 +152,9 @@ func (i *instance) wait() {
 	if i.child != nil {
 		state, _ = i.child.Wait()
 	}
+	if ended == nil || i.child != nil {
+		endShares(i.shares)
+	}
 	if ended != nil || i.closing.Err() != nil {
 		return // closed: another may have taken over the directory by now
 	}
@@ -187,8 +192,10 @@ func (i *instance) reason(state *os.ProcessState) vmm.Exit {
 	if state != nil {
 		words = append(words, state.String())
 	}
-	if text, err := tail(filepath.Join(i.spec.Dir, stderrFile)); err == nil && len(bytes.TrimSpace(text)) > 0 {
-		words = append(words, strings.TrimSpace(string(text)))
+	for _, name := range []string{stderrFile, shareLog} {
+		if text, err := tail(filepath.Join(i.spec.Dir, name)); err == nil && len(bytes.TrimSpace(text)) > 0 {
+			words = append(words, strings.TrimSpace(string(text)))
+		}
 	}
 	return vmm.Exit{Reason: vmm.ReasonDied, Detail: strings.Join(words, ": ")}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -84,4 +85,32 @@ func killPID(f *os.File) error {
 		sent = nil
 	}
 	return errors.Join(err, sent)
+}
+
+// startOnThread starts a process with a parent-death signal. The kernel means the thread that forked, not its process: so that one is
+// kept for as long as the child runs.
+func startOnThread(argv []string, attr *os.ProcAttr) (*os.Process, error) {
+	type result struct {
+		p   *os.Process
+		err error
+	}
+	started := make(chan result)
+	go func() {
+		runtime.LockOSThread()
+		p, err := os.StartProcess(argv[0], argv, attr)
+		var pidfd *os.File
+		if err == nil {
+			if pidfd, err = openPID(p.Pid); err != nil {
+				_ = p.Kill()
+				_, _ = p.Wait()
+			}
+		}
+		if started <- (result{p, err}); err == nil {
+			_ = waitPID(pidfd)
+			pidfd.Close()
+		}
+		runtime.UnlockOSThread()
+	}()
+	r := <-started
+	return r.p, r.err
 }

@@ -41,6 +41,8 @@ func TestArguments(t *testing.T) {
 	full.Kernel.NeedsACPI, full.Kernel.Args = true, "quiet net.ifnames=0"
 	full.Disks = []vmm.Disk{{Path: "/d/root,disk", ReadOnly: true}, {Path: "/d/scratch"}}
 	full.NICs = []vmm.NIC{{MAC: "52:54:00:00:00:01", MTU: 65520, Local: "/run/a,b/nic0", Remote: "/net/a,b"}}
+	shares := small
+	shares.Shares = []vmm.Share{{Tag: "build", Path: "/srv/a"}, {Tag: "a,b", Path: "/srv/b", ReadOnly: true}}
 	// Our own kernel takes its devices from its command line, as long as there is room for them.
 	own := full
 	own.Kernel.NeedsACPI, own.Kernel.ACPI, own.CPUs = false, true, 1
@@ -53,6 +55,7 @@ func TestArguments(t *testing.T) {
 		spec vmm.Spec
 		host host
 	}{
+		"shares-tcg": {shares, host{"amd64", "tcg", 2500000}},
 		"own-tcg":    {own, host{"amd64", "tcg", 2500000}},
 		"many-tcg":   {many, host{"amd64", "tcg", 2500000}},
 		"small-kvm":  {small, host{"amd64", "kvm", 2500000}},
@@ -97,6 +100,7 @@ func TestCheck(t *testing.T) {
 		"memory":      {func(s *vmm.Spec) { s.MemoryBytes = 1 << 20 }, "memory of 1048576 bytes", true},
 		"long path":   {func(s *vmm.Spec) { s.Dir = "/" + strings.Repeat("x", 120) }, "longer than 107", true},
 		"many disks":  {func(s *vmm.Spec) { s.Disks = make([]vmm.Disk, 7) }, "room for 6", false},
+		"share's tag": {func(s *vmm.Spec) { s.Shares = []vmm.Share{{Path: "/", Tag: strings.Repeat("x", 37)}} }, "1 to 36 bytes", false},
 		"very many":   {func(s *vmm.Spec) { s.Kernel.ACPI, s.Disks = true, make([]vmm.Disk, 22) }, "room for 21", false},
 		"kernel":      {func(s *vmm.Spec) { s.Kernel.Path = "/etc/passwd" }, "no uncompressed kernel", true},
 		"both faults": {func(s *vmm.Spec) { s.CPUs, s.MemoryBytes = 0, 0 }, "0 CPUs", true},

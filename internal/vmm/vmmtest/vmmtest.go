@@ -81,8 +81,17 @@ func writeInitramfs(ctx context.Context, path, modules string) error {
 	if err := add(&out, "init", initPath); err != nil {
 		return err
 	}
-	for _, path := range files {
-		if err := add(&out, "modules/"+filepath.Base(path), path); err != nil {
+	onDemand, err := filepath.Glob(filepath.Join(modules, "virtiofs", "*.ko"))
+	if err != nil {
+		return err
+	}
+	entry(&out, "modules/virtiofs", unix.S_IFDIR|0o755, nil)
+	for _, path := range append(files, onDemand...) {
+		name, err := filepath.Rel(modules, path)
+		if err != nil {
+			return err
+		}
+		if err := add(&out, filepath.Join("modules", name), path); err != nil {
 			return err
 		}
 	}
@@ -205,6 +214,7 @@ func (c *Conn) ask(t *testing.T, line string) string {
 func Run(t *testing.T, newDriver func(t *testing.T) vmm.Driver, f Fixture) {
 	g := NewGuest(t, newDriver(t), f)
 	t.Run("Devices", g.devices)
+	t.Run("Shares", g.shares)
 	t.Run("TwoCPUs", g.twoCPUs)
 	t.Run("TwoAtOnce", g.twoAtOnce)
 	t.Run("DialAgain", g.dialAgain)
@@ -251,6 +261,53 @@ func (g *Guest) devices(t *testing.T) {
 	if data, err := os.ReadFile(filepath.Join(spec.Dir, vmm.ConsoleFile+".1")); err != nil || string(data) != "of the last start" {
 		t.Errorf("the last console is %q, %v", data, err)
 	}
+}
+
+func (g *Guest) shares(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("sharing directories needs root")
+	}
+	t.Parallel()
+	spec := g.Spec(t)
+	outer := t.TempDir()
+	inner := filepath.Join(outer, "inner")
+	later := filepath.Join(inner, "later")
+	if err := errors.Join(os.MkdirAll(later, 0o755), os.WriteFile(filepath.Join(inner, "file"), []byte("of the host\n"), 0o644),
+		os.WriteFile(filepath.Join(outer, "secret"), []byte("secret\n"), 0o644), os.Symlink("../secret", filepath.Join(inner, "up")),
+		os.Symlink(filepath.Join(outer, "secret"), filepath.Join(inner, "absolute"))); err != nil {
+		t.Fatal(err)
+	}
+	spec.Shares = []vmm.Share{{Tag: "all", Path: inner}, {Tag: "look", Path: inner, ReadOnly: true}}
+	i := g.Start(t, spec)
+	c := Dial(t, i)
+	c.Expect(t, "hello")
+	for ask, want := range map[string]string{"share all file": "of the host", "share look file": "of the host", "share all made by the guest": "ok"} {
+		if got := c.ask(t, ask); got != want {
+			t.Errorf("%s: %q instead of %q", ask, got, want)
+		}
+	}
+	if data, err := os.ReadFile(filepath.Join(inner, "made")); string(data) != "by the guest\n" {
+		t.Errorf("the guest's file: %q, %v", data, err)
+	}
+	for _, ask := range []string{"share look made x", "share all up", "share all absolute", "share all ../secret"} {
+		if got := c.ask(t, ask); !strings.HasPrefix(got, "error:") {
+			t.Errorf("%s: %q", ask, got)
+		}
+	}
+	if err := unix.Mount("later", later, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(later, unix.MNT_DETACH) })
+	if got := c.ask(t, "share all later/x on what was mounted later"); got != "ok" {
+		t.Errorf("on a later mount: %q", got)
+	}
+	if data, err := os.ReadFile(filepath.Join(later, "x")); string(data) != "on what was mounted later\n" {
+		t.Errorf("on a later mount: %q, %v", data, err)
+	}
+	if err := i.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	expectClean(t, spec)
 }
 
 func (g *Guest) twoCPUs(t *testing.T) {

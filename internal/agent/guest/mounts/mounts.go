@@ -225,12 +225,35 @@ func System() error {
 	return nil
 }
 
+// Shares mounts directories of the host.
+func Shares(shares []*agentv1.Share) error {
+	for _, s := range shares {
+		if err := os.MkdirAll(s.GetPath(), 0o755); err != nil {
+			return err
+		}
+		var flags uintptr
+		if s.GetReadOnly() {
+			flags = unix.MS_RDONLY
+		}
+		if err := mountDisk(s.GetTag(), s.GetPath(), "virtiofs", flags, ""); err != nil {
+			return fmt.Errorf("mounting share %q on %s: %w", s.GetTag(), s.GetPath(), err)
+		}
+	}
+	return nil
+}
+
 // Console makes a terminal, open as fd, the /dev/console of all processes.
 func Console(fd int) error {
 	if err := unix.Mount(fdPath(fd), "/dev/console", "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("mounting the console: %w", err)
 	}
 	return nil
+}
+
+// Forget makes the kernel let go of every file that nobody uses: the host's virtiofsd holds those of a share open, and with them the
+// host's mounts.
+func Forget() {
+	_ = os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
 }
 
 // MakeReadOnly forbids writing to the root.

@@ -4,6 +4,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // CgroupRoot is where the agent keeps the control groups of the guest's processes.
@@ -29,6 +31,18 @@ func SetUpCgroups() error {
 		}
 	}
 	return nil
+}
+
+// OpenCgroup opens a control group for processes to start in, and makes it when it is not there.
+func OpenCgroup(dir string) (*os.File, error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
+	}
+	return os.NewFile(uintptr(fd), dir), nil
 }
 
 // oomKilled says whether the kernel killed a process of the group for want of memory.

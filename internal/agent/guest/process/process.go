@@ -29,6 +29,8 @@ type Spec struct {
 	Stdin      bool
 	Rows, Cols uint16
 	Cgroup     string // a directory, made when absent; empty: the agent's own
+	// CgroupFile is that directory, where its path does not lead to it from the root that Start is called in; else nil.
+	CgroupFile *os.File
 }
 
 // Process is a started process. Its owner reads Stdout and Stderr to their end and closes all three.
@@ -146,7 +148,7 @@ func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
 	attr := &syscall.ProcAttr{Dir: dir, Env: env, Sys: &syscall.SysProcAttr{
 		Setsid:     true,
 		Setctty:    spec.TTY,
-		Credential: &syscall.Credential{Uid: user.uid, Gid: user.gid, Groups: user.groups},
+		Credential: &syscall.Credential{Uid: user.uid, Gid: user.gid, Groups: user.allGroups()},
 	}}
 	theirs, err := p.openStreams(spec, user)
 	defer closeAll(theirs)
@@ -157,14 +159,14 @@ func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
 	for _, fd := range theirs {
 		attr.Files = append(attr.Files, uintptr(fd))
 	}
-	if spec.Cgroup != "" {
-		if err := os.MkdirAll(spec.Cgroup, 0o755); err == nil {
-			fd, err := unix.Open(spec.Cgroup, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-			if err == nil {
-				defer unix.Close(fd)
-				attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, fd
-			}
+	group := spec.CgroupFile
+	if group == nil && spec.Cgroup != "" {
+		if group, err = OpenCgroup(spec.Cgroup); err == nil {
+			defer group.Close()
 		}
+	}
+	if group != nil {
+		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, int(group.Fd())
 	}
 
 	s.mu.Lock()

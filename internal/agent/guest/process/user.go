@@ -3,6 +3,7 @@ package process
 import (
 	"bufio"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -71,6 +72,18 @@ func lookUpUser(spec string) (*user, error) {
 		})
 	}
 	return u, nil
+}
+
+// allGroups are the supplementary groups. The group itself is one of them, as with Docker: a process that gives up its group for
+// another does not so get around what is forbidden to the first (CVE-2022-36109).
+func (u *user) allGroups() []uint32 {
+	all := []uint32{u.gid}
+	for _, g := range u.groups {
+		if !slices.Contains(all, g) {
+			all = append(all, g)
+		}
+	}
+	return all
 }
 
 func listed(members, name string) bool {

@@ -67,6 +67,8 @@ func serve() error {
 			err = count(port, word)
 		case "disk":
 			err = disk(port, rest)
+		case "share":
+			err = share(port, rest)
 		case "bounce":
 			err = bounce(port)
 		default:
@@ -118,6 +120,42 @@ func count(w io.Writer, what string) error {
 	}
 	fmt.Fprintln(w, info.Totalram*uint64(info.Unit))
 	return nil
+}
+
+// share shows the first line of a file of a share, or writes one: "tag file" or "tag file text".
+func share(w io.Writer, args string) error {
+	words := strings.SplitN(args, " ", 3)
+	dir := "/" + words[0]
+	if _, err := os.Stat(dir); err != nil {
+		modules, _ := filepath.Glob("/modules/virtiofs/*.ko")
+		sort.Strings(modules)
+		for _, name := range modules {
+			if err := load(name); err != nil {
+				return err
+			}
+		}
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount(words[0], dir, "virtiofs", 0, ""); err != nil {
+			return fmt.Errorf("mounting %s: %w", words[0], err)
+		}
+	}
+	path := filepath.Join(dir, words[1])
+	if len(words) == 3 {
+		if err := os.WriteFile(path, []byte(words[2]+"\n"), 0o640); err != nil {
+			return err
+		}
+		_, err := fmt.Fprintln(w, "ok")
+		return err
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	line, _, _ := strings.Cut(string(text), "\n")
+	_, err = fmt.Fprintln(w, line)
+	return err
 }
 
 // disk shows a disk's first line, or writes one: "vda" or "vda text".
