@@ -12,6 +12,8 @@ AGENT   := internal/agent/embedded/bin
 GOARCH  ?= $(shell go env GOARCH)
 SUDO    := $(if $(filter 0,$(shell id -u)),,sudo)
 PACKAGES := ca-certificates curl uidmap $(if $(filter arm64,$(GOARCH)),qemu-system-arm,qemu-system-x86) mmdebstrap runc e2fsprogs erofs-utils busybox-static
+# Contexts and archives of builds.
+PACKAGES += git openssh-client xz-utils zstd bzip2
 # What atoll kernel build uses.
 PACKAGES += gcc make flex bison bc perl libc6-dev libelf-dev libssl-dev
 

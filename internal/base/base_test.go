@@ -202,6 +202,121 @@ func TestDebian(t *testing.T) {
 		}
 	}
 	nothingLeft(t, b)
+
+	var lines []string
+	if _, err := b.Build(t.Context(), "debian:bookworm", Options{Packages: []string{"no-such-package"}}, func(l string) { lines = append(lines, l) }); !errdefs.IsNotFound(err) ||
+		!strings.Contains(err.Error(), "Debian bookworm has no package no-such-package") || hint.Of(err) == "" {
+		t.Errorf("an unknown package: %v\n%s", err, strings.Join(lines, "\n"))
+	}
+	nothingLeft(t, b)
+}
+
+// TestDebianTwice: the same inputs give the same digest, wherever the image is made.
+func TestDebianTwice(t *testing.T) {
+	if testing.Short() {
+		t.Skip("short: takes a minute")
+	}
+	var digests []digest.Digest
+	for _, mode := range []os.FileMode{0o700, 0o755} { // apt's own user may see into the directory, or not
+		b := builder(t)
+		b.TempDir = filepath.Join(t.TempDir(), "temp")
+		if err := os.Chmod(filepath.Dir(b.TempDir), mode); err != nil {
+			t.Fatal(err)
+		}
+		d := build(t, b, "debian:bookworm-systemd")
+		digests = append(digests, d.Digest)
+		if mode != 0o700 {
+			continue
+		}
+		config, entries := unpack(t, b, d, "")
+		if diff := cmp.Diff([]string{"/sbin/init"}, config.Config.Cmd); diff != "" || config.Config.StopSignal != "SIGRTMIN+3" {
+			t.Error(diff, config.Config.StopSignal)
+		}
+		for name, want := range map[string]bool{
+			consoleLogin: true, screenLogin: false, policyFile: false, "etc/machine-id": false, "var/lib/dbus/machine-id": false,
+			"var/lib/systemd/random-seed": false, "etc/systemd/system.conf.d/10-atoll.conf": true,
+		} {
+			if (entries[name] != nil) != want {
+				t.Errorf("%s is there: %v, want %v", name, entries[name] != nil, want)
+			}
+		}
+	}
+	if digests[0] != digests[1] {
+		t.Errorf("two builds differ: %v", digests)
+	}
+}
+
+func TestList(t *testing.T) {
+	seen := map[string]bool{}
+	for _, b := range List() {
+		for _, name := range append([]string{b.Name}, b.Aliases...) {
+			if found, err := Find(name); err != nil || found.Name != b.Name || seen[name] {
+				t.Errorf("%s finds %s: %v", name, found.Name, err)
+			}
+			seen[name] = true
+		}
+	}
+	for _, name := range []string{"debian:12-systemd", "debian:13-slim", "ubuntu:20.04-systemd", "ubuntu:noble", "alpine:3.22-openrc", "ubi:9-systemd", "busybox:latest"} {
+		if !seen[name] {
+			t.Errorf("no %s", name)
+		}
+	}
+}
+
+func TestUBI(t *testing.T) {
+	b := builder(t)
+	want := ocispec.Descriptor{Digest: digest.FromString("x")}
+	var asked []string
+	b.Pull = func(_ context.Context, reference string, progress func(string)) (ocispec.Descriptor, error) {
+		asked = append(asked, reference)
+		progress("layer")
+		return want, nil
+	}
+	for _, c := range []struct {
+		name string
+		o    Options
+	}{{"ubi:9", Options{}}, {"ubi:10-systemd", Options{Mirror: "127.0.0.1:5000/rh/"}}} {
+		if d, err := b.Build(t.Context(), c.name, c.o, nil); err != nil || d.Digest != want.Digest {
+			t.Errorf("%s: %v %v", c.name, d, err)
+		}
+	}
+	if diff := cmp.Diff([]string{"registry.access.redhat.com/ubi9/ubi:latest", "127.0.0.1:5000/rh/ubi10/ubi-init:latest"}, asked); diff != "" {
+		t.Error(diff)
+	}
+	for _, o := range []Options{{Packages: []string{"vim"}}, {Snapshot: "2026-01-15"}, {Keyring: []byte("x")}, {Mirror: "https://m"}} {
+		if _, err := b.Build(t.Context(), "ubi:9", o, nil); !errdefs.IsInvalidArgument(err) || hint.Of(err) == "" {
+			t.Errorf("%+v: %v", o, err)
+		}
+	}
+}
+
+// TestOtherArchives runs where those archives can be reached, as far as to their signatures.
+func TestOtherArchives(t *testing.T) {
+	if testing.Short() {
+		t.Skip("short: it fetches a release file")
+	}
+	b := builder(t)
+	for _, name := range []string{"focal", "jammy", "noble"} {
+		base, err := Find("ubuntu:" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := base.family.plan(t.Context(), b, base, Options{}, func(string) {})
+		if errdefs.IsUnavailable(err) {
+			t.Skipf("Ubuntu's archive cannot be reached from here, so its signature was not checked: %v", err)
+		}
+		if err != nil || !strings.Contains(p.origin, name) || p.epoch.IsZero() {
+			t.Errorf("%s: %+v %v", name, p, err)
+		}
+	}
+	base, _ := Find("debian:bookworm")
+	_, err := base.family.plan(t.Context(), b, base, Options{Snapshot: "2026-01-15"}, func(string) {})
+	if errdefs.IsUnavailable(err) {
+		t.Skipf("snapshot.debian.org cannot be reached from here, so no snapshot was tested: %v", err)
+	}
+	if err != nil {
+		t.Error(err)
+	}
 }
 
 func nothingLeft(t *testing.T, b *Builder) {

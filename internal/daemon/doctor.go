@@ -26,6 +26,7 @@ func (s *system) doctor(ctx context.Context, c Config) []server.Check {
 		s.checkVMM(ctx),
 		checkTool("runc", "runs the RUN steps of atoll build", "apt install runc, or build with --isolation vm"),
 		checkVirtiofsd(),
+		checkTool("git", "fetches build contexts from git repositories", "apt install git"),
 		checkTool("mmdebstrap", "makes Debian base images", "apt install mmdebstrap"),
 		s.checkKernel(),
 		checkKernelBuild(ctx),
