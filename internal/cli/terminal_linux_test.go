@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bufio"
 	"fmt"
 	"os"
 	"strings"
@@ -80,6 +81,7 @@ func TestColours(t *testing.T) {
 		t.Fatal("a terminal is not seen to be one")
 	}
 	a := newAtoll(t)
+	lines := bufio.NewReader(user)
 	for noColor, want := range map[string]string{"": "\x1b[32m✓\x1b[0m  x  y\r\n", "1": "✓  x  y\r\n"} {
 		a.env["NO_COLOR"] = noColor
 		env := a.environment(nil, nil)
@@ -88,10 +90,9 @@ func TestColours(t *testing.T) {
 		if err := e.printChecks("", []checkView{{Name: "x", Level: "ok", Message: "y"}}); err != nil {
 			t.Fatal(err)
 		}
-		buf := make([]byte, 1024)
-		n, err := user.Read(buf)
-		if err != nil || string(buf[:n]) != want {
-			t.Errorf("NO_COLOR=%q: %q, %v, want %q", noColor, buf[:n], err, want)
+		line, err := lines.ReadString('\n') // the terminal may hand it over in pieces
+		if err != nil || line != want {
+			t.Errorf("NO_COLOR=%q: %q, %v, want %q", noColor, line, err, want)
 		}
 	}
 }
