@@ -93,8 +93,8 @@ A NAME that ends in -systemd or -openrc boots that init as PID 1; root has no
 password, so use "atoll exec" to get in. Red Hat's UBI is an image of Red Hat's
 registry and takes --mirror only: another registry and repository.
 
-Tested with the distributions' own archives: Debian and Ubuntu. Alpine was tested
-with a small archive made for that; UBI and --snapshot have never been fetched.`,
+Tested with the distributions' own archives: Debian and Ubuntu. Alpine was
+tested with a small archive made for that; UBI and --snapshot never were.`,
 		Example: `  atoll base build debian:bookworm
   atoll base build debian:trixie-systemd --package openssh-server -t sshd
   atoll base build debian:bookworm --snapshot 2026-01-15`,

@@ -126,6 +126,8 @@ one is fetched, or with --platform all the whole of it.`,
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "no progress")
 	cmd.Flags().StringVar(&req.Platform, "platform", "", "`OS/ARCH[/VARIANT]`, or all (default: this host's)")
 	addReferrers(cmd, &req.Referrers)
+	cmd.Flags().BoolVar(&req.WithDisk, "with-disk", false, "take the root disks that were pushed with it, and convert nothing:\nwhoever can push to that repository decides what is in them")
+	cmd.Flags().BoolVar(&req.WithKernel, "with-kernel", false, "also the kernel that was pushed with it")
 	return cmd
 }
 

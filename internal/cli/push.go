@@ -49,6 +49,8 @@ all of it is here, else alone. Credentials are those of "atoll login".`,
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "no progress")
 	cmd.Flags().StringVar(&req.Platform, "platform", "", "of an index push only the image for `OS/ARCH[/VARIANT]`; all: fail unless all of it is here")
 	addReferrers(cmd, &req.Referrers)
+	cmd.Flags().BoolVar(&req.WithDisk, "with-disk", false, "also the root disks, so that another host need not convert the layers")
+	cmd.Flags().StringVar(&req.WithKernel, "with-kernel", "", "also the kernel `NAME`")
 	return cmd
 }
 

@@ -35,22 +35,11 @@ func (s *Store) Push(ctx context.Context, to *images.Store, name, reference stri
 		return "", fmt.Errorf("pushing kernel: %w", err)
 	}
 	defer to.Hold()()
-	a := images.Artifact{Type: ArtifactType, ConfigType: artifactMeta, Annotations: map[string]string{
-		ocispec.AnnotationTitle: k.Name, ocispec.AnnotationVersion: k.Version, "org.atoll.kernel.architecture": k.Arch,
-	}}
-	meta := k
-	meta.BuildKey = "" // says what this host has built
-	if a.Config, err = json.Marshal(meta); err != nil {
-		return "", err
+	var desc ocispec.Descriptor
+	a, err := s.artifact(ctx, to, k)
+	if err == nil {
+		desc, err = to.PutArtifact(ctx, a)
 	}
-	for _, file := range k.files() {
-		blob, err := addFile(ctx, to, filepath.Join(s.opts.Dir, k.Name), file)
-		if err != nil {
-			return "", fmt.Errorf("pushing kernel %q: %w", k.Name, err)
-		}
-		a.Blobs = append(a.Blobs, blob)
-	}
-	desc, err := to.PutArtifact(ctx, a)
 	if err == nil {
 		err = to.PushArtifact(ctx, reference, desc, transfersOf(progress))
 	}
@@ -58,6 +47,44 @@ func (s *Store) Push(ctx context.Context, to *images.Store, name, reference stri
 		return "", fmt.Errorf("pushing kernel %q: %w", k.Name, err)
 	}
 	return desc.Digest, nil
+}
+
+// Attach makes a kernel an artifact that refers to an image, to travel with it.
+func (s *Store) Attach(ctx context.Context, to *images.Store, name string, img digest.Digest) error {
+	k, err := s.Get(name)
+	if err != nil {
+		return fmt.Errorf("attaching a kernel to image %s: %w", img, err)
+	}
+	defer to.Hold()()
+	a, err := s.artifact(ctx, to, k)
+	if err == nil {
+		_, err = to.Attach(ctx, img, a)
+	}
+	if err != nil {
+		return fmt.Errorf("attaching kernel %q to image %s: %w", k.Name, img, err)
+	}
+	return nil
+}
+
+// artifact puts a kernel's files into the image store.
+func (s *Store) artifact(ctx context.Context, to *images.Store, k Kernel) (images.Artifact, error) {
+	a := images.Artifact{Type: ArtifactType, ConfigType: artifactMeta, Annotations: map[string]string{
+		ocispec.AnnotationTitle: k.Name, ocispec.AnnotationVersion: k.Version, "org.atoll.kernel.architecture": k.Arch,
+	}}
+	meta := k
+	meta.BuildKey = "" // says what this host has built
+	var err error
+	if a.Config, err = json.Marshal(meta); err != nil {
+		return a, err
+	}
+	for _, file := range k.files() {
+		blob, err := addFile(ctx, to, filepath.Join(s.opts.Dir, k.Name), file)
+		if err != nil {
+			return a, err
+		}
+		a.Blobs = append(a.Blobs, blob)
+	}
+	return a, nil
 }
 
 func addFile(ctx context.Context, to *images.Store, dir, file string) (ocispec.Descriptor, error) {
@@ -103,6 +130,27 @@ func (s *Store) PullFrom(ctx context.Context, from *images.Store, reference, nam
 		s.publish("pull", k)
 	}
 	return k, nil
+}
+
+// Adopt takes the kernels that came with an image, and returns their names.
+func (s *Store) Adopt(ctx context.Context, from *images.Store, img digest.Digest, reference string) ([]string, error) {
+	defer from.Hold()()
+	came, err := from.Referrers(ctx, img, ArtifactType)
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, desc := range came {
+		k, fresh, err := s.install(ctx, from, desc, reference, "")
+		if err != nil {
+			return names, fmt.Errorf("taking the kernel that came with %s: %w", reference, err)
+		}
+		if fresh {
+			s.publish("pull", k)
+		}
+		names = append(names, k.Name)
+	}
+	return names, nil
 }
 
 func (s *Store) install(ctx context.Context, from *images.Store, desc ocispec.Descriptor, reference, name string) (k Kernel, fresh bool, err error) {

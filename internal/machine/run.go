@@ -26,12 +26,13 @@ type run struct {
 	drained chan struct{} // closed when the entrypoint's output is complete
 
 	// guarded by e.mu
-	agent  *host.Client // nil while the channel is down
-	killed bool         // Atoll ended the VMM
+	agent     *host.Client  // nil while the channel is down
+	connected chan struct{} // closed while it is up
+	killed    bool          // Atoll ended the VMM
 }
 
 func newRun(inst vmm.Instance, e *entry) *run {
-	return &run{inst: inst, e: e, drained: make(chan struct{})}
+	return &run{inst: inst, e: e, drained: make(chan struct{}), connected: make(chan struct{})}
 }
 
 // connect opens the agent's channel, as soon as the guest is there.
@@ -56,6 +57,7 @@ func (r *run) connect(ctx context.Context, token transport.Token) error {
 	r.e.mu.Lock()
 	defer r.e.mu.Unlock()
 	r.agent = host.New(session)
+	close(r.connected)
 	return nil
 }
 
@@ -84,11 +86,31 @@ func (r *run) client() (*host.Client, error) {
 	return r.agent, nil
 }
 
+// reconnecting is how long a call waits for a channel that is just being opened anew, as after the daemon's restart.
+const reconnecting = 5 * time.Second
+
+// await returns the agent as soon as there is one.
+func (r *run) await(ctx context.Context) (*host.Client, error) {
+	r.e.mu.Lock()
+	connected := r.connected
+	r.e.mu.Unlock()
+	select {
+	case <-connected:
+	case <-r.inst.Done():
+	case <-time.After(reconnecting):
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	return r.client()
+}
+
 // drop ends the session with the agent.
 func (r *run) drop() {
 	r.e.mu.Lock()
 	agent := r.agent
-	r.agent = nil
+	if agent != nil {
+		r.agent, r.connected = nil, make(chan struct{})
+	}
 	r.e.mu.Unlock()
 	if agent != nil {
 		agent.Close()
@@ -132,10 +154,7 @@ func (ms *Machines) listen(ctx context.Context, e *entry, r *run) {
 			if time.Since(began) > steady {
 				pause = 10 * time.Millisecond
 			}
-			r.e.mu.Lock()
-			r.agent = nil
-			r.e.mu.Unlock()
-			agent.Close()
+			r.drop()
 		} else {
 			err = r.connect(ctx, e.get().AgentToken)
 		}

@@ -49,7 +49,7 @@ func (ms *Machines) Exec(ctx context.Context, name string, p Process) (*host.Exe
 		err := fmt.Errorf("running a command in machine %q: working directory %q: %w", m.Spec.Name, shorten(p.WorkingDir), errdefs.ErrInvalidArgument)
 		return nil, hint.With(err, "give an absolute path")
 	}
-	agent, err := r.client()
+	agent, err := r.await(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("running a command in machine %q: %w", m.Spec.Name, err)
 	}
@@ -147,7 +147,7 @@ func (a *Attachment) Stdin(ctx context.Context) (*host.Stdin, error) {
 	if r == nil {
 		return nil, notRunning(a.e.get())
 	}
-	agent, err := r.client()
+	agent, err := r.await(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -9,6 +9,7 @@ import (
 	"connectrpc.com/connect"
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
 	"github.com/atollvm/atoll/internal/image"
+	"github.com/atollvm/atoll/internal/kernel"
 	"github.com/atollvm/atoll/internal/ref"
 	"github.com/atollvm/atoll/internal/rootdisk"
 	"github.com/containerd/platforms"
@@ -24,16 +25,61 @@ func (s *images) Pull(ctx context.Context, req *connect.Request[atollv1.PullImag
 	release := s.Images.Hold()
 	defer release()
 	img, err := s.Images.Pull(ctx, req.Msg.GetReference(), image.PullOptions{
-		Platform: req.Msg.GetPlatform(), Referrers: req.Msg.GetReferrers(),
+		Platform: req.Msg.GetPlatform(), Referrers: withTypes(req.Msg.GetReferrers(), req.Msg.GetWithDisk(), req.Msg.GetWithKernel()),
 		Progress: func(t image.Transfer) { p.report(t.ID, t.Status, t.Done, t.Total) },
 	})
 	if err != nil {
 		return err
 	}
+	if req.Msg.GetWithKernel() {
+		if _, err := s.Kernels.Adopt(ctx, s.Images, img.Digest, req.Msg.GetReference()); err != nil {
+			return err
+		}
+	}
+	if req.Msg.GetWithDisk() {
+		if _, err := s.Disks.Adopt(ctx, img.Digest); err != nil {
+			return err
+		}
+	}
 	if err := s.makeDisk(ctx, img, p.report); err != nil {
 		return err
 	}
 	return out.Send(&atollv1.PullImageResponse{Kind: &atollv1.PullImageResponse_Image{Image: s.imageTo(img)}})
+}
+
+// withTypes adds the types of our own artifacts that are wanted.
+func withTypes(types []string, disk, kernels bool) []string {
+	if disk {
+		types = append(types, RootDiskArtifact)
+	}
+	if kernels {
+		types = append(types, kernel.ArtifactType)
+	}
+	return types
+}
+
+// attach makes the artifacts that are to travel with an image.
+func (s *images) attach(ctx context.Context, req *atollv1.PushImageRequest, report func(id, status string, done, total int64)) error {
+	if !req.GetWithDisk() && req.GetWithKernel() == "" {
+		return nil
+	}
+	img, err := s.Images.Resolve(ctx, req.GetReference(), req.GetPlatform())
+	if err != nil {
+		return err
+	}
+	if req.GetWithKernel() != "" {
+		if err := s.Kernels.Attach(ctx, s.Images, req.GetWithKernel(), img.Digest); err != nil {
+			return err
+		}
+	}
+	if req.GetWithDisk() {
+		report(rootDisk, "packing", 0, 0)
+		if err := s.Disks.Attach(ctx, img.Digest); err != nil {
+			return err
+		}
+		report(rootDisk, "done", 0, 0)
+	}
+	return nil
 }
 
 // makeDisk makes an image's root disk, so that the first run finds it.
@@ -50,8 +96,13 @@ func (s *images) Push(ctx context.Context, req *connect.Request[atollv1.PushImag
 	p := &progress[atollv1.PushImageResponse]{send: out.Send, wrap: func(t *atollv1.Transfer) *atollv1.PushImageResponse {
 		return &atollv1.PushImageResponse{Kind: &atollv1.PushImageResponse_Transfer{Transfer: t}}
 	}}
+	release := s.Images.Hold()
+	defer release()
+	if err := s.attach(ctx, req.Msg, p.report); err != nil {
+		return err
+	}
 	pushed, err := s.Images.Push(ctx, req.Msg.GetReference(), image.PushOptions{
-		Platform: req.Msg.GetPlatform(), Referrers: req.Msg.GetReferrers(),
+		Platform: req.Msg.GetPlatform(), Referrers: withTypes(req.Msg.GetReferrers(), req.Msg.GetWithDisk(), req.Msg.GetWithKernel() != ""),
 		Progress: func(t image.Transfer) { p.report(t.ID, t.Status, t.Done, t.Total) },
 	})
 	if err != nil {

@@ -3021,8 +3021,10 @@ func (x *Layer) GetSizeBytes() int64 {
 type PullImageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Reference     string                 `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
-	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`   // os/arch[/variant], or "all" for the whole index
-	Referrers     []string               `protobuf:"bytes,3,rep,name=referrers,proto3" json:"referrers,omitempty"` // types of artifacts to bring along that refer to the image; "*": all
+	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`                        // os/arch[/variant], or "all" for the whole index
+	Referrers     []string               `protobuf:"bytes,3,rep,name=referrers,proto3" json:"referrers,omitempty"`                      // types of artifacts to bring along that refer to the image; "*": all
+	WithDisk      bool                   `protobuf:"varint,4,opt,name=with_disk,json=withDisk,proto3" json:"with_disk,omitempty"`       // take the root disks that its publisher has made, where there are any, instead of converting the layers
+	WithKernel    bool                   `protobuf:"varint,5,opt,name=with_kernel,json=withKernel,proto3" json:"with_kernel,omitempty"` // take the kernels that came with it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3076,6 +3078,20 @@ func (x *PullImageRequest) GetReferrers() []string {
 		return x.Referrers
 	}
 	return nil
+}
+
+func (x *PullImageRequest) GetWithDisk() bool {
+	if x != nil {
+		return x.WithDisk
+	}
+	return false
+}
+
+func (x *PullImageRequest) GetWithKernel() bool {
+	if x != nil {
+		return x.WithKernel
+	}
+	return false
 }
 
 // Transfer is the progress of one blob or step.
@@ -3600,8 +3616,10 @@ func (x *RemoveImageResponse) GetDeleted() []string {
 type PushImageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Reference     string                 `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
-	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`   // of the one image of an index to push; default: the whole index where all of it is here
-	Referrers     []string               `protobuf:"bytes,3,rep,name=referrers,proto3" json:"referrers,omitempty"` // types of artifacts to take along that refer to the image; "*": all
+	Platform      string                 `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`                       // of the one image of an index to push; default: the whole index where all of it is here
+	Referrers     []string               `protobuf:"bytes,3,rep,name=referrers,proto3" json:"referrers,omitempty"`                     // types of artifacts to take along that refer to the image; "*": all
+	WithDisk      bool                   `protobuf:"varint,4,opt,name=with_disk,json=withDisk,proto3" json:"with_disk,omitempty"`      // take the root disks along
+	WithKernel    string                 `protobuf:"bytes,5,opt,name=with_kernel,json=withKernel,proto3" json:"with_kernel,omitempty"` // take this kernel along
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3655,6 +3673,20 @@ func (x *PushImageRequest) GetReferrers() []string {
 		return x.Referrers
 	}
 	return nil
+}
+
+func (x *PushImageRequest) GetWithDisk() bool {
+	if x != nil {
+		return x.WithDisk
+	}
+	return false
+}
+
+func (x *PushImageRequest) GetWithKernel() string {
+	if x != nil {
+		return x.WithKernel
+	}
+	return ""
 }
 
 type PushImageResponse struct {
@@ -8099,11 +8131,14 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\n" +
 	"media_type\x18\x02 \x01(\tR\tmediaType\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"j\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\"\xa8\x01\n" +
 	"\x10PullImageRequest\x12\x1c\n" +
 	"\treference\x18\x01 \x01(\tR\treference\x12\x1a\n" +
 	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x1c\n" +
-	"\treferrers\x18\x03 \x03(\tR\treferrers\"r\n" +
+	"\treferrers\x18\x03 \x03(\tR\treferrers\x12\x1b\n" +
+	"\twith_disk\x18\x04 \x01(\bR\bwithDisk\x12\x1f\n" +
+	"\vwith_kernel\x18\x05 \x01(\bR\n" +
+	"withKernel\"r\n" +
 	"\bTransfer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06status\x18\x02 \x01(\tR\x06status\x12\x1d\n" +
@@ -8132,11 +8167,14 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"K\n" +
 	"\x13RemoveImageResponse\x12\x1a\n" +
 	"\buntagged\x18\x01 \x03(\tR\buntagged\x12\x18\n" +
-	"\adeleted\x18\x02 \x03(\tR\adeleted\"j\n" +
+	"\adeleted\x18\x02 \x03(\tR\adeleted\"\xa8\x01\n" +
 	"\x10PushImageRequest\x12\x1c\n" +
 	"\treference\x18\x01 \x01(\tR\treference\x12\x1a\n" +
 	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x1c\n" +
-	"\treferrers\x18\x03 \x03(\tR\treferrers\"~\n" +
+	"\treferrers\x18\x03 \x03(\tR\treferrers\x12\x1b\n" +
+	"\twith_disk\x18\x04 \x01(\bR\bwithDisk\x12\x1f\n" +
+	"\vwith_kernel\x18\x05 \x01(\tR\n" +
+	"withKernel\"~\n" +
 	"\x11PushImageResponse\x120\n" +
 	"\btransfer\x18\x01 \x01(\v2\x12.atoll.v1.TransferH\x00R\btransfer\x12/\n" +
 	"\x06pushed\x18\x02 \x01(\v2\x15.atoll.v1.PushedImageH\x00R\x06pushedB\x06\n" +

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -42,6 +43,7 @@ type Process struct {
 
 	tty    bool
 	cgroup string
+	killed atomic.Bool // by Kill
 	owner  *Supervisor
 	done   chan struct{}
 	status unix.WaitStatus // valid after done
@@ -259,14 +261,19 @@ func (p *Process) Signal(sig unix.Signal) error {
 
 // Kill ends the process and all in its control group at once.
 func (p *Process) Kill() {
+	p.killed.Store(true)
 	if p.cgroup == "" || os.WriteFile(filepath.Join(p.cgroup, "cgroup.kill"), []byte("1"), 0) != nil {
 		p.Signal(unix.SIGKILL)
 	}
 }
 
-// Release removes the control group of an ended process; one with processes left in it stays.
+// Release removes the control group of an ended process; one with processes left in it stays. Those that Kill has ended may take a
+// moment to be gone.
 func (p *Process) Release() {
-	if p.cgroup != "" {
-		os.Remove(p.cgroup)
+	if p.cgroup == "" {
+		return
+	}
+	for pause := time.Millisecond; errors.Is(os.Remove(p.cgroup), unix.EBUSY) && p.killed.Load() && pause < time.Second; pause *= 2 {
+		time.Sleep(pause)
 	}
 }
