@@ -239,7 +239,9 @@ func kernelArguments(spec vmm.Spec, h host) string {
 
 // emulatedArguments saves an emulated x86 kernel much of what it would measure about its clocks, and its text patching.
 func emulatedArguments(spec vmm.Spec, tscKHz int) []string {
-	args := []string{"no_timer_check"}
+	// The mitigations of processor faults are sequences of instructions that mean nothing once they are translated; an own kernel's boot takes
+	// 0.56 s of CPU time with them and 0.47 s without.
+	args := []string{"no_timer_check", "mitigations=off"}
 	if tscKHz > 0 {
 		// Emulated, the guest's TSC is the host's. Without the figure a kernel on a busy host finds none ("Unable to calibrate
 		// against PIT") and may hang.
