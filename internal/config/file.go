@@ -146,6 +146,8 @@ func (s Settings) check() error {
 		for _, m := range r.Mirrors {
 			if u, err := url.Parse(m); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 				faults = append(faults, fmt.Errorf("registry %q: mirror %q: it is no http or https URL", name, m))
+			} else if u.User != nil { // it would be seen in process lists
+				faults = append(faults, fmt.Errorf("registry %q: mirror %s: no name and password in the URL: use atoll login", name, u.Redacted()))
 			}
 		}
 		if r.CA != "" && !filepath.IsAbs(r.CA) {

@@ -54,16 +54,17 @@ vmMemory = "1G"
 
 func TestLoadSettingsFaults(t *testing.T) {
 	for text, want := range map[string]string{
-		"[build]\ncacheSise = \"2G\"\n":                    "line 2: unknown key build.cacheSise",
-		"[build]\n\ncacheSize = \"2X\"\n":                  "line 3",
-		"[build]\ntimeout = \"-2h\"\n":                     "line 2",
-		"[build]\nisolation = \"jail\"\n":                  `isolation "jail"`,
-		"[build]\nvmMemory = \"64M\"\n":                    "at least 256MiB",
-		"[build]\nvmCPUs = -1\n":                           "vmCPUs -1",
-		"[build\n":                                         "line 1",
-		"[registry.\"r\"]\nmirrors = [\"ftp://x\"]\n":      `mirror "ftp://x"`,
-		"[registry.\"r\"]\nca = \"x.pem\"\n":               "absolute path",
-		"[tls]\nca = [\"a.pem\"]\n[proxy]\nhttp = \"x\"\n": "proxy: http",
+		"[build]\ncacheSise = \"2G\"\n":                     "line 2: unknown key build.cacheSise",
+		"[build]\n\ncacheSize = \"2X\"\n":                   "line 3",
+		"[build]\ntimeout = \"-2h\"\n":                      "line 2",
+		"[build]\nisolation = \"jail\"\n":                   `isolation "jail"`,
+		"[build]\nvmMemory = \"64M\"\n":                     "at least 256MiB",
+		"[build]\nvmCPUs = -1\n":                            "vmCPUs -1",
+		"[build\n":                                          "line 1",
+		"[registry.\"r\"]\nmirrors = [\"ftp://x\"]\n":       `mirror "ftp://x"`,
+		"[registry.\"r\"]\nmirrors = [\"https://a:b@x\"]\n": "no name and password",
+		"[registry.\"r\"]\nca = \"x.pem\"\n":                "absolute path",
+		"[tls]\nca = [\"a.pem\"]\n[proxy]\nhttp = \"x\"\n":  "proxy: http",
 	} {
 		home := t.TempDir()
 		write(t, home, text)

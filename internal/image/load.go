@@ -382,15 +382,25 @@ func (l *loader) assemble(ctx context.Context, item dockerItem) (ocispec.Descrip
 		return config, fmt.Errorf("its config has %d layers, manifest.json %d: %w", want, got, errdefs.ErrInvalidArgument)
 	}
 	m := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, Config: config, Layers: []ocispec.Descriptor{}}
+	type unpacked struct {
+		mediaType string
+		diff      digest.Digest
+	}
+	known := map[digest.Digest]unpacked{} // the same layer, named often, is unpacked once
 	for i, name := range item.Layers {
 		layer, err := l.file(name)
 		if err != nil {
 			return config, err
 		}
-		var diff digest.Digest
-		if layer.MediaType, diff, err = s.layerOf(ctx, layer, nil); err != nil {
-			return config, fmt.Errorf("layer %q: %w", name, err)
+		u, ok := known[layer.Digest]
+		if !ok {
+			if u.mediaType, u.diff, err = s.layerOf(ctx, layer, nil); err != nil {
+				return config, fmt.Errorf("layer %q: %w", name, err)
+			}
+			known[layer.Digest] = u
 		}
+		layer.MediaType = u.mediaType
+		diff := u.diff
 		if want := parsed.RootFS.DiffIDs[i]; diff != want {
 			return config, hint.With(fmt.Errorf("layer %q has the digest %s, the config says %s: %w", name, diff, want, errdefs.ErrDataLoss), "the archive is damaged: write it again")
 		}
@@ -402,6 +412,19 @@ func (l *loader) assemble(ctx context.Context, item dockerItem) (ocispec.Descrip
 	}
 	desc := ocispec.Descriptor{MediaType: m.MediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
 	return desc, s.writeBlob(ctx, desc, data)
+}
+
+// untilDone reads until the context ends: a layer of nothing may unpack to more than anybody waits for.
+type untilDone struct {
+	ctx context.Context
+	io.Reader
+}
+
+func (u untilDone) Read(p []byte) (int, error) {
+	if u.ctx.Err() != nil {
+		return 0, context.Cause(u.ctx)
+	}
+	return u.Reader.Read(p)
 }
 
 // layerOf looks into a layer: its media type, and the digest of the tar archive in it, which each (where it is not nil) reads too.
@@ -420,7 +443,7 @@ func (s *Store) layerOf(ctx context.Context, layer ocispec.Descriptor, each func
 		return "", "", fmt.Errorf("compressed with %s: %w", kind, errdefs.ErrInvalidArgument)
 	}
 	hash := digest.SHA256.Digester()
-	plain = io.TeeReader(plain, hash.Hash())
+	plain = io.TeeReader(untilDone{ctx, plain}, hash.Hash())
 	if each != nil {
 		if err := each(plain); err != nil {
 			return "", "", badArchive(err)

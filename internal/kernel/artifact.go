@@ -72,7 +72,11 @@ func (s *Store) artifact(ctx context.Context, to *images.Store, k Kernel) (image
 		ocispec.AnnotationTitle: k.Name, ocispec.AnnotationVersion: k.Version, "org.atoll.kernel.architecture": k.Arch,
 	}}
 	meta := k
-	meta.BuildKey = "" // says what this host has built
+	// What this host has built, and where its user keeps files, is nobody's business.
+	meta.BuildKey, meta.Foreign = "", false
+	if kind, _, _ := strings.Cut(meta.Source, " "); kind == "file" || kind == "directory" {
+		meta.Source = kind
+	}
 	var err error
 	if a.Config, err = json.Marshal(meta); err != nil {
 		return a, err
@@ -122,7 +126,7 @@ func (s *Store) PullFrom(ctx context.Context, from *images.Store, reference, nam
 	if err != nil {
 		return Kernel{}, err
 	}
-	k, fresh, err := s.install(ctx, from, desc, reference, name)
+	k, fresh, err := s.install(ctx, from, desc, reference, name, false)
 	if err != nil {
 		return Kernel{}, fmt.Errorf("pulling kernel %s: %w", reference, err)
 	}
@@ -141,7 +145,7 @@ func (s *Store) Adopt(ctx context.Context, from *images.Store, img digest.Digest
 	}
 	var names []string
 	for _, desc := range came {
-		k, fresh, err := s.install(ctx, from, desc, reference, "")
+		k, fresh, err := s.install(ctx, from, desc, reference, "", true)
 		if err != nil {
 			return names, fmt.Errorf("taking the kernel that came with %s: %w", reference, err)
 		}
@@ -153,7 +157,7 @@ func (s *Store) Adopt(ctx context.Context, from *images.Store, img digest.Digest
 	return names, nil
 }
 
-func (s *Store) install(ctx context.Context, from *images.Store, desc ocispec.Descriptor, reference, name string) (k Kernel, fresh bool, err error) {
+func (s *Store) install(ctx context.Context, from *images.Store, desc ocispec.Descriptor, reference, name string, foreign bool) (k Kernel, fresh bool, err error) {
 	a, err := from.ArtifactOf(ctx, desc)
 	if err != nil {
 		return Kernel{}, false, err
@@ -191,7 +195,7 @@ func (s *Store) install(ctx context.Context, from *images.Store, desc ocispec.De
 	if got := digest.FromBytes(img.data); got != meta.Digest || img.arch != meta.Arch {
 		return Kernel{}, false, fmt.Errorf("its kernel has the digest %s and is for %s, its description says %s and %s: %w", got, img.arch, meta.Digest, meta.Arch, errdefs.ErrDataLoss)
 	}
-	meta.BuildKey = ""
+	meta.BuildKey, meta.Foreign = "", foreign
 	meta.Source = fmt.Sprintf("%s@%s (%s)", reference, desc.Digest, meta.Source)
 	k, err = s.add(dir, img, meta)
 	return k, true, err

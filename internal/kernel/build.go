@@ -59,11 +59,32 @@ func (s *Store) Build(ctx context.Context, o BuildOptions) (Kernel, error) {
 	if err := o.check(); err != nil {
 		return Kernel{}, fmt.Errorf("building a kernel: %w", err)
 	}
+	if err := s.mayReplace(o.Name); err != nil {
+		return Kernel{}, fmt.Errorf("building a kernel: %w", err)
+	}
 	k, err := s.build(ctx, o)
 	if err != nil {
 		return Kernel{}, fmt.Errorf("building a kernel for %s: %w", o.Arch, err)
 	}
 	return k, nil
+}
+
+// mayReplace says whether a build may take a name: of a kernel built here before that no machine uses, or of none.
+func (s *Store) mayReplace(name string) error {
+	have, err := s.kernels.Get(name)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if have.BuildKey == "" {
+		return hint.With(fmt.Errorf("kernel %q was not built here: %w", name, errdefs.ErrAlreadyExists), "choose another name with -t, or remove it: atoll kernel rm %s", name)
+	}
+	if users := s.inUse(name); len(users) > 0 {
+		return hint.With(fmt.Errorf("kernel %q is used by %s: %w", name, strings.Join(users, ", "), errdefs.ErrFailedPrecondition), "choose another name with -t, or remove the machines first")
+	}
+	return nil
 }
 
 // addBuilt adds a kernel and makes it the default.
@@ -72,7 +93,14 @@ func (s *Store) addBuilt(ctx context.Context, o BuildOptions, dir string, img im
 	if err != nil {
 		return Kernel{}, err
 	}
-	k, err = s.add(dir, img, k)
+	err = s.mayReplace(k.Name)
+	if err != nil && o.Name == "" { // a name that we made up may be another: nothing that was built is lost
+		k.Name += "-" + k.ConfigDigest.Encoded()[:8]
+		err = s.mayReplace(k.Name)
+	}
+	if err == nil {
+		k, err = s.add(dir, img, k)
+	}
 	release()
 	if err != nil {
 		return Kernel{}, err

@@ -128,8 +128,41 @@ func TestBuild(t *testing.T) {
 	if changed, err := s.Build(t.Context(), o); err != nil || changed.Version != "6.1.999-teeny" || changed.Name != k.Name {
 		t.Errorf("with another source: %+v, %v", changed, err)
 	}
+	// A build takes no name of a kernel that came from elsewhere or that machines use; a name of its own making gives way.
+	o.Name = "first"
+	if _, err := s.Build(t.Context(), o); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("over an imported kernel: %v", err)
+	}
+	s.SetInUse(func(name string) []string { return map[string][]string{k.Name: {"web"}, "other": {"web"}}[name] })
+	o.Name = "other"
+	if _, err := s.Build(t.Context(), o); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "web") {
+		t.Errorf("over a kernel in use: %v", err)
+	}
+	o.Name = ""
+	os.WriteFile(filepath.Join(tree, "tiny.S"), []byte(strings.Replace(tinySource, "-tiny", "-third", 1)), 0o644)
+	if third, err := s.Build(t.Context(), o); err != nil || !strings.HasPrefix(third.Name, k.Name+"-") {
+		t.Errorf("beside a kernel in use: %+v, %v", third, err)
+	}
 	if left, _ := filepath.Glob(filepath.Join(s.opts.Dir, tempPrefix+"*")); len(left) > 0 {
 		t.Error("left behind:", left)
+	}
+}
+
+func TestForeignKernelsAreNoDefault(t *testing.T) {
+	s := open(t)
+	for name, k := range map[string]Kernel{"came": {Foreign: true}, "arm": {}} {
+		dir, err := os.MkdirTemp(s.opts.Dir, tempPrefix)
+		if err != nil {
+			t.Fatal(err)
+		}
+		img := image{arch: runtime.GOARCH, data: []byte("kernel")}
+		if name == "arm" {
+			img.arch = "other"
+		}
+		k.Name = name
+		if k, err := s.add(dir, img, k); err != nil || k.Default {
+			t.Errorf("%s: %+v, %v", name, k, err)
+		}
 	}
 }
 

@@ -39,6 +39,7 @@ type Kernel struct {
 	ACPI         bool          // it can find them by ACPI
 	ConfigDigest digest.Digest // of its .config; empty: unknown
 	BuildKey     string        // names what it was built from; empty: not built here
+	Foreign      bool          // it came with an image: it is the default only when somebody says so
 	Modules      []string      // what the agent has to load, in this order
 	// Features that it has, and what the agent has to load for each that a machine uses. Nil: not known.
 	Features map[string][]string
@@ -293,7 +294,7 @@ func (s *Store) add(dir string, img image, k Kernel) (Kernel, error) {
 	if err != nil {
 		return Kernel{}, err
 	}
-	if chosen == "" {
+	if chosen == "" && k.Arch == runtime.GOARCH && !k.Foreign {
 		chosen = k.Name
 		if err := s.settings.Put(defaultKey, chosen); err != nil {
 			return Kernel{}, err

@@ -78,7 +78,7 @@ func checkForeign(img digest.Digest, disks []Disk) error {
 		salt, saltErr := hex.DecodeString(d.Verity.Salt)
 		hash, hashErr := hex.DecodeString(d.Verity.RootHash)
 		switch {
-		case d.Size <= 0 || d.Size > maxData || d.Size != d.Verity.DataBlocks*blockSize:
+		case d.Size <= 0 || d.Size > maxData || d.Size%blockSize != 0 || d.Verity.DataBlocks != d.Size/blockSize:
 			return fmt.Errorf("disk %d of %d bytes and %d blocks: %w", i, d.Size, d.Verity.DataBlocks, errdefs.ErrInvalidArgument)
 		case saltErr != nil || hashErr != nil || len(hash) != sha256.Size || len(salt) > 256:
 			return fmt.Errorf("disk %d: root hash %.80q, salt %.80q: %w", i, d.Verity.RootHash, d.Verity.Salt, errdefs.ErrInvalidArgument)

@@ -68,6 +68,7 @@ func TestAdoptRefuses(t *testing.T) {
 		"another size":     func(d *Disk, data []byte) []byte { d.Size--; return data },
 		"negative":         func(d *Disk, data []byte) []byte { d.Size, d.Verity.DataBlocks = -blockSize, -1; return data },
 		"huge":             func(d *Disk, data []byte) []byte { d.Size, d.Verity.DataBlocks = 1<<60, 1<<48; return data },
+		"blocks that wrap": func(d *Disk, data []byte) []byte { d.Verity.DataBlocks += 1 << 52; return data },
 		"no hash":          func(d *Disk, data []byte) []byte { d.Verity.RootHash = ""; return data },
 		"a salt that lies": func(d *Disk, data []byte) []byte { d.Verity.Salt = "zz"; return data },
 	} {
