@@ -120,6 +120,9 @@ func (r Request) check() error {
 			fault("ulimit %q: %v", u, err)
 		}
 	}
+	if r.Isolation == IsolationVM && len(r.Ulimits) > 0 {
+		fault("a ulimit is not available with --isolation vm")
+	}
 	for id, value := range r.Secrets {
 		if len(value) > maxSecret {
 			fault("secret %q has %d bytes: at most %d are possible", id, len(value), maxSecret)

@@ -76,7 +76,7 @@ With -o the image is also kept here when it has a name by -t, or is of type disk
 	f.BoolVar(&b.start.NoCache, "no-cache", false, "run every step again")
 	f.StringSliceVar(&b.start.NoCacheStages, "no-cache-filter", nil, "run every step of these `STAGES` again")
 	f.BoolVar(&b.start.Pull, "pull", false, "look for newer base images in their registries")
-	f.StringVar(&b.start.Network, "network", "", "network of RUN steps: host (the default) or none")
+	f.StringVar(&b.start.Network, "network", "", "network of RUN steps: host (also called default) or none")
 	f.StringArrayVar(&b.addHosts, "add-host", nil, "another line of /etc/hosts in RUN steps: `NAME:ADDRESS`")
 	f.Var(&b.shm, "shm-size", "size of /dev/shm in RUN steps, as 128M")
 	f.StringArrayVar(&b.start.Ulimits, "ulimit", nil, "limit in RUN steps: `NAME=SOFT[:HARD]`")
@@ -93,7 +93,7 @@ With -o the image is also kept here when it has a name by -t, or is of type disk
 	f.BoolVarP(&b.quiet, "quiet", "q", false, "the digest only; the same as --progress quiet")
 	complete(cmd, "progress", "auto", "plain", "tty", "quiet", "rawjson")
 	complete(cmd, "isolation", "host", "vm")
-	complete(cmd, "network", "host", "none")
+	complete(cmd, "network", "default", "host", "none")
 	complete(cmd, "call", "check", "outline", "targets")
 	return cmd
 }
@@ -136,6 +136,9 @@ func (b *buildFlags) read(e *environment, context string) (*buildCall, error) {
 	}
 	if b.timeout > 0 {
 		b.start.Timeout = durationpb.New(b.timeout)
+	}
+	if b.start.Network == "default" {
+		b.start.Network = ""
 	}
 	b.start.Quiet, b.start.ShmBytes = b.mode == "quiet", int64(b.shm)
 	b.start.BuildArgs, b.start.Labels = pairs(e.environ(b.args)), pairs(b.labels)

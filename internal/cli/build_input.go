@@ -53,6 +53,13 @@ func (c *buildCall) readContext(path string) error {
 		}
 	case c.start.ContextDir != "":
 		// It is relative to where the command runs, not to the context.
+		if info, statErr := os.Stat(c.file); statErr == nil && !info.IsDir() && !info.Mode().IsRegular() {
+			c.start.DockerfileText, err = os.ReadFile(c.file) // a pipe, which only this process has
+			if err != nil {
+				return fmt.Errorf("reading the Dockerfile: %w", err)
+			}
+			break
+		}
 		if c.start.Dockerfile, err = filepath.Abs(c.file); err != nil {
 			return fmt.Errorf("finding Dockerfile %q: %w", c.file, err)
 		}

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
@@ -21,7 +22,8 @@ type output struct {
 	dest string // - is standard output
 	to   io.Writer
 
-	file *os.File // takes the name dest once it is whole
+	file   *os.File // takes the name dest once it is whole
+	device *os.File // is dest
 
 	pipe     *io.PipeWriter // to unpack
 	unpacked chan error
@@ -47,6 +49,12 @@ func (c *buildCall) readOutputs() error {
 		}
 		if dest == "" {
 			return usagef("--output %q: dest=PATH is missing", given)
+		}
+		if dest == "-" && slices.ContainsFunc(c.outputs, func(o *output) bool { return o.dest == "-" }) {
+			return usagef("--output %q: only one output can go to standard output", given)
+		}
+		if attrs["tar"] == "false" {
+			return usagef("--output %q: an image goes into an archive; leave out tar=false", given)
 		}
 		if dest == "-" && kind == "local" {
 			return usagef("--output %q: a directory cannot be standard output; use type=tar", given)
@@ -88,10 +96,18 @@ func (c *buildCall) openOutput(kind, dest string) (*output, error) {
 	case dest == "-":
 		o.to = c.env.Stdout
 	default:
-		if info, err := os.Stat(dest); err == nil && !info.Mode().IsRegular() {
-			return nil, fmt.Errorf("%s is there and no file", dest)
+		info, err := os.Stat(dest)
+		if err == nil && info.IsDir() {
+			return nil, fmt.Errorf("%s is a directory", dest)
 		}
-		var err error
+		if err == nil && !info.Mode().IsRegular() { // a device or a pipe is written as it is
+			f, err := os.OpenFile(dest, os.O_WRONLY, 0)
+			if err != nil {
+				return nil, err
+			}
+			o.to, o.device = f, f
+			return o, nil
+		}
 		if o.file, err = os.CreateTemp(filepath.Dir(dest), ".atoll-"); err != nil {
 			return nil, err
 		}
@@ -110,6 +126,9 @@ func (o *output) write(data []byte) error {
 func (o *output) finish() error {
 	var err error
 	switch {
+	case o.device != nil:
+		err = o.device.Close()
+		o.device = nil
 	case o.pipe != nil:
 		err = errors.Join(o.pipe.Close(), <-o.unpacked)
 		o.pipe = nil
@@ -134,6 +153,9 @@ func (o *output) discard() {
 		o.pipe.CloseWithError(errors.New("the build failed"))
 		<-o.unpacked
 	}
+	if o.device != nil {
+		o.device.Close()
+	}
 	if o.file != nil {
 		o.file.Close()
 		os.Remove(o.file.Name())
@@ -144,23 +166,37 @@ func (o *output) discard() {
 // left out.
 func unpack(r io.Reader, root *os.Root) error {
 	t := tar.NewReader(r)
+	var dirs []*tar.Header // their modes and times come last: what is put into them needs and changes both
 	for {
 		h, err := t.Next()
 		if errors.Is(err, io.EOF) {
 			_, err = io.Copy(io.Discard, r)
+			for _, d := range slices.Backward(dirs) {
+				err = errors.Join(err, root.Chmod(local(d.Name), modeOf(d)), root.Chtimes(local(d.Name), d.ModTime, d.ModTime))
+			}
 			return err
 		}
 		if err != nil {
 			return err
 		}
-		name := strings.TrimPrefix(path.Clean("/"+h.Name), "/")
+		name := local(h.Name)
 		if name == "" {
 			continue
+		}
+		if h.Typeflag == tar.TypeDir {
+			dirs = append(dirs, h)
 		}
 		if err := unpackEntry(t, h, name, root); err != nil {
 			return fmt.Errorf("%s: %w", h.Name, err)
 		}
 	}
+}
+
+// local is an archive's name as one below the directory.
+func local(name string) string { return strings.TrimPrefix(path.Clean("/"+name), "/") }
+
+func modeOf(h *tar.Header) fs.FileMode {
+	return h.FileInfo().Mode() & (fs.ModePerm | fs.ModeSetuid | fs.ModeSetgid | fs.ModeSticky)
 }
 
 func unpackEntry(t io.Reader, h *tar.Header, name string, root *os.Root) error {
@@ -169,9 +205,9 @@ func unpackEntry(t io.Reader, h *tar.Header, name string, root *os.Root) error {
 			return err
 		}
 	}
-	mode := fs.FileMode(h.Mode).Perm()
+	mode := modeOf(h)
 	if h.Typeflag == tar.TypeDir {
-		if err := root.Mkdir(name, mode|0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		if err := root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
 		return nil
@@ -181,7 +217,7 @@ func unpackEntry(t io.Reader, h *tar.Header, name string, root *os.Root) error {
 	}
 	switch h.Typeflag {
 	case tar.TypeReg:
-		f, err := root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
+		f, err := root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 		if err != nil {
 			return err
 		}
@@ -190,7 +226,7 @@ func unpackEntry(t io.Reader, h *tar.Header, name string, root *os.Root) error {
 	case tar.TypeSymlink:
 		return root.Symlink(h.Linkname, name)
 	case tar.TypeLink:
-		return root.Link(strings.TrimPrefix(path.Clean("/"+h.Linkname), "/"), name)
+		return root.Link(local(h.Linkname), name)
 	}
 	return nil
 }

@@ -38,6 +38,9 @@ does not come out as asked for, and names it.`,
   atoll kernel build --source https://cdn.kernel.org/pub/linux/kernel/v6.x/linux-6.12.58.tar.xz --keyring keys.gpg`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if cmd.Flags().Changed("jobs") && req.Jobs < 1 {
+				return usagef("--jobs %d: want 1 or more", req.Jobs)
+			}
 			var err error
 			if req.Config, err = readOption("--config", config); err != nil {
 				return err

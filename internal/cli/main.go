@@ -19,6 +19,7 @@ import (
 	"github.com/atollvm/atoll/client"
 	"github.com/atollvm/atoll/internal/cli/ui"
 	"github.com/atollvm/atoll/internal/config"
+	"github.com/atollvm/atoll/internal/hint"
 )
 
 // Env is the world outside of the command line.
@@ -110,6 +111,9 @@ func (e *environment) finish(ctx context.Context, cmd *cobra.Command, err error)
 	exit := (*exitError)(nil)
 	if errors.As(err, &exit) && exit.err == nil {
 		return exit.code
+	}
+	if isBroken(err) && exit == nil {
+		err = hint.With(fmt.Errorf("%w: it was ended, or died", errDisconnected), "the next command starts it again: repeat this one")
 	}
 	if i := (interrupted{}); errors.As(context.Cause(ctx), &i) {
 		return 128 + int(i.signal)

@@ -249,18 +249,18 @@ func (s *Store) Resolve(ctx context.Context, name, platform string) (Image, erro
 	return img, nil
 }
 
-var idPrefix = regexp.MustCompile(`^(?:sha256:)?([0-9a-f]{12,64})$`)
+var idPrefix = regexp.MustCompile(`^(?:sha256:)?([0-9a-f]{1,64})$`)
 
 func (s *Store) find(name string) (Image, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	r, parseErr := ref.Parse(name)
-	if parseErr == nil {
+	id := idPrefix.FindStringSubmatch(name)
+	if whole := id != nil && (len(id[1]) == 64 || strings.Contains(name, ":")); parseErr == nil && !whole { // no name stands in an ID's way
 		if rec, ok := s.lookupLocked(r); ok {
 			return s.imageLocked(rec.Manifest.Digest), nil
 		}
 	}
-	id := idPrefix.FindStringSubmatch(name)
 	if id == nil {
 		if parseErr != nil {
 			return Image{}, parseErr
@@ -275,7 +275,11 @@ func (s *Store) find(name string) (Image, error) {
 	}
 	switch len(found) {
 	case 0:
-		return Image{}, hint.With(fmt.Errorf("image %q: %w", name, errdefs.ErrNotFound), "atoll image ls shows the images there are")
+		next := "atoll image ls shows the images there are"
+		if parseErr == nil && len(id[1]) < 12 { // rather a name
+			next = "atoll pull " + r.Familiar()
+		}
+		return Image{}, hint.With(fmt.Errorf("image %q: %w", name, errdefs.ErrNotFound), "%s", next)
 	case 1:
 		for d := range found {
 			return s.imageLocked(d), nil
@@ -384,6 +388,9 @@ func parseTag(s string) (ref.Ref, error) {
 	r, err := ref.Parse(s)
 	if err == nil && r.Digest != "" {
 		err = hint.With(fmt.Errorf("image reference %q: a digest cannot be chosen: %w", s, errdefs.ErrInvalidArgument), "write name:tag")
+	}
+	if name, _, _ := strings.Cut(s, ":"); err == nil && digest.Algorithm(name).Available() {
+		err = hint.With(fmt.Errorf("image reference %q: it would be taken for a digest: %w", s, errdefs.ErrInvalidArgument), "choose another name than %s", name)
 	}
 	return r, err
 }

@@ -85,7 +85,7 @@ func TestResolve(t *testing.T) {
 	closeStore()
 	s, _ = openStore(t, dir, nil)
 	for _, name := range []string{"debian:bookworm", "docker.io/library/debian:bookworm", "team/base:1", "debian@" + img.Digest.String(),
-		img.Digest.String(), img.Digest.Encoded(), img.Digest.Encoded()[:12], "sha256:" + img.Digest.Encoded()[:20]} {
+		img.Digest.String(), img.Digest.Encoded(), img.Digest.Encoded()[:12], img.Digest.Encoded()[:3], "sha256:" + img.Digest.Encoded()[:20]} {
 		got, err := s.Resolve(t.Context(), name, "linux/amd64")
 		if err != nil || got.Digest != img.Digest {
 			t.Errorf("Resolve(%q) = %s, %v", name, got.Digest, err)
@@ -94,9 +94,19 @@ func TestResolve(t *testing.T) {
 			t.Errorf("Resolve(%q): %s", name, d)
 		}
 	}
-	for _, name := range []string{"debian", "debian:bookwor", "other@" + img.Digest.String(), img.Digest.Encoded()[:11], strings.Repeat("0", 12)} {
+	for _, name := range []string{"debian", "debian:bookwor", "other@" + img.Digest.String(), strings.Repeat("0", 12)} {
 		_, err := s.Resolve(t.Context(), name, "")
 		checkError(t, err, errdefs.IsNotFound, name)
+	}
+	// No name may stand in an ID's way.
+	other := store(t, s, "other", makeImage(t, "amd64", blob(2, 100)))
+	for _, name := range []string{img.Digest.String(), "sha512:x"} {
+		checkError(t, s.Tag(t.Context(), other.Digest.String(), name), errdefs.IsInvalidArgument, name)
+	}
+	if err := s.Tag(t.Context(), other.Digest.String(), img.Digest.Encoded()); err == nil {
+		if got, err := s.Resolve(t.Context(), img.Digest.Encoded(), ""); err != nil || got.Digest != img.Digest {
+			t.Errorf("an ID finds %s, %v", got.Digest, err)
+		}
 	}
 	_, err := s.Resolve(t.Context(), "Debian", "")
 	checkError(t, err, errdefs.IsInvalidArgument, "upper case")

@@ -232,7 +232,7 @@ func (s *images) Remove(ctx context.Context, req *connect.Request[atollv1.Remove
 	if err != nil {
 		return nil, err
 	}
-	res := &atollv1.RemoveImageResponse{Untagged: removed.Untagged}
+	res := &atollv1.RemoveImageResponse{Untagged: familiar(removed.Untagged)}
 	for _, d := range removed.Deleted {
 		res.Deleted = append(res.Deleted, d.String())
 	}

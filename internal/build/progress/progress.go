@@ -18,15 +18,16 @@ import (
 type Printer struct {
 	w        io.Writer
 	raw      bool
+	quiet    bool
 	warnings []*client.VertexWarning
 	statuses chan *client.SolveStatus
 	done     chan error
 }
 
 // NewPrinter returns a printer for mode: auto (tty when w is a terminal, else plain), plain, tty, quiet or rawjson. The warnings of a
-// build come at its end in all of them but rawjson, which has them as they come.
+// build come at its end in all of them but quiet and rawjson, which has them as they come.
 func NewPrinter(w io.Writer, mode string) (*Printer, error) {
-	p := &Printer{w: w, raw: mode == string(progressui.RawJSONMode), statuses: make(chan *client.SolveStatus), done: make(chan error, 1)}
+	p := &Printer{w: w, raw: mode == string(progressui.RawJSONMode), quiet: mode == string(progressui.QuietMode), statuses: make(chan *client.SolveStatus), done: make(chan error, 1)}
 	display, err := newDisplay(w, progressui.DisplayMode(mode))
 	if err != nil {
 		return nil, fmt.Errorf("progress mode %q: %v: %w", mode, err, errdefs.ErrInvalidArgument)
@@ -71,6 +72,9 @@ func (p *Printer) Close() error {
 	close(p.statuses)
 	if err := <-p.done; err != nil {
 		return err
+	}
+	if p.quiet {
+		return nil
 	}
 	return p.printWarnings()
 }

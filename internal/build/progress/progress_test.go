@@ -88,6 +88,12 @@ func TestFailureAndWarnings(t *testing.T) {
 		if n := strings.Count(got, "words"); n < words || mode == "quiet" && n > 0 || strings.Contains(got, "------") {
 			t.Errorf("%s: output %d times:\n%s", mode, n, got)
 		}
+		if mode == "quiet" {
+			if got != "" {
+				t.Errorf("quiet: %q", got)
+			}
+			continue
+		}
 		if !strings.Contains(got, "1 warning found:\n - Rule: mend it (line 3)\n   https://rule\n") || strings.Count(got, "mend it") != 1 {
 			t.Errorf("%s: warnings:\n%s", mode, got)
 		}
