@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/util/resolver"
@@ -92,6 +93,46 @@ func TestAuthorities(t *testing.T) {
 			}
 			if info, err := os.Stat(bundle); err == nil && name == "left alone" && !info.ModTime().Equal(old) {
 				t.Errorf("the file that was left alone is of %s", info.ModTime())
+			}
+		})
+	}
+}
+
+// A bundle that is too large to look into fails the step, unless it was so before and got nothing.
+func TestAuthoritiesInLargeBundle(t *testing.T) {
+	a := authorities("authorities")
+	for name, c := range map[string]struct {
+		before, after int64
+		got, fails    bool
+	}{
+		"grown":             {before: 10, after: maxBundle + 1, got: true, fails: true},
+		"large before":      {before: maxBundle + 1, after: maxBundle + 1},
+		"large with them":   {before: maxBundle - 1, after: maxBundle - 1},
+		"just large enough": {before: maxBundle - int64(len(a)), after: maxBundle, got: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			root := t.TempDir()
+			bundle := write(t, filepath.Join(root, bundlePaths[0]), "")
+			if err := os.Truncate(bundle, c.before); err != nil {
+				t.Fatal(err)
+			}
+			added := map[string]change{}
+			if err := a.add(root, added); err != nil {
+				t.Fatal(err)
+			}
+			if info, err := os.Stat(bundle); err != nil || (info.Size() > c.before) != c.got {
+				t.Fatalf("with authorities: %v, %v", info, err)
+			}
+			if err := os.Truncate(bundle, c.after); err != nil {
+				t.Fatal(err)
+			}
+			err := a.cut(root, added)
+			if !c.fails {
+				if info, statErr := os.Stat(bundle); err != nil || statErr != nil || info.Size() != c.before {
+					t.Errorf("after the step: %v, %v, %v", info, statErr, err)
+				}
+			} else if !errdefs.IsResourceExhausted(err) || !strings.Contains(err.Error(), bundlePaths[0]+" has grown to 16777217 bytes") {
+				t.Errorf("a bundle that has grown: %v", err)
 			}
 		})
 	}
