@@ -715,6 +715,29 @@ func TestFrontendAttrs(t *testing.T) {
 	}
 }
 
+// Who sends a context does not choose how much memory the daemon takes to unpack it.
+func TestArchiveOfLargeWindow(t *testing.T) {
+	var plain bytes.Buffer
+	w := tar.NewWriter(&plain)
+	if err := errors.Join(w.WriteHeader(&tar.Header{Name: "Dockerfile", Mode: 0o644}), w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	// A frame that declares its window, as 10 and this many powers of 2, and one raw block.
+	frame := func(exponent byte) io.Reader {
+		block := 1 | plain.Len()<<3
+		head := []byte{0x28, 0xb5, 0x2f, 0xfd, 0, exponent << 3, byte(block), byte(block >> 8), byte(block >> 16)}
+		return bytes.NewReader(append(head, plain.Bytes()...))
+	}
+	archive, err := openArchive(frame(17))
+	if err != nil {
+		t.Fatalf("zstd with a window of 128 MiB: %v", err)
+	}
+	archive.Close()
+	if _, err := openArchive(frame(18)); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "window of more than 128 MiB") {
+		t.Errorf("zstd with a window of 256 MiB: %v", err)
+	}
+}
+
 // FuzzArchive: what a client streams as a context is an archive, or it is not; nothing else happens.
 func FuzzArchive(f *testing.F) {
 	var plain bytes.Buffer

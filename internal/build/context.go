@@ -34,8 +34,10 @@ import (
 	"github.com/xi2/xz"
 )
 
-// maxDockerfile bounds a Dockerfile that comes without a context.
-const maxDockerfile = 4 << 20
+const (
+	maxDockerfile = 4 << 20   // a Dockerfile that comes without a context
+	maxWindow     = 128 << 20 // of zstd and xz, in memory
+)
 
 // The names of BuildKit's frontend for the two local directories.
 const (
@@ -180,7 +182,11 @@ func openArchive(f io.Reader) (io.ReadCloser, error) {
 		return nil, err
 	}
 	tarball := bufio.NewReaderSize(plain, 64<<10)
-	head, _ := tarball.Peek(64 << 10)
+	head, err := tarball.Peek(64 << 10)
+	if errors.Is(err, zstd.ErrWindowSizeExceeded) || errors.Is(err, xz.ErrMemlimit) {
+		return nil, hint.With(fmt.Errorf("unpacking it takes a window of more than %d MiB: %w: %w", maxWindow>>20, err, errdefs.ErrInvalidArgument),
+			"compress it with a smaller window, as zstd does without --ultra and --long")
+	}
 	if _, err := tar.NewReader(bytes.NewReader(head)).Next(); err != nil {
 		return nil, errNoArchive
 	}
@@ -204,13 +210,13 @@ func decompress(r *bufio.Reader) (io.Reader, error) {
 	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b}):
 		return gzip.NewReader(r)
 	case bytes.HasPrefix(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}):
-		d, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1))
+		d, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
 			return nil, err
 		}
 		return d, nil
 	case bytes.HasPrefix(magic, []byte("\xfd7zXZ\x00")):
-		return xz.NewReader(r, 0)
+		return xz.NewReader(r, maxWindow)
 	case bytes.HasPrefix(magic, []byte("BZh")):
 		return bzip2.NewReader(r), nil
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	continuity "github.com/containerd/continuity/fs"
+	"github.com/containerd/errdefs"
 	"github.com/moby/buildkit/executor"
 	resourcestypes "github.com/moby/buildkit/executor/resources/types"
 	"golang.org/x/sys/unix"
@@ -31,7 +32,7 @@ var bundlePaths = []string{
 	"/etc/ssl/cert.pem",
 }
 
-// maxBundle bounds what is read of an image's bundle; Debian's has 220 kB.
+// maxBundle bounds what is read of an image's bundle, with the authorities; Debian's has 220 kB.
 const maxBundle = 16 << 20
 
 // authorities are the certificates that are trusted beside the system's, as one PEM text between two lines of our own.
@@ -120,8 +121,8 @@ func (a authorities) merged(dir, bundle string) (string, error) {
 }
 
 // trustingExecutor runs each step with the authorities in the bundle of its image. They are in the file, and not mounted over it,
-// because update-ca-certificates replaces the file, which a mount forbids. After the step they are cut out again, and a file that is as
-// it was has its old time: the differ then sees no change, and no layer has them.
+// because update-ca-certificates replaces the file, which a mount forbids. After the step they are cut out of the bundles again, and a
+// file that is as it was has its old time: the differ then sees no change. What a step copies of a bundle to another place keeps them.
 type trustingExecutor struct {
 	executor.Executor
 	authorities authorities
@@ -164,21 +165,26 @@ func withRoot(ctx context.Context, m executor.Mount, f func(root string) error) 
 	if err != nil {
 		return err
 	}
+	var inner error // apart: who reads it has no use for the directory that the wrapping names
 	err = mount.WithTempMount(ctx, mounts, func(root string) error {
-		inside, err := continuity.RootPath(root, m.Selector)
-		if err != nil {
-			return err
+		var inside string
+		if inside, inner = continuity.RootPath(root, m.Selector); inner == nil {
+			inner = f(inside)
 		}
-		return f(inside)
+		return nil
 	})
+	err = errors.Join(inner, err)
 	if release != nil {
 		err = errors.Join(err, release())
 	}
 	return err
 }
 
-// change is what add did to a bundle.
-type change struct{ before, after time.Time }
+// change is what add did to a bundle. One that was too large got nothing.
+type change struct {
+	before, after time.Time
+	tooLarge      bool
+}
 
 // add appends the authorities to the bundles that a root has, and remembers them by their paths in it.
 func (a authorities) add(root string, added map[string]change) error {
@@ -189,6 +195,10 @@ func (a authorities) add(root string, added map[string]change) error {
 		}
 		inside := strings.TrimPrefix(file, root)
 		if _, again := added[inside]; info == nil || again {
+			continue
+		}
+		if info.Size()+int64(len(a)) > maxBundle {
+			added[inside] = change{tooLarge: true}
 			continue
 		}
 		f, err := os.OpenFile(file, os.O_WRONLY|os.O_APPEND|syscall.O_NOFOLLOW, 0)
@@ -215,6 +225,13 @@ func (a authorities) cut(root string, added map[string]change) error {
 		if info == nil {
 			continue
 		}
+		inside := strings.TrimPrefix(file, root)
+		if info.Size() > maxBundle {
+			if added[inside].tooLarge {
+				continue
+			}
+			return fmt.Errorf("%s has grown to %d bytes, more than the %d that they are cut out of: %w", inside, info.Size(), maxBundle, errdefs.ErrResourceExhausted)
+		}
 		data, err := os.ReadFile(file)
 		if err != nil {
 			return err
@@ -227,7 +244,7 @@ func (a authorities) cut(root string, added map[string]change) error {
 			return err
 		}
 		when := info.ModTime()
-		if c, ok := added[strings.TrimPrefix(file, root)]; ok && when.Equal(c.after) {
+		if c, ok := added[inside]; ok && when.Equal(c.after) {
 			when = c.before
 		}
 		if err := os.Chtimes(file, when, when); err != nil {
@@ -247,7 +264,7 @@ func findBundle(root, path string) (string, fs.FileInfo, error) {
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return file, nil, nil
 	}
-	if err != nil || !info.Mode().IsRegular() || info.Size() > maxBundle {
+	if err != nil || !info.Mode().IsRegular() {
 		return file, nil, err
 	}
 	return file, info, nil

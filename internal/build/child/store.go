@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/images"
@@ -47,14 +48,14 @@ type Registry struct {
 // registryConfig puts settings, by host[:port], in BuildKit's words: it names mirrors by host and path.
 func registryConfig(settings map[string]Registry) map[string]config.RegistryConfig {
 	all := map[string]config.RegistryConfig{}
-	yes := true
+	yes, no := true, false
 	for host, r := range settings {
 		c := all[host]
-		if r.Insecure {
-			c.Insecure = &yes
-		}
 		if r.CA != "" {
-			c.RootCAs = []string{r.CA}
+			c.RootCAs, c.PlainHTTP = []string{r.CA}, &no // also on loopback, where BuildKit begins with plain HTTP
+		}
+		if r.Insecure {
+			c.Insecure, c.PlainHTTP = &yes, &yes // TLS first: the two together are what makes BuildKit fall back
 		}
 		for _, m := range r.Mirrors {
 			u, err := url.Parse(m)
@@ -90,7 +91,7 @@ func (s *store) hosts(domain string) ([]docker.RegistryHost, error) {
 		return nil, err
 	}
 	ours := docker.RegistryHost{
-		Client: &http.Client{Transport: storeOrOut{s.client.Transport}},
+		Client: &http.Client{Transport: storeOrOut{store: s.client.Transport, remote: remote}},
 		Host:   storeHost,
 		Scheme: "http",
 		Path:   "/v2",
@@ -101,14 +102,22 @@ func (s *store) hosts(domain string) ([]docker.RegistryHost, error) {
 }
 
 // storeOrOut sends requests for the store to it. BuildKit fetches tokens for the other hosts with the first host's client, so what is
-// not for the store goes out as usual.
-type storeOrOut struct{ store http.RoundTripper }
+// not for the store goes out as that host's own requests do. A token server that is none of the hosts is taken for the registry's,
+// which is the last of them.
+type storeOrOut struct {
+	store  http.RoundTripper
+	remote []docker.RegistryHost
+}
 
 func (t storeOrOut) RoundTrip(r *http.Request) (*http.Response, error) {
-	if r.URL.Host != storeHost {
-		return http.DefaultTransport.RoundTrip(r)
+	if r.URL.Host == storeHost {
+		return t.store.RoundTrip(r)
 	}
-	return t.store.RoundTrip(r)
+	i := slices.IndexFunc(t.remote, func(h docker.RegistryHost) bool { return h.Host == r.URL.Host })
+	if i < 0 {
+		i = len(t.remote) - 1
+	}
+	return t.remote[i].Client.Transport.RoundTrip(r)
 }
 
 // Get resolves a tag in the store.
