@@ -62,13 +62,19 @@ func (v *VM) Run(ctx context.Context, id string, root executor.Mount, mounts []e
 	}
 	defer leave()
 
-	t := &tree{dir: filepath.Join(v.share(), id), aside: filepath.Join(v.dir, "aside-"+id)}
+	t := v.stage().tree(id)
 	defer func() { err = errors.Join(err, t.close()) }()
 	if err := t.mountRoot(ctx, root); err != nil {
 		return nil, fmt.Errorf("mounting the step's root: %w", err)
 	}
 	// Its mount points are the guest's to make; what is left of them goes, as with other executors.
-	defer executor.MountStubsCleaner(context.WithoutCancel(ctx), t.root(), mounts, process.Meta.RemoveMountStubsRecursive)()
+	var removeStubs func()
+	if err := inside(t.root(), func() {
+		removeStubs = executor.MountStubsCleaner(context.WithoutCancel(ctx), "/", mounts, process.Meta.RemoveMountStubsRecursive)
+	}); err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, inside(t.root(), removeStubs)) }()
 	guest, err := t.mountAll(ctx, mounts)
 	if err != nil {
 		return nil, err

@@ -24,26 +24,30 @@ const rootName = "root"
 // unmountPatience is how long virtiofsd may take to close what the guest has forgotten.
 const unmountPatience = 200 * time.Millisecond
 
-// tree is what one step sees of the host: directories and files mounted below dir, which is in the shared directory, while it runs.
+// lateWrites is how long files may take to be closed that the guest had open for writing.
+const lateWrites = 5 * time.Second
+
+// tree is what one step sees of the host while it runs: directories and files mounted in a directory on the stage.
 type tree struct {
-	dir   string
-	aside string         // of mounts of which the step gets only a part; outside the shared directory
+	made  string         // where its mount points are made
+	seen  string         // where they are mounted on
+	aside string         // of mounts of which the step gets only a part; not shared
 	undo  []func() error // in the order of doing
 }
 
-func (t *tree) root() string { return filepath.Join(t.dir, rootName) }
+func (t *tree) root() string { return filepath.Join(t.seen, rootName) }
 
 // mountRoot mounts the step's root.
 func (t *tree) mountRoot(ctx context.Context, root executor.Mount) error {
-	if err := os.Mkdir(t.dir, 0o700); err != nil {
+	if err := makeMountPoint(t.made, true); err != nil {
 		return err
 	}
-	t.onClose(func() error { return os.Remove(t.dir) })
+	t.onClose(func() error { return os.Remove(t.made) })
 	mounts, err := t.resolve(ctx, root.Src, false)
 	if err != nil {
 		return err
 	}
-	return t.mount(mounts, t.root(), true)
+	return t.mountSeen(mounts, rootName, true)
 }
 
 // mountAll mounts the rest and returns what the guest has to do with it.
@@ -72,10 +76,9 @@ func (t *tree) mountOne(ctx context.Context, name string, m executor.Mount) (*ag
 		g.Options, g.ReadOnly = tmpfs(mounts[0].Options, m.Readonly)
 		return g, nil // the guest's own memory
 	}
-	g.Source = filepath.Join(guestShare, filepath.Base(t.dir), name)
-	target := filepath.Join(t.dir, name)
+	g.Source = filepath.Join(guestShare, filepath.Base(t.seen), name)
 	if sub := filepath.Join("/", m.Selector); sub != "/" {
-		return g, t.mountPart(mounts, sub, name, target)
+		return g, t.mountPart(mounts, sub, name)
 	}
 	dir := true
 	if len(mounts) == 1 && mounts[0].Type == "bind" {
@@ -88,7 +91,7 @@ func (t *tree) mountOne(ctx context.Context, name string, m executor.Mount) (*ag
 		}
 		dir = info.IsDir()
 	}
-	return g, t.mount(mounts, target, dir)
+	return g, t.mountSeen(mounts, name, dir)
 }
 
 // socket has the guest make a socket like the host's, since none works through a share.
@@ -117,12 +120,12 @@ func tmpfs(options []string, readOnly bool) (own string, ro bool) {
 
 // mountPart mounts the file or directory sub of a mount. A step that runs beside this one may be moving links about there: the kernel
 // takes none of them for more than a path below the mount.
-func (t *tree) mountPart(mounts []mount.Mount, sub, name, target string) error {
+func (t *tree) mountPart(mounts []mount.Mount, sub, name string) error {
 	if err := t.makeAside(); err != nil {
 		return err
 	}
 	whole := filepath.Join(t.aside, name)
-	if err := t.mount(mounts, whole, true); err != nil {
+	if err := t.mount(mounts, whole, whole, true); err != nil {
 		return err
 	}
 	dir, err := os.OpenFile(whole, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
@@ -141,7 +144,7 @@ func (t *tree) mountPart(mounts []mount.Mount, sub, name, target string) error {
 		return err
 	}
 	source := fmt.Sprintf("/proc/self/fd/%d", fd)
-	return t.mount([]mount.Mount{{Type: "bind", Source: source, Options: []string{"rbind"}}}, target, info.IsDir())
+	return t.mountSeen([]mount.Mount{{Type: "bind", Source: source, Options: []string{"rbind"}}}, name, info.IsDir())
 }
 
 func (t *tree) makeAside() error {
@@ -170,15 +173,16 @@ func (t *tree) resolve(ctx context.Context, src executor.Mountable, readOnly boo
 	return mounts, nil
 }
 
-func (t *tree) mount(mounts []mount.Mount, target string, dir bool) error {
-	make := func() error { return os.Mkdir(target, 0o700) }
-	if !dir {
-		make = func() error { return os.WriteFile(target, nil, 0o600) }
-	}
-	if err := make(); err != nil {
+func (t *tree) mountSeen(mounts []mount.Mount, name string, dir bool) error {
+	return t.mount(mounts, filepath.Join(t.made, name), filepath.Join(t.seen, name), dir)
+}
+
+// mount makes a mount point at made, which is target or another way to it, and mounts there.
+func (t *tree) mount(mounts []mount.Mount, made, target string, dir bool) error {
+	if err := makeMountPoint(made, dir); err != nil {
 		return err
 	}
-	t.onClose(func() error { return os.Remove(target) })
+	t.onClose(func() error { return os.Remove(made) })
 	// The layers of several mounts lie one over the other; each comes off by itself.
 	for _, m := range mounts {
 		if err := m.Mount(target); err != nil {
@@ -189,23 +193,35 @@ func (t *tree) mount(mounts []mount.Mount, target string, dir bool) error {
 	return nil
 }
 
-// unmount takes a mount away at once, or when the last file in it is closed where virtiofsd holds one longer than expected.
+// unmount takes a mount away at once, or when the last file in it is closed where virtiofsd holds one longer than expected. The guest
+// cannot change what was mounted afterwards: it is a layer of an image then, or somebody else's.
 func unmount(target string) error {
-	tick := time.NewTicker(2 * time.Millisecond)
-	defer tick.Stop()
-	for deadline := time.Now().Add(unmountPatience); ; <-tick.C {
-		err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
-		if err == nil {
-			return nil
-		}
-		if err != unix.EBUSY || time.Now().After(deadline) {
-			break
-		}
+	err := retry(unmountPatience, func() error { return unix.Unmount(target, unix.UMOUNT_NOFOLLOW) })
+	if err == nil {
+		return nil
+	}
+	// Through what virtiofsd still holds a guest could go on to write.
+	err = retry(lateWrites, func() error {
+		return unix.MountSetattr(unix.AT_FDCWD, target, unix.AT_SYMLINK_NOFOLLOW, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+	})
+	if err != nil {
+		err = fmt.Errorf("the virtual machine goes on writing to %s after the step: %w", filepath.Base(target), err)
 	}
 	if err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH); err != nil {
 		return &os.PathError{Op: "unmount", Path: target, Err: err}
 	}
-	return nil
+	return err
+}
+
+// retry does something again while it is said to be busy.
+func retry(patience time.Duration, do func() error) error {
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(patience); ; <-tick.C {
+		if err := do(); err != unix.EBUSY || time.Now().After(deadline) {
+			return err
+		}
+	}
 }
 
 func (t *tree) onClose(f func() error) { t.undo = append(t.undo, f) }

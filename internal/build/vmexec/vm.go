@@ -9,7 +9,6 @@ package vmexec
 import (
 	"context"
 	"crypto/rand"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -87,7 +86,7 @@ func New(dir string, spec Spec, driver vmm.Driver, log *slog.Logger) *VM {
 	return v
 }
 
-func (v *VM) share() string { return filepath.Join(v.dir, "share") }
+func (v *VM) stage() stage { return stage{v.dir} }
 
 // enter starts the VM unless it runs, and counts a step in; leave counts it out.
 func (v *VM) enter() (_ *started, leave func(), err error) {
@@ -114,7 +113,7 @@ func (v *VM) enter() (_ *started, leave func(), err error) {
 }
 
 func (v *VM) start(ctx context.Context) (_ *started, err error) {
-	if err := os.Mkdir(v.share(), 0o700); err != nil {
+	if err := v.stage().open(); err != nil {
 		return nil, err
 	}
 	s := &started{}
@@ -134,7 +133,7 @@ func (v *VM) start(ctx context.Context) (_ *started, err error) {
 	if s.instance, err = v.driver.Start(ctx, vmm.Spec{
 		ID: "build", Dir: v.dir, Kernel: v.spec.Kernel, CPUs: v.spec.CPUs, MemoryBytes: v.spec.MemoryBytes,
 		NICs:     []vmm.NIC{{MAC: e.MAC, MTU: n.MTU, Local: a.Local, Remote: a.Remote}},
-		Shares:   []vmm.Share{{Tag: shareTag, Path: v.share()}},
+		Shares:   []vmm.Share{{Tag: shareTag, Path: v.stage().seen()}},
 		Tethered: true,
 	}); err != nil {
 		return nil, err
@@ -224,7 +223,7 @@ func (v *VM) Close() error {
 		v.started.end()
 	}
 	// Never a recursive removal of what may have something mounted in it.
-	if err := os.Remove(v.share()); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := v.stage().close(); err != nil {
 		return fmt.Errorf("ending the build's virtual machine: %w", err)
 	}
 	if err := os.RemoveAll(v.dir); err != nil {

@@ -111,6 +111,163 @@ func (r ref) Mount() ([]mount.Mount, func() error, error) {
 
 func (ref) IdentityMapping() *user.IdentityMapping { return nil }
 
+func openStage(t *testing.T) stage {
+	t.Helper()
+	s := stage{t.TempDir()}
+	t.Cleanup(func() {
+		if err := s.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := s.open(); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// A guest does between two mounts of a step whatever it can where it sees them, through what it opened before.
+func TestHostileGuest(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	dir, released := t.TempDir(), 0
+	bind := func(path string) source {
+		return source{[]mount.Mount{{Type: "bind", Source: path, Options: []string{"rbind"}}}, &released}
+	}
+	root, victim, secret := filepath.Join(dir, "rootfs"), filepath.Join(dir, "victim"), filepath.Join(dir, "secret")
+	if err := errors.Join(os.Mkdir(root, 0o755), os.WriteFile(victim, []byte("precious"), 0o600), os.WriteFile(secret, []byte("hidden"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	s := openStage(t)
+	share, err := os.OpenRoot(s.seen())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer share.Close()
+	tr := s.tree("step")
+	t.Cleanup(func() { tr.close() })
+	if err := tr.mountRoot(t.Context(), executor.Mount{Src: bind(root)}); err != nil {
+		t.Fatal(err)
+	}
+	step, err := share.OpenRoot("step")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer step.Close()
+	for what, err := range map[string]error{
+		"a link for a mount point": step.Symlink(victim, "0"),
+		"a directory swapped":      share.Rename("step", "elsewhere"),
+		"a step to come":           share.Symlink(dir, "next"),
+		"a mount point gone":       step.Remove("root"),
+	} {
+		if !errors.Is(err, syscall.EROFS) && !errors.Is(err, syscall.EBUSY) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if err := step.WriteFile("root/file", []byte("written"), 0o600); err != nil {
+		t.Errorf("writing to its root: %v", err)
+	}
+	if _, err := tr.mountOne(t.Context(), "0", executor.Mount{Src: bind(secret), Dest: "/0"}); err != nil {
+		t.Error(err)
+	}
+	// Were a link there all the same, it is not followed.
+	if err := errors.Join(os.Symlink(victim, filepath.Join(tr.made, "1")), os.Symlink(root, filepath.Join(tr.made, "2"))); err != nil {
+		t.Fatal(err)
+	}
+	for name, src := range map[string]string{"1": secret, "2": dir} {
+		if _, err := tr.mountOne(t.Context(), name, executor.Mount{Src: bind(src), Dest: "/x"}); !errors.Is(err, os.ErrExist) {
+			t.Errorf("over the link %s: %v", name, err)
+		}
+	}
+	if err := errors.Join(os.Remove(filepath.Join(tr.made, "1")), os.Remove(filepath.Join(tr.made, "2"))); err != nil {
+		t.Error(err)
+	}
+	// What the guest keeps hold of when the step ends is of no use to it.
+	held, err := step.OpenRoot("root")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	if err := tr.close(); err != nil {
+		t.Error(err)
+	}
+	if err := held.WriteFile("file", []byte("after the end"), 0o600); !errors.Is(err, syscall.EROFS) {
+		t.Errorf("writing after the end of the step: %v", err)
+	}
+	if data, err := os.ReadFile(victim); string(data) != "precious" {
+		t.Errorf("the victim: %q, %v", data, err)
+	}
+}
+
+// What a step could not unmount comes off with the stage, and is not removed.
+func TestStageClose(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	root, released := t.TempDir(), 0
+	file := filepath.Join(root, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	v := New(t.TempDir(), Spec{}, nil, slog.New(slog.DiscardHandler))
+	if err := v.stage().open(); err != nil {
+		t.Fatal(err)
+	}
+	src := source{[]mount.Mount{{Type: "bind", Source: root, Options: []string{"rbind"}}}, &released}
+	tr := v.stage().tree("step")
+	if err := tr.mountRoot(t.Context(), executor.Mount{Src: src}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tr.mountOne(t.Context(), "0", executor.Mount{Src: src, Selector: "file", Dest: "/x"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(v.dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the VM's directory is left: %v", err)
+	}
+	if _, err := os.Stat(file); err != nil {
+		t.Errorf("removed through a mount: %v", err)
+	}
+}
+
+// Mount stubs are removed by paths that a guest may be changing: no link leads out.
+func TestInside(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("changing the root needs root")
+	}
+	root, outside := t.TempDir(), t.TempDir()
+	if err := errors.Join(os.Mkdir(filepath.Join(outside, "empty"), 0o755), os.Mkdir(filepath.Join(root, "etc"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	var clean func()
+	if err := inside(root, func() {
+		clean = executor.MountStubsCleaner(t.Context(), "/", []executor.Mount{{Dest: "/etc/empty"}}, false)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Mkdir(filepath.Join(root, "etc/empty"), 0o755), os.Symlink(outside, filepath.Join(root, "out"))); err != nil {
+		t.Fatal(err)
+	}
+	var through error
+	if err := inside(root, func() { clean(); through = os.Remove("/out/empty") }); err != nil {
+		t.Fatal(err)
+	}
+	if !errors.Is(through, os.ErrNotExist) {
+		t.Errorf("removing through a link: %v", through)
+	}
+	if _, err := os.Stat(filepath.Join(root, "etc/empty")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the stub is left: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(outside, "empty")); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(root); err != nil {
+		t.Errorf("the host's root did not come back: %v", err)
+	}
+}
+
 func TestTree(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("mounting needs root")
@@ -142,7 +299,7 @@ func TestTree(t *testing.T) {
 	bind := func(path string) source {
 		return source{[]mount.Mount{{Type: "bind", Source: path, Options: []string{"rbind"}}}, &released}
 	}
-	tr := &tree{dir: filepath.Join(dir, "step"), aside: filepath.Join(dir, "aside")}
+	tr := openStage(t).tree("step")
 	if err := tr.mountRoot(t.Context(), executor.Mount{Src: bind(root)}); err != nil {
 		t.Fatal(err)
 	}
@@ -173,7 +330,7 @@ func TestTree(t *testing.T) {
 		t.Errorf("sockets %v, and to the guest %v", paths, got[5])
 	}
 	for name, text := range map[string]string{"root/file": "in the root", "0/sub/file": "in a part", "1/file": "in a part", "2": "in a part", "3": "in a part"} {
-		if data, err := os.ReadFile(filepath.Join(tr.dir, name)); string(data) != text {
+		if data, err := os.ReadFile(filepath.Join(tr.seen, name)); string(data) != text {
 			t.Errorf("%s: %q, %v", name, data, err)
 		}
 	}
@@ -186,7 +343,7 @@ func TestTree(t *testing.T) {
 	if err := tr.close(); err != nil {
 		t.Error(err)
 	}
-	for _, gone := range []string{tr.dir, tr.aside} {
+	for _, gone := range []string{tr.made, tr.seen, tr.aside} {
 		if _, err := os.Stat(gone); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s is left: %v", gone, err)
 		}
@@ -211,6 +368,9 @@ func (d *brokenDriver) Start(context.Context, vmm.Spec) (vmm.Instance, error) {
 }
 
 func TestStartFails(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
 	dir, err := os.MkdirTemp("", "vmexec")
 	if err != nil {
 		t.Fatal(err)
