@@ -69,6 +69,8 @@ type Builder struct {
 
 	mu      sync.Mutex // guards the rest
 	running *process
+	builds  int  // under way
+	leaks   bool // the child holds what a cancelled build has left
 	closed  bool
 }
 
@@ -172,6 +174,8 @@ func (b *Builder) run(ctx context.Context, r Request, status func(*Status),
 	if err := b.isolate(ctx, r.Isolation, &opt); err != nil {
 		return err
 	}
+	b.count(1, false)
+	defer func() { b.count(-1, ctx.Err() != nil) }()
 	p, err := b.process(ctx)
 	if err != nil {
 		return err
@@ -209,6 +213,27 @@ func (b *Builder) run(ctx context.Context, r Request, status func(*Status),
 	return nil
 }
 
+// count keeps in mind how many builds there are, and whether one was cancelled.
+func (b *Builder) count(more int, cancelled bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.builds += more
+	b.leaks = b.leaks || cancelled
+}
+
+// letGo ends a child that no build needs and that holds on to the snapshots of a cancelled build: BuildKit (v0.33) lets go of them in
+// finalizers that may never run, and until then nothing of them can be pruned.
+func (b *Builder) letGo() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.running == nil || b.builds > 0 || !b.leaks {
+		return nil
+	}
+	err := b.running.stop()
+	b.running = nil
+	return err
+}
+
 // process returns the running child, or starts one.
 func (b *Builder) process(ctx context.Context) (*process, error) {
 	b.mu.Lock()
@@ -227,7 +252,7 @@ func (b *Builder) process(ctx context.Context) (*process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("starting the builder: %w", err)
 	}
-	b.running = p
+	b.running, b.leaks = p, false
 	return p, nil
 }
 

@@ -43,12 +43,20 @@ func (b *Builder) neverBuilt() bool {
 	return errors.Is(err, fs.ErrNotExist)
 }
 
+// rested returns a child that holds nothing of builds that are over.
+func (b *Builder) rested(ctx context.Context) (*process, error) {
+	if err := b.letGo(); err != nil {
+		return nil, err
+	}
+	return b.process(ctx)
+}
+
 // Usage lists the build cache, the largest first.
 func (b *Builder) Usage(ctx context.Context) ([]CacheRecord, error) {
 	if b.neverBuilt() {
 		return nil, nil
 	}
-	p, err := b.process(ctx)
+	p, err := b.rested(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("reading the build cache: %w", err)
 	}
@@ -72,7 +80,7 @@ func (b *Builder) Prune(ctx context.Context, o PruneOptions) ([]CacheRecord, err
 	if b.neverBuilt() {
 		return nil, nil
 	}
-	p, err := b.process(ctx)
+	p, err := b.rested(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("pruning the build cache: %w", err)
 	}
