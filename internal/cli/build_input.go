@@ -232,6 +232,11 @@ func (c *buildCall) readHosts() error {
 	return nil
 }
 
+func isDir(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.IsDir()
+}
+
 func (c *buildCall) readCaches() error {
 	for _, way := range []struct {
 		flag, dir string
@@ -252,7 +257,13 @@ func (c *buildCall) readCaches() error {
 			default:
 				return usagef("%s %q: want type=registry, local or inline", way.flag, given)
 			}
+			if kind == "local" && attrs[way.dir] == "" {
+				return usagef("%s %q: %s=DIR is missing", way.flag, given, way.dir)
+			}
 			if dir := attrs[way.dir]; dir != "" && kind == "local" {
+				if way.dir == "src" && !isDir(dir) { // the builder would make it
+					return usagef("%s %q: %s is no directory", way.flag, given, dir)
+				}
 				if attrs[way.dir], err = filepath.Abs(dir); err != nil {
 					return fmt.Errorf("%s %q: %w", way.flag, given, err)
 				}

@@ -73,6 +73,8 @@ const (
 	configFile = "config"
 	moduleDir  = "modules"
 	tempPrefix = ".tmp-" // no name of a kernel begins with a dot
+
+	partialSource = "source-*.part" // in the cache
 )
 
 // args is right for every machine and accelerator: the console keeps warnings and worse.
@@ -97,7 +99,11 @@ func Open(opts Options) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening the kernel store: %w", err)
 	}
-	for _, path := range left {
+	downloads, err := filepath.Glob(filepath.Join(opts.Cache, partialSource))
+	if err != nil {
+		return nil, fmt.Errorf("opening the kernel store: %w", err)
+	}
+	for _, path := range append(left, downloads...) {
 		if err := os.RemoveAll(path); err != nil {
 			return nil, fmt.Errorf("opening the kernel store: %w", err)
 		}

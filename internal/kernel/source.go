@@ -175,7 +175,7 @@ func (s *Store) download(ctx context.Context, o BuildOptions, name, dst string) 
 	if err := os.MkdirAll(s.opts.Cache, 0o755); err != nil {
 		return "", err
 	}
-	f, err := os.CreateTemp(s.opts.Cache, "source-*.part")
+	f, err := os.CreateTemp(s.opts.Cache, partialSource) // Open removes it after a crash
 	if err != nil {
 		return "", err
 	}

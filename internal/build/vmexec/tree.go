@@ -218,7 +218,7 @@ func retry(patience time.Duration, do func() error) error {
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for deadline := time.Now().Add(patience); ; <-tick.C {
-		if err := do(); err != unix.EBUSY || time.Now().After(deadline) {
+		if err := do(); !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
 			return err
 		}
 	}
