@@ -124,7 +124,7 @@ func TestImport(t *testing.T) {
 			os.WriteFile(path, tc.data, 0o644)
 			k, err := s.Import(t.Context(), path, "mine")
 			if tc.says == "" {
-				if err != nil || k.Version != "6.1.2-tiny" || !k.Default || !k.NeedsACPI {
+				if err != nil || k.Version != "6.1.2-tiny" || k.Default != (k.Arch == runtime.GOARCH) || !k.NeedsACPI {
 					t.Fatalf("%+v, %v", k, err)
 				}
 				if data, err := os.ReadFile(k.Path); err != nil || !bytes.Contains(data, []byte("6.1.2-tiny")) {
