@@ -6,7 +6,6 @@ import (
 	"archive/tar"
 	"bufio"
 	"bytes"
-	"compress/bzip2"
 	"context"
 	"errors"
 	"fmt"
@@ -17,6 +16,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/atollvm/atoll/internal/compression"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
@@ -34,10 +34,8 @@ import (
 	"github.com/xi2/xz"
 )
 
-const (
-	maxDockerfile = 4 << 20   // a Dockerfile that comes without a context
-	maxWindow     = 128 << 20 // of zstd and xz, in memory
-)
+// maxDockerfile bounds a Dockerfile that comes without a context.
+const maxDockerfile = 4 << 20
 
 // The names of BuildKit's frontend for the two local directories.
 const (
@@ -177,14 +175,19 @@ var errNoArchive = fmt.Errorf("it is no tar archive: %w", errdefs.ErrInvalidArgu
 // openArchive returns the tar in f as gzip: BuildKit knows an archive by the magic number of its compression, and a plain tar only by
 // a first entry without long headers.
 func openArchive(f io.Reader) (io.ReadCloser, error) {
-	plain, err := decompress(bufio.NewReaderSize(f, 64<<10))
+	packed := bufio.NewReaderSize(f, 64<<10)
+	kind, err := compression.Detect(packed)
+	if err != nil {
+		return nil, err
+	}
+	plain, err := kind.Open(packed)
 	if err != nil {
 		return nil, err
 	}
 	tarball := bufio.NewReaderSize(plain, 64<<10)
 	head, err := tarball.Peek(64 << 10)
 	if errors.Is(err, zstd.ErrWindowSizeExceeded) || errors.Is(err, xz.ErrMemlimit) {
-		return nil, hint.With(fmt.Errorf("unpacking it takes a window of more than %d MiB: %w: %w", maxWindow>>20, err, errdefs.ErrInvalidArgument),
+		return nil, hint.With(fmt.Errorf("unpacking it takes a window of more than %d MiB: %w: %w", compression.MaxWindow>>20, err, errdefs.ErrInvalidArgument),
 			"compress it with a smaller window, as zstd does without --ultra and --long")
 	}
 	if _, err := tar.NewReader(bytes.NewReader(head)).Next(); err != nil {
@@ -202,25 +205,6 @@ func openArchive(f io.Reader) (io.ReadCloser, error) {
 		in.CloseWithError(err)
 	}()
 	return out, nil
-}
-
-func decompress(r *bufio.Reader) (io.Reader, error) {
-	magic, _ := r.Peek(6)
-	switch {
-	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b}):
-		return gzip.NewReader(r)
-	case bytes.HasPrefix(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}):
-		d, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
-		if err != nil {
-			return nil, err
-		}
-		return d, nil
-	case bytes.HasPrefix(magic, []byte("\xfd7zXZ\x00")):
-		return xz.NewReader(r, maxWindow)
-	case bytes.HasPrefix(magic, []byte("BZh")):
-		return bzip2.NewReader(r), nil
-	}
-	return r, nil
 }
 
 // setContexts adds the named contexts.

@@ -18,6 +18,7 @@ import (
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/atollvm/atoll/internal/compression"
 	"github.com/atollvm/atoll/internal/hint"
 )
 
@@ -100,7 +101,7 @@ func (s *Store) ingestLayer(ctx context.Context, r io.Reader) (ocispec.Descripto
 	if err != nil {
 		return ocispec.Descriptor{}, badArchive(err)
 	}
-	if _, ok := layerTypes[kind]; ok && kind != "" {
+	if _, ok := layerTypes[kind]; ok && kind != compression.None {
 		return s.ingest(ctx, "import", raw, "")
 	}
 	pr, pw := io.Pipe()

@@ -3,9 +3,7 @@ package image
 import (
 	"archive/tar"
 	"bufio"
-	"bytes"
 	"cmp"
-	"compress/bzip2"
 	"context"
 	"encoding/json"
 	"errors"
@@ -24,17 +22,16 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"github.com/xi2/xz"
 
+	"github.com/atollvm/atoll/internal/compression"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/ref"
 )
 
 // Bounds of an archive that somebody hands us.
 const (
-	maxFiles  = 100_000
-	maxLinks  = 8         // in one another
-	maxWindow = 128 << 20 // of zstd and xz, in memory
+	maxFiles = 100_000
+	maxLinks = 8 // in one another
 )
 
 // Loaded is one image of an archive.
@@ -455,36 +452,23 @@ func (s *Store) layerOf(ctx context.Context, layer ocispec.Descriptor, each func
 	return mediaType, hash.Digest(), ctx.Err()
 }
 
-var layerTypes = map[string]string{
-	"": ocispec.MediaTypeImageLayer, "gzip": ocispec.MediaTypeImageLayerGzip, "zstd": ocispec.MediaTypeImageLayerZstd,
+var layerTypes = map[compression.Kind]string{
+	compression.None: ocispec.MediaTypeImageLayer, compression.Gzip: ocispec.MediaTypeImageLayerGzip, compression.Zstd: ocispec.MediaTypeImageLayerZstd,
 }
 
 // decompress looks at the first bytes of a stream. What no compression begins with is taken for plain.
-func decompress(r io.Reader) (plain io.Reader, kind string, err error) {
+func decompress(r io.Reader) (plain io.Reader, kind compression.Kind, err error) {
 	plain, kind, _, err = sniff(r)
 	return plain, kind, err
 }
 
 // sniff is decompress; raw is the stream as it came. Only one of the two can be read.
-func sniff(r io.Reader) (plain io.Reader, kind string, raw io.Reader, err error) {
+func sniff(r io.Reader) (plain io.Reader, kind compression.Kind, raw io.Reader, err error) {
 	b := bufio.NewReaderSize(r, 1<<16)
-	head, err := b.Peek(6)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, "", nil, err
+	if kind, err = compression.Detect(b); err != nil {
+		return nil, compression.None, nil, err
 	}
-	switch {
-	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
-		return &lazily{open: func() (io.Reader, error) { return gzip.NewReader(b) }}, "gzip", b, nil
-	case bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}):
-		return &lazily{open: func() (io.Reader, error) {
-			return zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
-		}}, "zstd", b, nil
-	case bytes.HasPrefix(head, []byte{0xfd, '7', 'z', 'X', 'Z', 0}):
-		return &lazily{open: func() (io.Reader, error) { return xz.NewReader(b, maxWindow) }}, "xz", b, nil
-	case bytes.HasPrefix(head, []byte("BZh")):
-		return bzip2.NewReader(b), "bzip2", b, nil
-	}
-	return b, "", b, nil
+	return &lazily{open: func() (io.Reader, error) { return kind.Open(b) }}, kind, b, nil
 }
 
 // lazily opens a reader when it is first read.
