@@ -21,6 +21,7 @@ import (
 
 	"github.com/atollvm/atoll/internal/build/child"
 	"github.com/atollvm/atoll/internal/hint"
+	"github.com/atollvm/atoll/internal/image"
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
 	"github.com/moby/buildkit/client"
@@ -36,7 +37,7 @@ type Options struct {
 	Registry        http.Handler               // the image store as an OCI distribution API; the registry's name is in ns=
 	KnownBase       func(reference.Named) bool // whether `atoll base build` can make it; nil: none
 	DockerConfigDir string                     // credentials for registries; empty: Docker's own default
-	Registries      map[string]Registry        // how they are reached, by host[:port]
+	Registries      map[string]image.Registry  // how they are reached, by host[:port]
 	Proxy           Proxy                      // for RUN steps, and for what the builder fetches itself
 	CA              []string                   // PEM files of more certificate authorities, for the same
 	CacheSize       int64                      // bytes that the cache may grow to; 0: 10 GB or a fifth of the disk, whichever is less
@@ -45,9 +46,6 @@ type Options struct {
 	VM  func(context.Context) (child.Isolation, error)
 	Log *slog.Logger
 }
-
-// Registry is how a registry is reached.
-type Registry = child.Registry
 
 // Proxy is how the outside is reached; empty fields are unset.
 type Proxy struct{ HTTP, HTTPS, No string }

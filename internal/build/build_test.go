@@ -184,15 +184,15 @@ func dockerfile(t *testing.T, text string) Request {
 	return Request{ContextDir: contextDir(t, map[string]string{"Dockerfile": text})}
 }
 
-// image is what a build made, read back from the image store.
-type image struct {
+// made is what a build made, read back from the image store.
+type made struct {
 	manifest ocispec.Manifest
 	config   map[string]any
 	files    map[string]string
 	owners   map[string]int
 }
 
-func (f *fixture) build(r Request) image {
+func (f *fixture) build(r Request) made {
 	f.t.Helper()
 	res, err := f.Build(f.t.Context(), r, nil)
 	if err != nil {
@@ -201,9 +201,9 @@ func (f *fixture) build(r Request) image {
 	return f.read(res.Manifest)
 }
 
-func (f *fixture) read(desc ocispec.Descriptor) image {
+func (f *fixture) read(desc ocispec.Descriptor) made {
 	f.t.Helper()
-	img := image{files: map[string]string{}, owners: map[string]int{}}
+	img := made{files: map[string]string{}, owners: map[string]int{}}
 	f.blob(desc, &img.manifest)
 	var config struct{ Config map[string]any }
 	f.blob(img.manifest.Config, &config)
@@ -246,7 +246,7 @@ func (f *fixture) blob(desc ocispec.Descriptor, v any) {
 	}
 }
 
-func (i image) file(t *testing.T, path, want string) {
+func (i made) file(t *testing.T, path, want string) {
 	t.Helper()
 	got, ok := i.files[path]
 	if !ok {

@@ -12,7 +12,6 @@ import (
 
 	"github.com/atollvm/atoll/internal/agent/embedded"
 	"github.com/atollvm/atoll/internal/base"
-	"github.com/atollvm/atoll/internal/build"
 	"github.com/atollvm/atoll/internal/config"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/image"
@@ -180,14 +179,6 @@ func registriesOf(set config.Settings) map[string]image.Registry {
 	all := map[string]image.Registry{}
 	for host, r := range set.Registries {
 		all[host] = image.Registry{Mirrors: r.Mirrors, Insecure: r.Insecure, CA: r.CA}
-	}
-	return all
-}
-
-func buildRegistries(settings map[string]config.Registry) map[string]build.Registry {
-	all := map[string]build.Registry{}
-	for host, r := range settings {
-		all[host] = build.Registry{Mirrors: r.Mirrors, Insecure: r.Insecure, CA: r.CA}
 	}
 	return all
 }

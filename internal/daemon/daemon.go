@@ -130,7 +130,7 @@ func assemble(c Config, db *state.DB) (*system, error) {
 	s.builder = build.New(build.Options{
 		Dir: at("build"), Child: []string{c.Exe, BuildChild}, ContentDir: at("images"), Registry: s.images.Handler(),
 		KnownBase: func(r reference.Named) bool { return isBase(reference.FamiliarString(r)) }, DockerConfigDir: c.DockerConfigDir,
-		Registries: buildRegistries(c.Settings.Registries), Proxy: build.Proxy(c.Settings.Proxy), CA: c.Settings.TLS.CA,
+		Registries: registriesOf(c.Settings), Proxy: build.Proxy(c.Settings.Proxy), CA: c.Settings.TLS.CA,
 		CacheSize: int64(c.Settings.Build.CacheSize), Timeout: time.Duration(c.Settings.Build.Timeout), Log: c.Log,
 		VM: func(ctx context.Context) (child.Isolation, error) {
 			return s.buildVM(ctx, c.Settings.Build, at("qemu"))

@@ -22,6 +22,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/atollvm/atoll/internal/image"
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/log"
 	"github.com/hashicorp/yamux"
@@ -65,7 +66,7 @@ func run(ctx context.Context, args []string) (err error) {
 	var dir, contentDir, runc string
 	var cacheSize int64
 	var cas []string
-	var registries map[string]Registry
+	var registries map[string]image.Registry
 	flags := flag.NewFlagSet("build-child", flag.ContinueOnError)
 	flags.StringVar(&dir, "dir", "", "state directory")
 	flags.StringVar(&contentDir, "content", "", "root of the image store's content")

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/atollvm/atoll/internal/image"
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
 	"github.com/moby/buildkit/session"
@@ -168,7 +169,7 @@ func TestNoAuthorities(t *testing.T) {
 
 func TestRegistryConfig(t *testing.T) {
 	yes, no := true, false
-	got := registryConfig(map[string]Registry{
+	got := registryConfig(map[string]image.Registry{
 		"docker.io":  {Mirrors: []string{"http://mirror:5000/hub/", "https://second"}},
 		"insecure:1": {Insecure: true, CA: "/ca.pem"},
 		"own:1":      {CA: "/ca.pem"},
@@ -188,14 +189,14 @@ func TestRegistryConfig(t *testing.T) {
 func TestTokensBySettings(t *testing.T) {
 	for name, c := range map[string]struct {
 		plain, mirror bool
-		settings      func(ca string) Registry
+		settings      func(ca string) image.Registry
 		fails         string
 	}{
-		"ca":                   {settings: func(ca string) Registry { return Registry{CA: ca} }},
-		"ca of a mirror":       {mirror: true, settings: func(ca string) Registry { return Registry{CA: ca} }},
-		"insecure":             {settings: func(string) Registry { return Registry{Insecure: true} }},
-		"insecure, plain HTTP": {plain: true, settings: func(string) Registry { return Registry{Insecure: true} }},
-		"no setting":           {settings: func(string) Registry { return Registry{} }, fails: "x509"},
+		"ca":                   {settings: func(ca string) image.Registry { return image.Registry{CA: ca} }},
+		"ca of a mirror":       {mirror: true, settings: func(ca string) image.Registry { return image.Registry{CA: ca} }},
+		"insecure":             {settings: func(string) image.Registry { return image.Registry{Insecure: true} }},
+		"insecure, plain HTTP": {plain: true, settings: func(string) image.Registry { return image.Registry{Insecure: true} }},
+		"no setting":           {settings: func(string) image.Registry { return image.Registry{} }, fails: "x509"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tokens := 0
@@ -236,10 +237,10 @@ func TestTokensBySettings(t *testing.T) {
 			if !c.plain {
 				ca = write(t, filepath.Join(t.TempDir(), "ca.pem"), string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})))
 			}
-			settings, asked := map[string]Registry{host: c.settings(ca)}, host
+			settings, asked := map[string]image.Registry{host: c.settings(ca)}, host
 			if c.mirror {
 				asked = "registry.invalid"
-				settings[asked] = Registry{Mirrors: []string{"https://" + host}}
+				settings[asked] = image.Registry{Mirrors: []string{"https://" + host}}
 			}
 			sessions, err := session.NewManager()
 			if err != nil {

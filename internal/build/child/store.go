@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/atollvm/atoll/internal/image"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/errdefs"
@@ -38,15 +39,8 @@ type store struct {
 
 var _ images.Store = (*store)(nil)
 
-// Registry is how a registry is reached.
-type Registry struct {
-	Mirrors  []string // base URLs, tried first
-	Insecure bool     // plain HTTP, or TLS whose certificate nobody checks
-	CA       string   // PEM file of its own certificate authority
-}
-
 // registryConfig puts settings, by host[:port], in BuildKit's words: it names mirrors by host and path.
-func registryConfig(settings map[string]Registry) map[string]config.RegistryConfig {
+func registryConfig(settings map[string]image.Registry) map[string]config.RegistryConfig {
 	all := map[string]config.RegistryConfig{}
 	yes, no := true, false
 	for host, r := range settings {
@@ -77,7 +71,7 @@ func registryConfig(settings map[string]Registry) map[string]config.RegistryConf
 	return all
 }
 
-func newStore(session *yamux.Session, registries map[string]Registry) *store {
+func newStore(session *yamux.Session, registries map[string]image.Registry) *store {
 	transport := &http.Transport{
 		DialContext: func(context.Context, string, string) (net.Conn, error) { return session.Open() },
 	}
