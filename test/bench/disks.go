@@ -144,12 +144,7 @@ func (b *bench) fileSystems(rounds int) error {
 		return err
 	}
 	defer b.cli("rm", "-f", "bench-files")
-	got, err := b.client.Machines.Get(context.Background(), connect.NewRequest(&atollv1.GetMachineRequest{Machine: "bench-files"}))
-	if err != nil {
-		return err
-	}
-	m := got.Msg.GetMachine()
-	argv, err := b.argv(m)
+	m, argv, err := b.running("bench-files")
 	if err != nil {
 		return err
 	}

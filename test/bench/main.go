@@ -122,6 +122,16 @@ func quantile(d []time.Duration, q float64) time.Duration {
 
 func ms(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d)/1e6) }
 
+// running returns a running machine and its VMM's command line.
+func (b *bench) running(name string) (*atollv1.Machine, []string, error) {
+	got, err := b.client.Machines.Get(context.Background(), connect.NewRequest(&atollv1.GetMachineRequest{Machine: name}))
+	if err != nil {
+		return nil, nil, err
+	}
+	argv, err := b.argv(got.Msg.GetMachine())
+	return got.Msg.GetMachine(), argv, err
+}
+
 // boots: `atoll run` of a cached image to the first byte of its output, against the same QEMU options, kernel, initramfs and guest
 // configuration started by hand.
 func (b *bench) boots(rounds int) error {
@@ -130,12 +140,7 @@ func (b *bench) boots(rounds int) error {
 		return err
 	}
 	defer b.cli("rm", "-f", "bench-floor")
-	got, err := b.client.Machines.Get(context.Background(), connect.NewRequest(&atollv1.GetMachineRequest{Machine: "bench-floor"}))
-	if err != nil {
-		return err
-	}
-	m := got.Msg.GetMachine()
-	argv, err := b.argv(m)
+	m, argv, err := b.running("bench-floor")
 	if err != nil {
 		return err
 	}
