@@ -76,7 +76,7 @@ Shared and Description.`,
 				{Title: "TYPE", Cell: func(v cacheView) string { return v.Type }},
 				{Title: "SIZE", Cell: func(v cacheView) string { return ui.Size(v.SizeBytes) }},
 				{Title: "LAST USED", Cell: func(v cacheView) string { return lastUsed(now, v) }},
-				{Title: "DESCRIPTION", Cell: func(v cacheView) string { return shorten(v.Description, 60) }},
+				{Title: "DESCRIPTION", Cell: func(v cacheView) string { return ui.Ellipsis(topLine(v.Description), 60) }},
 			}, views); err != nil {
 				return err
 			}
@@ -100,12 +100,9 @@ func lastUsed(now time.Time, v cacheView) string {
 	return ui.Ago(now, v.LastUsedAt)
 }
 
-func shorten(s string, most int) string {
-	s, _, _ = strings.Cut(s, "\n")
-	if r := []rune(s); len(r) > most {
-		return string(r[:most-1]) + "…"
-	}
-	return s
+func topLine(s string) string {
+	line, _, _ := strings.Cut(s, "\n")
+	return line
 }
 
 func newBuilderPruneCmd(e *environment) *cobra.Command {

@@ -75,21 +75,21 @@ func (d *disksOf) addDisk(ctx context.Context, disk rootdisk.Disk) (ocispec.Desc
 	return blob, err
 }
 
-// Adopt takes the root disks that came with an image; false: none came.
-func (d *disksOf) Adopt(ctx context.Context, img digest.Digest) (bool, error) {
+// Adopt takes the root disks that came with an image, where any did.
+func (d *disksOf) Adopt(ctx context.Context, img digest.Digest) error {
 	release := d.s.images.Hold()
 	defer release()
 	came, err := d.s.images.Referrers(ctx, img, server.RootDiskArtifact)
 	if err != nil || len(came) == 0 {
-		return false, err
+		return err
 	}
 	a, err := d.s.images.ArtifactOf(ctx, came[0])
 	if err != nil {
-		return false, err
+		return err
 	}
 	var disks []rootdisk.Disk
 	if err := json.Unmarshal(a.Config, &disks); err != nil || len(disks) != len(a.Blobs) {
-		return false, fmt.Errorf("root disks %s: their list is damaged: %w", came[0].Digest, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("root disks %s: their list is damaged: %w", came[0].Digest, errdefs.ErrInvalidArgument)
 	}
 	_, err = d.s.disks.Adopt(ctx, img, disks, func(i int) (io.ReadCloser, error) {
 		blob, err := d.s.images.Blob(ctx, a.Blobs[i])
@@ -103,7 +103,7 @@ func (d *disksOf) Adopt(ctx context.Context, img digest.Digest) (bool, error) {
 		}
 		return unpacked{z.IOReadCloser(), blob}, nil
 	})
-	return err == nil, err
+	return err
 }
 
 // unpacked closes both ends.

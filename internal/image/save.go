@@ -203,18 +203,9 @@ func (a *archive) blob(ctx context.Context, tw *tar.Writer, d ocispec.Descriptor
 	if err := writeHeader(tw, archivePath(d.Digest), d.Size); err != nil {
 		return err
 	}
-	_, err = io.Copy(tw, readerFunc(func(b []byte) (int, error) {
-		if err := ctx.Err(); err != nil {
-			return 0, err
-		}
-		return r.Read(b)
-	}))
+	_, err = io.Copy(tw, untilDone{ctx, r})
 	return err
 }
-
-type readerFunc func([]byte) (int, error)
-
-func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
 
 func writeHeader(tw *tar.Writer, name string, size int64) error {
 	h := &tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o644, ModTime: time.Unix(0, 0)}

@@ -73,7 +73,7 @@ func (s *Store) artifact(ctx context.Context, to *images.Store, k Kernel) (image
 	}}
 	meta := k
 	// What this host has built, and where its user keeps files, is nobody's business.
-	meta.BuildKey, meta.Foreign = "", false
+	meta.BuildKey = ""
 	if kind, _, _ := strings.Cut(meta.Source, " "); kind == "file" || kind == "directory" {
 		meta.Source = kind
 	}
@@ -136,25 +136,23 @@ func (s *Store) PullFrom(ctx context.Context, from *images.Store, reference, nam
 	return k, nil
 }
 
-// Adopt takes the kernels that came with an image, and returns their names.
-func (s *Store) Adopt(ctx context.Context, from *images.Store, img digest.Digest, reference string) ([]string, error) {
+// Adopt takes the kernels that came with an image.
+func (s *Store) Adopt(ctx context.Context, from *images.Store, img digest.Digest, reference string) error {
 	defer from.Hold()()
 	came, err := from.Referrers(ctx, img, ArtifactType)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	var names []string
 	for _, desc := range came {
 		k, fresh, err := s.install(ctx, from, desc, reference, "", true)
 		if err != nil {
-			return names, fmt.Errorf("taking the kernel that came with %s: %w", reference, err)
+			return fmt.Errorf("taking the kernel that came with %s: %w", reference, err)
 		}
 		if fresh {
 			s.publish("pull", k)
 		}
-		names = append(names, k.Name)
 	}
-	return names, nil
+	return nil
 }
 
 func (s *Store) install(ctx context.Context, from *images.Store, desc ocispec.Descriptor, reference, name string, foreign bool) (k Kernel, fresh bool, err error) {

@@ -39,7 +39,7 @@ type Kernel struct {
 	ACPI         bool          // it can find them by ACPI
 	ConfigDigest digest.Digest // of its .config; empty: unknown
 	BuildKey     string        // names what it was built from; empty: not built here
-	Foreign      bool          // it came with an image: it is the default only when somebody says so
+	Foreign      bool          `json:"-"` // it came with an image: being the first does not make it the default
 	Modules      []string      // what the agent has to load, in this order
 	// Features that it has, and what the agent has to load for each that a machine uses. Nil: not known.
 	Features map[string][]string

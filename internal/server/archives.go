@@ -17,7 +17,7 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// chunk is the size of a message of an archive.
+// chunk is how much of a file goes into one message.
 const chunk = 256 << 10
 
 func (s *images) Save(ctx context.Context, req *connect.Request[atollv1.SaveImagesRequest], out *connect.ServerStream[atollv1.SaveImagesResponse]) error {
@@ -95,7 +95,7 @@ func (s *images) Import(ctx context.Context, in *connect.BidiStream[atollv1.Impo
 	if err := s.makeDisk(ctx, img, p.report); err != nil {
 		return err
 	}
-	return in.Send(&atollv1.ImportImageResponse{Kind: &atollv1.ImportImageResponse_Image{Image: s.imageTo(img)}})
+	return in.Send(&atollv1.ImportImageResponse{Kind: &atollv1.ImportImageResponse_Image{Image: s.imageTo(img, nil)}})
 }
 
 // received reads the data that a client sends, message by message: no more of it is in memory than one.

@@ -28,9 +28,6 @@ type builds struct{ Options }
 
 type buildStream = connect.BidiStream[atollv1.BuildRequest, atollv1.BuildResponse]
 
-// outputChunk is how much of a file goes into one message.
-const outputChunk = 256 << 10
-
 func (s *builds) Build(ctx context.Context, stream *buildStream) error {
 	first, err := stream.Receive()
 	if err != nil {
@@ -279,12 +276,12 @@ type outputWriter struct {
 func (o *outputWriter) Write(p []byte) (int, error) {
 	written := 0
 	for len(p) > 0 {
-		chunk := p[:min(len(p), outputChunk)]
-		if err := o.call.send(&atollv1.BuildResponse{Kind: &atollv1.BuildResponse_Output{Output: &atollv1.OutputData{Index: o.index, Data: chunk}}}); err != nil {
+		piece := p[:min(len(p), chunk)]
+		if err := o.call.send(&atollv1.BuildResponse{Kind: &atollv1.BuildResponse_Output{Output: &atollv1.OutputData{Index: o.index, Data: piece}}}); err != nil {
 			return written, err
 		}
-		written += len(chunk)
-		p = p[len(chunk):]
+		written += len(piece)
+		p = p[len(piece):]
 	}
 	return written, nil
 }

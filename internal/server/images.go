@@ -32,19 +32,19 @@ func (s *images) Pull(ctx context.Context, req *connect.Request[atollv1.PullImag
 		return err
 	}
 	if req.Msg.GetWithKernel() {
-		if _, err := s.Kernels.Adopt(ctx, s.Images, img.Digest, req.Msg.GetReference()); err != nil {
+		if err := s.Kernels.Adopt(ctx, s.Images, img.Digest, req.Msg.GetReference()); err != nil {
 			return err
 		}
 	}
 	if req.Msg.GetWithDisk() {
-		if _, err := s.Disks.Adopt(ctx, img.Digest); err != nil {
+		if err := s.Disks.Adopt(ctx, img.Digest); err != nil {
 			return err
 		}
 	}
 	if err := s.makeDisk(ctx, img, p.report); err != nil {
 		return err
 	}
-	return out.Send(&atollv1.PullImageResponse{Kind: &atollv1.PullImageResponse_Image{Image: s.imageTo(img)}})
+	return out.Send(&atollv1.PullImageResponse{Kind: &atollv1.PullImageResponse_Image{Image: s.imageTo(img, nil)}})
 }
 
 // withTypes adds the types of our own artifacts that are wanted.
@@ -140,7 +140,7 @@ func (s *images) List(ctx context.Context, req *connect.Request[atollv1.ListImag
 		if i.References, err = image.References(i.References, filters); err != nil {
 			return nil, err
 		}
-		res.Images = append(res.Images, s.imageTo(i))
+		res.Images = append(res.Images, s.imageTo(i, nil))
 	}
 	return connect.NewResponse(res), nil
 }
@@ -150,10 +150,11 @@ func (s *images) Get(ctx context.Context, req *connect.Request[atollv1.GetImageR
 	if err != nil {
 		return nil, err
 	}
-	out := s.imageTo(i)
-	if err := s.addUsers(out, i.Digest); err != nil {
+	users, err := s.Disks.Users()
+	if err != nil {
 		return nil, err
 	}
+	out := s.imageTo(i, users)
 	source, variants := s.Images.Variants(ctx, req.Msg.GetReference(), i)
 	if source != i.Digest {
 		out.IndexDigest = source.String()
@@ -239,7 +240,8 @@ func (s *images) Remove(ctx context.Context, req *connect.Request[atollv1.Remove
 	return connect.NewResponse(res), nil
 }
 
-func (s *images) imageTo(i image.Image) *atollv1.Image {
+// imageTo is an image on the wire. diskUsers, by the disks' keys, is for who asks what removing the image would free; else nil.
+func (s *images) imageTo(i image.Image, diskUsers map[string]int) *atollv1.Image {
 	out := &atollv1.Image{
 		Digest: i.Digest.String(), References: familiar(i.References), CreatedAt: stamp(i.Created), SizeBytes: i.Size,
 		RepoDigests: familiar(s.Images.RepoDigests(i)), Os: i.Platform.OS, Architecture: i.Platform.Architecture, Variant: i.Platform.Variant, ConfigJson: i.RawConfig,
@@ -250,7 +252,12 @@ func (s *images) imageTo(i image.Image) *atollv1.Image {
 	if root, err := s.Disks.Get(i.Digest); err == nil {
 		out.RootDisk, out.RootDiskBytes = root.Disks[0].Path, root.Size()
 		for _, d := range root.Disks {
-			disk := &atollv1.RootDisk{Path: d.Path, SizeBytes: d.Size, RootHash: d.Verity.RootHash, Salt: d.Verity.Salt}
+			disk := &atollv1.RootDisk{
+				Path: d.Path, SizeBytes: d.Size, RootHash: d.Verity.RootHash, Salt: d.Verity.Salt, Images: uint32(diskUsers[d.Key]),
+			}
+			if diskUsers[d.Key] == 1 {
+				out.RootDiskOwnBytes += d.Size
+			}
 			for _, l := range d.Layers {
 				disk.Layers = append(disk.Layers, l.String())
 			}
@@ -258,27 +265,6 @@ func (s *images) imageTo(i image.Image) *atollv1.Image {
 		}
 	}
 	return out
-}
-
-// addUsers tells how many images use each root disk: what removing the image would free.
-func (s *images) addUsers(out *atollv1.Image, img digest.Digest) error {
-	root, err := s.Disks.Get(img)
-	if err != nil {
-		return nil // no root disk, no users
-	}
-	users, err := s.Disks.Users()
-	if err != nil {
-		return err
-	}
-	for i, d := range root.Disks {
-		if i < len(out.RootDisks) {
-			out.RootDisks[i].Images = uint32(users[d.Key])
-		}
-		if users[d.Key] == 1 {
-			out.RootDiskOwnBytes += d.Size
-		}
-	}
-	return nil
 }
 
 // diskUse is what the root disks of all images take, and whose they are.

@@ -56,9 +56,9 @@ type Disks interface {
 	Make(ctx context.Context, img digest.Digest, progress func(done int64)) (rootdisk.Root, error)
 	// Flat writes all of an image as one disk, in a file without a name; the caller closes it.
 	Flat(ctx context.Context, img digest.Digest) (*os.File, error)
-	// Attach makes the image's root disks a RootDiskArtifact that refers to it; Adopt takes those that came with it, and says whether any did.
+	// Attach makes the image's root disks a RootDiskArtifact that refers to it; Adopt takes those that came with it, where any did.
 	Attach(ctx context.Context, img digest.Digest) error
-	Adopt(ctx context.Context, img digest.Digest) (bool, error)
+	Adopt(ctx context.Context, img digest.Digest) error
 }
 
 // RootDiskArtifact is the type of the artifact that the root disks of an image are in a registry.
