@@ -13,11 +13,15 @@ import (
 
 	"connectrpc.com/connect"
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
+	"github.com/atollvm/atoll/api/atoll/v1/atollv1connect"
 	"github.com/atollvm/atoll/internal/machine/outlog"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
-type machines struct{ Options }
+type machines struct {
+	atollv1connect.UnimplementedMachineServiceHandler // goes with the last method that is missing
+	Options
+}
 
 func (s *machines) Create(ctx context.Context, req *connect.Request[atollv1.CreateMachineRequest]) (*connect.Response[atollv1.CreateMachineResponse], error) {
 	spec, err := specFrom(req.Msg.GetSpec())

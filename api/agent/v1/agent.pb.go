@@ -184,7 +184,7 @@ func (x GoingDown_Reason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use GoingDown_Reason.Descriptor instead.
 func (GoingDown_Reason) EnumDescriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{19, 0}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{38, 0}
 }
 
 // Request opens a stream.
@@ -202,6 +202,10 @@ type Request struct {
 	//	*Request_Shutdown
 	//	*Request_Container
 	//	*Request_Accept
+	//	*Request_SyncTime
+	//	*Request_PutFiles
+	//	*Request_GetFiles
+	//	*Request_StatFile
 	Kind          isRequest_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -334,6 +338,42 @@ func (x *Request) GetAccept() *Accept {
 	return nil
 }
 
+func (x *Request) GetSyncTime() *SyncTime {
+	if x != nil {
+		if x, ok := x.Kind.(*Request_SyncTime); ok {
+			return x.SyncTime
+		}
+	}
+	return nil
+}
+
+func (x *Request) GetPutFiles() *PutFiles {
+	if x != nil {
+		if x, ok := x.Kind.(*Request_PutFiles); ok {
+			return x.PutFiles
+		}
+	}
+	return nil
+}
+
+func (x *Request) GetGetFiles() *GetFiles {
+	if x != nil {
+		if x, ok := x.Kind.(*Request_GetFiles); ok {
+			return x.GetFiles
+		}
+	}
+	return nil
+}
+
+func (x *Request) GetStatFile() *StatFile {
+	if x != nil {
+		if x, ok := x.Kind.(*Request_StatFile); ok {
+			return x.StatFile
+		}
+	}
+	return nil
+}
+
 type isRequest_Kind interface {
 	isRequest_Kind()
 }
@@ -343,7 +383,7 @@ type Request_Hello struct {
 }
 
 type Request_Configure struct {
-	Configure *Config `protobuf:"bytes,2,opt,name=configure,proto3,oneof"` // → Progress…, the last one with done or error
+	Configure *Config `protobuf:"bytes,2,opt,name=configure,proto3,oneof"` // the host sends Content… where Provision has streamed pieces; → Progress…, the last one with done or error
 }
 
 type Request_Output struct {
@@ -378,6 +418,22 @@ type Request_Accept struct {
 	Accept *Accept `protobuf:"bytes,21,opt,name=accept,proto3,oneof"` // → AcceptReply, then that connection's bytes both ways
 }
 
+type Request_SyncTime struct {
+	SyncTime *SyncTime `protobuf:"bytes,22,opt,name=sync_time,json=syncTime,proto3,oneof"` // → SyncTimeReply
+}
+
+type Request_PutFiles struct {
+	PutFiles *PutFiles `protobuf:"bytes,23,opt,name=put_files,json=putFiles,proto3,oneof"` // the host sends Content… (a tar stream), the last one with end; → FilesReply, the last one with done or error
+}
+
+type Request_GetFiles struct {
+	GetFiles *GetFiles `protobuf:"bytes,24,opt,name=get_files,json=getFiles,proto3,oneof"` // → FilesReply… (a tar stream), the last one with done or error
+}
+
+type Request_StatFile struct {
+	StatFile *StatFile `protobuf:"bytes,25,opt,name=stat_file,json=statFile,proto3,oneof"` // → StatFileReply
+}
+
 func (*Request_Hello) isRequest_Kind() {}
 
 func (*Request_Configure) isRequest_Kind() {}
@@ -398,9 +454,17 @@ func (*Request_Container) isRequest_Kind() {}
 
 func (*Request_Accept) isRequest_Kind() {}
 
+func (*Request_SyncTime) isRequest_Kind() {}
+
+func (*Request_PutFiles) isRequest_Kind() {}
+
+func (*Request_GetFiles) isRequest_Kind() {}
+
+func (*Request_StatFile) isRequest_Kind() {}
+
 type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Protocol      uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // the version that the host speaks, now 1
+	Protocol      uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // the version that the host speaks, now 2
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -444,7 +508,7 @@ func (x *Hello) GetProtocol() uint32 {
 
 type HelloReply struct {
 	state            protoimpl.MessageState `protogen:"open.v1"`
-	Protocol         uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	Protocol         uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // the version that the agent speaks
 	AgentVersion     string                 `protobuf:"bytes,2,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
 	Configured       bool                   `protobuf:"varint,3,opt,name=configured,proto3" json:"configured,omitempty"`                                       // a Config has been taken since boot
 	State            *Event                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`                                                  // the last event, where there is one
@@ -550,8 +614,14 @@ type Config struct {
 	Modules    []string               `protobuf:"bytes,11,rep,name=modules,proto3" json:"modules,omitempty"`                      // features whose modules the initramfs has in a directory of that name: loaded before all else
 	// PID 1 becomes process, the image's own init, and the agent goes on beside it. After Progress.done the host drops the session and
 	// opens another one, which the agent answers from its new process.
-	Init          bool     `protobuf:"varint,20,opt,name=init,proto3" json:"init,omitempty"`
-	Shares        []*Share `protobuf:"bytes,30,rep,name=shares,proto3" json:"shares,omitempty"` // mounted before the entrypoint starts
+	Init          bool              `protobuf:"varint,20,opt,name=init,proto3" json:"init,omitempty"`
+	Shares        []*Share          `protobuf:"bytes,30,rep,name=shares,proto3" json:"shares,omitempty"` // mounted before the entrypoint starts
+	Tmpfs         []*Tmpfs          `protobuf:"bytes,31,rep,name=tmpfs,proto3" json:"tmpfs,omitempty"`
+	Sysctls       map[string]string `protobuf:"bytes,32,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // net.ipv4.ip_forward → 1
+	Volumes       []string          `protobuf:"bytes,33,rep,name=volumes,proto3" json:"volumes,omitempty"`                                                                           // directories of the image that stay writable when the root is read-only; made when they are not there
+	NtpServers    []string          `protobuf:"bytes,34,rep,name=ntp_servers,json=ntpServers,proto3" json:"ntp_servers,omitempty"`                                                   // asked by the agent, where the image has no init that does
+	DnsOptions    []string          `protobuf:"bytes,35,rep,name=dns_options,json=dnsOptions,proto3" json:"dns_options,omitempty"`
+	Provision     *Provision        `protobuf:"bytes,40,opt,name=provision,proto3" json:"provision,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -677,6 +747,1437 @@ func (x *Config) GetShares() []*Share {
 	return nil
 }
 
+func (x *Config) GetTmpfs() []*Tmpfs {
+	if x != nil {
+		return x.Tmpfs
+	}
+	return nil
+}
+
+func (x *Config) GetSysctls() map[string]string {
+	if x != nil {
+		return x.Sysctls
+	}
+	return nil
+}
+
+func (x *Config) GetVolumes() []string {
+	if x != nil {
+		return x.Volumes
+	}
+	return nil
+}
+
+func (x *Config) GetNtpServers() []string {
+	if x != nil {
+		return x.NtpServers
+	}
+	return nil
+}
+
+func (x *Config) GetDnsOptions() []string {
+	if x != nil {
+		return x.DnsOptions
+	}
+	return nil
+}
+
+func (x *Config) GetProvision() *Provision {
+	if x != nil {
+		return x.Provision
+	}
+	return nil
+}
+
+type Tmpfs struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`       // made when it is not there
+	Options       string                 `protobuf:"bytes,2,opt,name=options,proto3" json:"options,omitempty"` // as size=64m,mode=1777,noexec
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Tmpfs) Reset() {
+	*x = Tmpfs{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Tmpfs) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Tmpfs) ProtoMessage() {}
+
+func (x *Tmpfs) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Tmpfs.ProtoReflect.Descriptor instead.
+func (*Tmpfs) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Tmpfs) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Tmpfs) GetOptions() string {
+	if x != nil {
+		return x.Options
+	}
+	return ""
+}
+
+// Provision is what an operator wants set in the guest, whatever the language it was written in. All of it is done or the start fails.
+// Steps in this order: groups, users, directories, files, links, units, ssh_host_keys, zone, locale; then the network; then mounts, secrets,
+// packages, commands.
+type Provision struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	First          bool                   `protobuf:"varint,1,opt,name=first,proto3" json:"first,omitempty"` // all of it; else only what is for every boot: mounts, secrets and the commands that say so
+	Groups         []*Group               `protobuf:"bytes,2,rep,name=groups,proto3" json:"groups,omitempty"`
+	Users          []*User                `protobuf:"bytes,3,rep,name=users,proto3" json:"users,omitempty"`
+	Directories    []*Directory           `protobuf:"bytes,4,rep,name=directories,proto3" json:"directories,omitempty"`
+	Files          []*File                `protobuf:"bytes,5,rep,name=files,proto3" json:"files,omitempty"`
+	Links          []*Link                `protobuf:"bytes,6,rep,name=links,proto3" json:"links,omitempty"`
+	Units          []*Unit                `protobuf:"bytes,7,rep,name=units,proto3" json:"units,omitempty"` // needs systemd in the image
+	SshHostKeys    []*SSHHostKey          `protobuf:"bytes,8,rep,name=ssh_host_keys,json=sshHostKeys,proto3" json:"ssh_host_keys,omitempty"`
+	Timezone       string                 `protobuf:"bytes,9,opt,name=timezone,proto3" json:"timezone,omitempty"` // as Europe/Berlin
+	Zone           []byte                 `protobuf:"bytes,10,opt,name=zone,proto3" json:"zone,omitempty"`        // that zone as a TZif file
+	Locale         string                 `protobuf:"bytes,11,opt,name=locale,proto3" json:"locale,omitempty"`    // as de_DE.UTF-8
+	Mounts         []*FileSystemMount     `protobuf:"bytes,12,rep,name=mounts,proto3" json:"mounts,omitempty"`    // each boot
+	Secrets        []*Secret              `protobuf:"bytes,13,rep,name=secrets,proto3" json:"secrets,omitempty"`  // each boot: in a tmpfs on /run/secrets, mode 0400
+	Packages       *Packages              `protobuf:"bytes,14,opt,name=packages,proto3" json:"packages,omitempty"`
+	Commands       []*Command             `protobuf:"bytes,15,rep,name=commands,proto3" json:"commands,omitempty"` // in this order
+	GrowRoot       bool                   `protobuf:"varint,16,opt,name=grow_root,json=growRoot,proto3" json:"grow_root,omitempty"`
+	CaCertificates [][]byte               `protobuf:"bytes,17,rep,name=ca_certificates,json=caCertificates,proto3" json:"ca_certificates,omitempty"` // PEM
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *Provision) Reset() {
+	*x = Provision{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Provision) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Provision) ProtoMessage() {}
+
+func (x *Provision) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Provision.ProtoReflect.Descriptor instead.
+func (*Provision) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Provision) GetFirst() bool {
+	if x != nil {
+		return x.First
+	}
+	return false
+}
+
+func (x *Provision) GetGroups() []*Group {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *Provision) GetUsers() []*User {
+	if x != nil {
+		return x.Users
+	}
+	return nil
+}
+
+func (x *Provision) GetDirectories() []*Directory {
+	if x != nil {
+		return x.Directories
+	}
+	return nil
+}
+
+func (x *Provision) GetFiles() []*File {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+func (x *Provision) GetLinks() []*Link {
+	if x != nil {
+		return x.Links
+	}
+	return nil
+}
+
+func (x *Provision) GetUnits() []*Unit {
+	if x != nil {
+		return x.Units
+	}
+	return nil
+}
+
+func (x *Provision) GetSshHostKeys() []*SSHHostKey {
+	if x != nil {
+		return x.SshHostKeys
+	}
+	return nil
+}
+
+func (x *Provision) GetTimezone() string {
+	if x != nil {
+		return x.Timezone
+	}
+	return ""
+}
+
+func (x *Provision) GetZone() []byte {
+	if x != nil {
+		return x.Zone
+	}
+	return nil
+}
+
+func (x *Provision) GetLocale() string {
+	if x != nil {
+		return x.Locale
+	}
+	return ""
+}
+
+func (x *Provision) GetMounts() []*FileSystemMount {
+	if x != nil {
+		return x.Mounts
+	}
+	return nil
+}
+
+func (x *Provision) GetSecrets() []*Secret {
+	if x != nil {
+		return x.Secrets
+	}
+	return nil
+}
+
+func (x *Provision) GetPackages() *Packages {
+	if x != nil {
+		return x.Packages
+	}
+	return nil
+}
+
+func (x *Provision) GetCommands() []*Command {
+	if x != nil {
+		return x.Commands
+	}
+	return nil
+}
+
+func (x *Provision) GetGrowRoot() bool {
+	if x != nil {
+		return x.GrowRoot
+	}
+	return false
+}
+
+func (x *Provision) GetCaCertificates() [][]byte {
+	if x != nil {
+		return x.CaCertificates
+	}
+	return nil
+}
+
+// Node is what directories, files and links share.
+type Node struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`                  // absolute
+	Overwrite     *bool                  `protobuf:"varint,2,opt,name=overwrite,proto3,oneof" json:"overwrite,omitempty"` // what is there already: true: replaced; false: an error; unset: as Ignition has it for that kind
+	User          *Owner                 `protobuf:"bytes,3,opt,name=user,proto3" json:"user,omitempty"`
+	Group         *Owner                 `protobuf:"bytes,4,opt,name=group,proto3" json:"group,omitempty"`
+	Mode          *uint32                `protobuf:"varint,5,opt,name=mode,proto3,oneof" json:"mode,omitempty"` // with the bits 07000 where they are asked for
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Node) Reset() {
+	*x = Node{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Node) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Node) ProtoMessage() {}
+
+func (x *Node) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Node.ProtoReflect.Descriptor instead.
+func (*Node) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Node) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Node) GetOverwrite() bool {
+	if x != nil && x.Overwrite != nil {
+		return *x.Overwrite
+	}
+	return false
+}
+
+func (x *Node) GetUser() *Owner {
+	if x != nil {
+		return x.User
+	}
+	return nil
+}
+
+func (x *Node) GetGroup() *Owner {
+	if x != nil {
+		return x.Group
+	}
+	return nil
+}
+
+func (x *Node) GetMode() uint32 {
+	if x != nil && x.Mode != nil {
+		return *x.Mode
+	}
+	return 0
+}
+
+type Owner struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            *uint32                `protobuf:"varint,1,opt,name=id,proto3,oneof" json:"id,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Owner) Reset() {
+	*x = Owner{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Owner) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Owner) ProtoMessage() {}
+
+func (x *Owner) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Owner.ProtoReflect.Descriptor instead.
+func (*Owner) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Owner) GetId() uint32 {
+	if x != nil && x.Id != nil {
+		return *x.Id
+	}
+	return 0
+}
+
+func (x *Owner) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type Directory struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          *Node                  `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Directory) Reset() {
+	*x = Directory{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Directory) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Directory) ProtoMessage() {}
+
+func (x *Directory) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Directory.ProtoReflect.Descriptor instead.
+func (*Directory) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Directory) GetNode() *Node {
+	if x != nil {
+		return x.Node
+	}
+	return nil
+}
+
+type File struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          *Node                  `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Contents      []*Piece               `protobuf:"bytes,2,rep,name=contents,proto3" json:"contents,omitempty"` // replaces what is there; none: an empty file is made where there is none
+	Append        []*Piece               `protobuf:"bytes,3,rep,name=append,proto3" json:"append,omitempty"`
+	HasContents   bool                   `protobuf:"varint,4,opt,name=has_contents,json=hasContents,proto3" json:"has_contents,omitempty"`
+	Defer         bool                   `protobuf:"varint,5,opt,name=defer,proto3" json:"defer,omitempty"` // written after the packages
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *File) Reset() {
+	*x = File{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *File) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*File) ProtoMessage() {}
+
+func (x *File) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use File.ProtoReflect.Descriptor instead.
+func (*File) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *File) GetNode() *Node {
+	if x != nil {
+		return x.Node
+	}
+	return nil
+}
+
+func (x *File) GetContents() []*Piece {
+	if x != nil {
+		return x.Contents
+	}
+	return nil
+}
+
+func (x *File) GetAppend() []*Piece {
+	if x != nil {
+		return x.Append
+	}
+	return nil
+}
+
+func (x *File) GetHasContents() bool {
+	if x != nil {
+		return x.HasContents
+	}
+	return false
+}
+
+func (x *File) GetDefer() bool {
+	if x != nil {
+		return x.Defer
+	}
+	return false
+}
+
+// Piece is some bytes of a file: here, or so many of those that come as Content after the Config, in the order of the pieces.
+type Piece struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*Piece_Inline
+	//	*Piece_Streamed
+	Kind          isPiece_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Piece) Reset() {
+	*x = Piece{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Piece) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Piece) ProtoMessage() {}
+
+func (x *Piece) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Piece.ProtoReflect.Descriptor instead.
+func (*Piece) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Piece) GetKind() isPiece_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *Piece) GetInline() []byte {
+	if x != nil {
+		if x, ok := x.Kind.(*Piece_Inline); ok {
+			return x.Inline
+		}
+	}
+	return nil
+}
+
+func (x *Piece) GetStreamed() uint64 {
+	if x != nil {
+		if x, ok := x.Kind.(*Piece_Streamed); ok {
+			return x.Streamed
+		}
+	}
+	return 0
+}
+
+type isPiece_Kind interface {
+	isPiece_Kind()
+}
+
+type Piece_Inline struct {
+	Inline []byte `protobuf:"bytes,1,opt,name=inline,proto3,oneof"`
+}
+
+type Piece_Streamed struct {
+	Streamed uint64 `protobuf:"varint,2,opt,name=streamed,proto3,oneof"`
+}
+
+func (*Piece_Inline) isPiece_Kind() {}
+
+func (*Piece_Streamed) isPiece_Kind() {}
+
+// Content is the host's part of a stream of bytes.
+type Content struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	End           bool                   `protobuf:"varint,2,opt,name=end,proto3" json:"end,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Content) Reset() {
+	*x = Content{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Content) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Content) ProtoMessage() {}
+
+func (x *Content) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Content.ProtoReflect.Descriptor instead.
+func (*Content) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Content) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *Content) GetEnd() bool {
+	if x != nil {
+		return x.End
+	}
+	return false
+}
+
+type Link struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          *Node                  `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Target        string                 `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`
+	Hard          bool                   `protobuf:"varint,3,opt,name=hard,proto3" json:"hard,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Link) Reset() {
+	*x = Link{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Link) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Link) ProtoMessage() {}
+
+func (x *Link) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Link.ProtoReflect.Descriptor instead.
+func (*Link) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Link) GetNode() *Node {
+	if x != nil {
+		return x.Node
+	}
+	return nil
+}
+
+func (x *Link) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *Link) GetHard() bool {
+	if x != nil {
+		return x.Hard
+	}
+	return false
+}
+
+type User struct {
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	Name              string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Uid               *uint32                `protobuf:"varint,2,opt,name=uid,proto3,oneof" json:"uid,omitempty"`
+	Gecos             string                 `protobuf:"bytes,3,opt,name=gecos,proto3" json:"gecos,omitempty"`
+	Home              string                 `protobuf:"bytes,4,opt,name=home,proto3" json:"home,omitempty"` // default /home/NAME
+	NoCreateHome      bool                   `protobuf:"varint,5,opt,name=no_create_home,json=noCreateHome,proto3" json:"no_create_home,omitempty"`
+	PrimaryGroup      string                 `protobuf:"bytes,6,opt,name=primary_group,json=primaryGroup,proto3" json:"primary_group,omitempty"`
+	Groups            []string               `protobuf:"bytes,7,rep,name=groups,proto3" json:"groups,omitempty"`
+	NoUserGroup       bool                   `protobuf:"varint,8,opt,name=no_user_group,json=noUserGroup,proto3" json:"no_user_group,omitempty"`
+	System            bool                   `protobuf:"varint,9,opt,name=system,proto3" json:"system,omitempty"`
+	Shell             string                 `protobuf:"bytes,10,opt,name=shell,proto3" json:"shell,omitempty"`
+	PasswordHash      *string                `protobuf:"bytes,11,opt,name=password_hash,json=passwordHash,proto3,oneof" json:"password_hash,omitempty"` // crypt(3)
+	LockPassword      bool                   `protobuf:"varint,12,opt,name=lock_password,json=lockPassword,proto3" json:"lock_password,omitempty"`
+	SshAuthorizedKeys []string               `protobuf:"bytes,13,rep,name=ssh_authorized_keys,json=sshAuthorizedKeys,proto3" json:"ssh_authorized_keys,omitempty"`
+	Sudo              []string               `protobuf:"bytes,14,rep,name=sudo,proto3" json:"sudo,omitempty"`      // sudoers rules, as ALL=(ALL) NOPASSWD:ALL
+	Absent            bool                   `protobuf:"varint,15,opt,name=absent,proto3" json:"absent,omitempty"` // must not exist
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *User) Reset() {
+	*x = User{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *User) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*User) ProtoMessage() {}
+
+func (x *User) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use User.ProtoReflect.Descriptor instead.
+func (*User) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *User) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *User) GetUid() uint32 {
+	if x != nil && x.Uid != nil {
+		return *x.Uid
+	}
+	return 0
+}
+
+func (x *User) GetGecos() string {
+	if x != nil {
+		return x.Gecos
+	}
+	return ""
+}
+
+func (x *User) GetHome() string {
+	if x != nil {
+		return x.Home
+	}
+	return ""
+}
+
+func (x *User) GetNoCreateHome() bool {
+	if x != nil {
+		return x.NoCreateHome
+	}
+	return false
+}
+
+func (x *User) GetPrimaryGroup() string {
+	if x != nil {
+		return x.PrimaryGroup
+	}
+	return ""
+}
+
+func (x *User) GetGroups() []string {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *User) GetNoUserGroup() bool {
+	if x != nil {
+		return x.NoUserGroup
+	}
+	return false
+}
+
+func (x *User) GetSystem() bool {
+	if x != nil {
+		return x.System
+	}
+	return false
+}
+
+func (x *User) GetShell() string {
+	if x != nil {
+		return x.Shell
+	}
+	return ""
+}
+
+func (x *User) GetPasswordHash() string {
+	if x != nil && x.PasswordHash != nil {
+		return *x.PasswordHash
+	}
+	return ""
+}
+
+func (x *User) GetLockPassword() bool {
+	if x != nil {
+		return x.LockPassword
+	}
+	return false
+}
+
+func (x *User) GetSshAuthorizedKeys() []string {
+	if x != nil {
+		return x.SshAuthorizedKeys
+	}
+	return nil
+}
+
+func (x *User) GetSudo() []string {
+	if x != nil {
+		return x.Sudo
+	}
+	return nil
+}
+
+func (x *User) GetAbsent() bool {
+	if x != nil {
+		return x.Absent
+	}
+	return false
+}
+
+type Group struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Gid           *uint32                `protobuf:"varint,2,opt,name=gid,proto3,oneof" json:"gid,omitempty"`
+	PasswordHash  *string                `protobuf:"bytes,3,opt,name=password_hash,json=passwordHash,proto3,oneof" json:"password_hash,omitempty"`
+	System        bool                   `protobuf:"varint,4,opt,name=system,proto3" json:"system,omitempty"`
+	Absent        bool                   `protobuf:"varint,5,opt,name=absent,proto3" json:"absent,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Group) Reset() {
+	*x = Group{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Group) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Group) ProtoMessage() {}
+
+func (x *Group) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Group.ProtoReflect.Descriptor instead.
+func (*Group) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Group) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Group) GetGid() uint32 {
+	if x != nil && x.Gid != nil {
+		return *x.Gid
+	}
+	return 0
+}
+
+func (x *Group) GetPasswordHash() string {
+	if x != nil && x.PasswordHash != nil {
+		return *x.PasswordHash
+	}
+	return ""
+}
+
+func (x *Group) GetSystem() bool {
+	if x != nil {
+		return x.System
+	}
+	return false
+}
+
+func (x *Group) GetAbsent() bool {
+	if x != nil {
+		return x.Absent
+	}
+	return false
+}
+
+type Unit struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Contents      []byte                 `protobuf:"bytes,2,opt,name=contents,proto3,oneof" json:"contents,omitempty"`
+	Enabled       *bool                  `protobuf:"varint,3,opt,name=enabled,proto3,oneof" json:"enabled,omitempty"`
+	Masked        *bool                  `protobuf:"varint,4,opt,name=masked,proto3,oneof" json:"masked,omitempty"`
+	DropIns       []*DropIn              `protobuf:"bytes,5,rep,name=drop_ins,json=dropIns,proto3" json:"drop_ins,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Unit) Reset() {
+	*x = Unit{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Unit) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Unit) ProtoMessage() {}
+
+func (x *Unit) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Unit.ProtoReflect.Descriptor instead.
+func (*Unit) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Unit) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Unit) GetContents() []byte {
+	if x != nil {
+		return x.Contents
+	}
+	return nil
+}
+
+func (x *Unit) GetEnabled() bool {
+	if x != nil && x.Enabled != nil {
+		return *x.Enabled
+	}
+	return false
+}
+
+func (x *Unit) GetMasked() bool {
+	if x != nil && x.Masked != nil {
+		return *x.Masked
+	}
+	return false
+}
+
+func (x *Unit) GetDropIns() []*DropIn {
+	if x != nil {
+		return x.DropIns
+	}
+	return nil
+}
+
+type DropIn struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Contents      []byte                 `protobuf:"bytes,2,opt,name=contents,proto3" json:"contents,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DropIn) Reset() {
+	*x = DropIn{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DropIn) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DropIn) ProtoMessage() {}
+
+func (x *DropIn) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DropIn.ProtoReflect.Descriptor instead.
+func (*DropIn) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *DropIn) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DropIn) GetContents() []byte {
+	if x != nil {
+		return x.Contents
+	}
+	return nil
+}
+
+type SSHHostKey struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"`       // ed25519, ecdsa, rsa
+	Private       []byte                 `protobuf:"bytes,2,opt,name=private,proto3" json:"private,omitempty"` // OpenSSH's PEM
+	Public        []byte                 `protobuf:"bytes,3,opt,name=public,proto3" json:"public,omitempty"`   // one line
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SSHHostKey) Reset() {
+	*x = SSHHostKey{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SSHHostKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SSHHostKey) ProtoMessage() {}
+
+func (x *SSHHostKey) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SSHHostKey.ProtoReflect.Descriptor instead.
+func (*SSHHostKey) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *SSHHostKey) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *SSHHostKey) GetPrivate() []byte {
+	if x != nil {
+		return x.Private
+	}
+	return nil
+}
+
+func (x *SSHHostKey) GetPublic() []byte {
+	if x != nil {
+		return x.Public
+	}
+	return nil
+}
+
+type FileSystemMount struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Source        string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"` // as in fstab
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	Type          string                 `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
+	Options       string                 `protobuf:"bytes,4,opt,name=options,proto3" json:"options,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FileSystemMount) Reset() {
+	*x = FileSystemMount{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FileSystemMount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FileSystemMount) ProtoMessage() {}
+
+func (x *FileSystemMount) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FileSystemMount.ProtoReflect.Descriptor instead.
+func (*FileSystemMount) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *FileSystemMount) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *FileSystemMount) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *FileSystemMount) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *FileSystemMount) GetOptions() string {
+	if x != nil {
+		return x.Options
+	}
+	return ""
+}
+
+type Secret struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // of the file
+	Data          []byte                 `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	User          *Owner                 `protobuf:"bytes,3,opt,name=user,proto3" json:"user,omitempty"`
+	Group         *Owner                 `protobuf:"bytes,4,opt,name=group,proto3" json:"group,omitempty"`
+	Mode          *uint32                `protobuf:"varint,5,opt,name=mode,proto3,oneof" json:"mode,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Secret) Reset() {
+	*x = Secret{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Secret) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Secret) ProtoMessage() {}
+
+func (x *Secret) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Secret.ProtoReflect.Descriptor instead.
+func (*Secret) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *Secret) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Secret) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *Secret) GetUser() *Owner {
+	if x != nil {
+		return x.User
+	}
+	return nil
+}
+
+func (x *Secret) GetGroup() *Owner {
+	if x != nil {
+		return x.Group
+	}
+	return nil
+}
+
+func (x *Secret) GetMode() uint32 {
+	if x != nil && x.Mode != nil {
+		return *x.Mode
+	}
+	return 0
+}
+
+type Packages struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Names         []string               `protobuf:"bytes,1,rep,name=names,proto3" json:"names,omitempty"`
+	Update        bool                   `protobuf:"varint,2,opt,name=update,proto3" json:"update,omitempty"`
+	Upgrade       bool                   `protobuf:"varint,3,opt,name=upgrade,proto3" json:"upgrade,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Packages) Reset() {
+	*x = Packages{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Packages) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Packages) ProtoMessage() {}
+
+func (x *Packages) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Packages.ProtoReflect.Descriptor instead.
+func (*Packages) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *Packages) GetNames() []string {
+	if x != nil {
+		return x.Names
+	}
+	return nil
+}
+
+func (x *Packages) GetUpdate() bool {
+	if x != nil {
+		return x.Update
+	}
+	return false
+}
+
+func (x *Packages) GetUpgrade() bool {
+	if x != nil {
+		return x.Upgrade
+	}
+	return false
+}
+
+// Command runs as root before the entrypoint. Its output comes in Progress; an exit code but 0 fails the start.
+type Command struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`           // as user-data, runcmd 2
+	Argv          []string               `protobuf:"bytes,2,rep,name=argv,proto3" json:"argv,omitempty"`           // of script: its arguments
+	Script        []byte                 `protobuf:"bytes,3,opt,name=script,proto3,oneof" json:"script,omitempty"` // written to a tmpfs, mode 0700, and executed
+	EachBoot      bool                   `protobuf:"varint,4,opt,name=each_boot,json=eachBoot,proto3" json:"each_boot,omitempty"`
+	Early         bool                   `protobuf:"varint,5,opt,name=early,proto3" json:"early,omitempty"` // before everything else of Provision, without the network
+	Env           []string               `protobuf:"bytes,6,rep,name=env,proto3" json:"env,omitempty"`
+	IgnoreFailure bool                   `protobuf:"varint,7,opt,name=ignore_failure,json=ignoreFailure,proto3" json:"ignore_failure,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Command) Reset() {
+	*x = Command{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Command) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Command) ProtoMessage() {}
+
+func (x *Command) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Command.ProtoReflect.Descriptor instead.
+func (*Command) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *Command) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Command) GetArgv() []string {
+	if x != nil {
+		return x.Argv
+	}
+	return nil
+}
+
+func (x *Command) GetScript() []byte {
+	if x != nil {
+		return x.Script
+	}
+	return nil
+}
+
+func (x *Command) GetEachBoot() bool {
+	if x != nil {
+		return x.EachBoot
+	}
+	return false
+}
+
+func (x *Command) GetEarly() bool {
+	if x != nil {
+		return x.Early
+	}
+	return false
+}
+
+func (x *Command) GetEnv() []string {
+	if x != nil {
+		return x.Env
+	}
+	return nil
+}
+
+func (x *Command) GetIgnoreFailure() bool {
+	if x != nil {
+		return x.IgnoreFailure
+	}
+	return false
+}
+
 type HostEntry struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
@@ -687,7 +2188,7 @@ type HostEntry struct {
 
 func (x *HostEntry) Reset() {
 	*x = HostEntry{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -699,7 +2200,7 @@ func (x *HostEntry) String() string {
 func (*HostEntry) ProtoMessage() {}
 
 func (x *HostEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -712,7 +2213,7 @@ func (x *HostEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostEntry.ProtoReflect.Descriptor instead.
 func (*HostEntry) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{4}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *HostEntry) GetAddress() string {
@@ -741,7 +2242,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -753,7 +2254,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -766,7 +2267,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Interface) GetMac() string {
@@ -809,7 +2310,7 @@ type Share struct {
 
 func (x *Share) Reset() {
 	*x = Share{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -821,7 +2322,7 @@ func (x *Share) String() string {
 func (*Share) ProtoMessage() {}
 
 func (x *Share) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -834,7 +2335,7 @@ func (x *Share) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Share.ProtoReflect.Descriptor instead.
 func (*Share) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Share) GetTag() string {
@@ -870,7 +2371,7 @@ type Root struct {
 
 func (x *Root) Reset() {
 	*x = Root{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -882,7 +2383,7 @@ func (x *Root) String() string {
 func (*Root) ProtoMessage() {}
 
 func (x *Root) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -895,7 +2396,7 @@ func (x *Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Root.ProtoReflect.Descriptor instead.
 func (*Root) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Root) GetScratch() string {
@@ -939,7 +2440,7 @@ type RootDisk struct {
 
 func (x *RootDisk) Reset() {
 	*x = RootDisk{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -951,7 +2452,7 @@ func (x *RootDisk) String() string {
 func (*RootDisk) ProtoMessage() {}
 
 func (x *RootDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -964,7 +2465,7 @@ func (x *RootDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootDisk.ProtoReflect.Descriptor instead.
 func (*RootDisk) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RootDisk) GetDevice() string {
@@ -1007,7 +2508,7 @@ type Verity struct {
 
 func (x *Verity) Reset() {
 	*x = Verity{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1019,7 +2520,7 @@ func (x *Verity) String() string {
 func (*Verity) ProtoMessage() {}
 
 func (x *Verity) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1032,7 +2533,7 @@ func (x *Verity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Verity.ProtoReflect.Descriptor instead.
 func (*Verity) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Verity) GetRootHash() string {
@@ -1067,13 +2568,14 @@ type Process struct {
 	Rows          uint32                 `protobuf:"varint,7,opt,name=rows,proto3" json:"rows,omitempty"`
 	Cols          uint32                 `protobuf:"varint,8,opt,name=cols,proto3" json:"cols,omitempty"`
 	StopSignal    string                 `protobuf:"bytes,9,opt,name=stop_signal,json=stopSignal,proto3" json:"stop_signal,omitempty"` // of the image; SIGTERM when empty
+	Rlimits       []*Rlimit              `protobuf:"bytes,10,rep,name=rlimits,proto3" json:"rlimits,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1085,7 +2587,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1098,7 +2600,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Process) GetArgv() []string {
@@ -1164,6 +2666,73 @@ func (x *Process) GetStopSignal() string {
 	return ""
 }
 
+func (x *Process) GetRlimits() []*Rlimit {
+	if x != nil {
+		return x.Rlimits
+	}
+	return nil
+}
+
+type Rlimit struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`  // as nofile
+	Soft          uint64                 `protobuf:"varint,2,opt,name=soft,proto3" json:"soft,omitempty"` // 2^64-1: unlimited
+	Hard          uint64                 `protobuf:"varint,3,opt,name=hard,proto3" json:"hard,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rlimit) Reset() {
+	*x = Rlimit{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rlimit) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rlimit) ProtoMessage() {}
+
+func (x *Rlimit) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rlimit.ProtoReflect.Descriptor instead.
+func (*Rlimit) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *Rlimit) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Rlimit) GetSoft() uint64 {
+	if x != nil {
+		return x.Soft
+	}
+	return 0
+}
+
+func (x *Rlimit) GetHard() uint64 {
+	if x != nil {
+		return x.Hard
+	}
+	return 0
+}
+
 // Progress names each step of the configuration as it begins, so that a failed start can name it.
 type Progress struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1172,13 +2741,15 @@ type Progress struct {
 	Done          bool                   `protobuf:"varint,3,opt,name=done,proto3" json:"done,omitempty"`  // the entrypoint runs; nothing follows
 	UptimeNanos   int64                  `protobuf:"varint,4,opt,name=uptime_nanos,json=uptimeNanos,proto3" json:"uptime_nanos,omitempty"`
 	Failure       FailureClass           `protobuf:"varint,5,opt,name=failure,proto3,enum=atoll.agent.v1.FailureClass" json:"failure,omitempty"`
+	Output        []byte                 `protobuf:"bytes,6,opt,name=output,proto3" json:"output,omitempty"`                            // of a command or of the package manager; step is as before
+	ExitCode      *int32                 `protobuf:"varint,7,opt,name=exit_code,json=exitCode,proto3,oneof" json:"exit_code,omitempty"` // with error: of the command that failed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1190,7 +2761,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1203,7 +2774,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Progress) GetStep() string {
@@ -1241,6 +2812,20 @@ func (x *Progress) GetFailure() FailureClass {
 	return FailureClass_FAILURE_CLASS_UNSPECIFIED
 }
 
+func (x *Progress) GetOutput() []byte {
+	if x != nil {
+		return x.Output
+	}
+	return nil
+}
+
+func (x *Progress) GetExitCode() int32 {
+	if x != nil && x.ExitCode != nil {
+		return *x.ExitCode
+	}
+	return 0
+}
+
 type OutputRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	After         uint64                 `protobuf:"varint,1,opt,name=after,proto3" json:"after,omitempty"` // records with a higher sequence number only
@@ -1250,7 +2835,7 @@ type OutputRequest struct {
 
 func (x *OutputRequest) Reset() {
 	*x = OutputRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1262,7 +2847,7 @@ func (x *OutputRequest) String() string {
 func (*OutputRequest) ProtoMessage() {}
 
 func (x *OutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1275,7 +2860,7 @@ func (x *OutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputRequest.ProtoReflect.Descriptor instead.
 func (*OutputRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *OutputRequest) GetAfter() uint64 {
@@ -1300,7 +2885,7 @@ type Output struct {
 
 func (x *Output) Reset() {
 	*x = Output{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1312,7 +2897,7 @@ func (x *Output) String() string {
 func (*Output) ProtoMessage() {}
 
 func (x *Output) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1325,7 +2910,7 @@ func (x *Output) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Output.ProtoReflect.Descriptor instead.
 func (*Output) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Output) GetSeq() uint64 {
@@ -1372,7 +2957,7 @@ type OutputAck struct {
 
 func (x *OutputAck) Reset() {
 	*x = OutputAck{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1384,7 +2969,7 @@ func (x *OutputAck) String() string {
 func (*OutputAck) ProtoMessage() {}
 
 func (x *OutputAck) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1397,7 +2982,7 @@ func (x *OutputAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputAck.ProtoReflect.Descriptor instead.
 func (*OutputAck) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *OutputAck) GetSeq() uint64 {
@@ -1415,7 +3000,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1427,7 +3012,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1440,7 +3025,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 // Event is what happened in the guest.
@@ -1459,7 +3044,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1471,7 +3056,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1484,7 +3069,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -1559,7 +3144,7 @@ type EntrypointStarted struct {
 
 func (x *EntrypointStarted) Reset() {
 	*x = EntrypointStarted{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1571,7 +3156,7 @@ func (x *EntrypointStarted) String() string {
 func (*EntrypointStarted) ProtoMessage() {}
 
 func (x *EntrypointStarted) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1584,7 +3169,7 @@ func (x *EntrypointStarted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntrypointStarted.ProtoReflect.Descriptor instead.
 func (*EntrypointStarted) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *EntrypointStarted) GetPid() uint32 {
@@ -1605,7 +3190,7 @@ type EntrypointExited struct {
 
 func (x *EntrypointExited) Reset() {
 	*x = EntrypointExited{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1617,7 +3202,7 @@ func (x *EntrypointExited) String() string {
 func (*EntrypointExited) ProtoMessage() {}
 
 func (x *EntrypointExited) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1630,7 +3215,7 @@ func (x *EntrypointExited) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntrypointExited.ProtoReflect.Descriptor instead.
 func (*EntrypointExited) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *EntrypointExited) GetCode() int32 {
@@ -1664,7 +3249,7 @@ type GoingDown struct {
 
 func (x *GoingDown) Reset() {
 	*x = GoingDown{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1676,7 +3261,7 @@ func (x *GoingDown) String() string {
 func (*GoingDown) ProtoMessage() {}
 
 func (x *GoingDown) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1689,7 +3274,7 @@ func (x *GoingDown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GoingDown.ProtoReflect.Descriptor instead.
 func (*GoingDown) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *GoingDown) GetReason() GoingDown_Reason {
@@ -1716,7 +3301,7 @@ type EventAck struct {
 
 func (x *EventAck) Reset() {
 	*x = EventAck{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1728,7 +3313,7 @@ func (x *EventAck) String() string {
 func (*EventAck) ProtoMessage() {}
 
 func (x *EventAck) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1741,7 +3326,7 @@ func (x *EventAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventAck.ProtoReflect.Descriptor instead.
 func (*EventAck) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *EventAck) GetSeq() uint64 {
@@ -1762,7 +3347,7 @@ type Exec struct {
 
 func (x *Exec) Reset() {
 	*x = Exec{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1774,7 +3359,7 @@ func (x *Exec) String() string {
 func (*Exec) ProtoMessage() {}
 
 func (x *Exec) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1787,7 +3372,7 @@ func (x *Exec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exec.ProtoReflect.Descriptor instead.
 func (*Exec) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Exec) GetProcess() *Process {
@@ -1830,7 +3415,7 @@ type Container struct {
 
 func (x *Container) Reset() {
 	*x = Container{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1842,7 +3427,7 @@ func (x *Container) String() string {
 func (*Container) ProtoMessage() {}
 
 func (x *Container) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1855,7 +3440,7 @@ func (x *Container) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Container.ProtoReflect.Descriptor instead.
 func (*Container) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Container) GetId() string {
@@ -1938,7 +3523,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1950,7 +3535,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1963,7 +3548,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Mount) GetSource() string {
@@ -2033,7 +3618,7 @@ type Accept struct {
 
 func (x *Accept) Reset() {
 	*x = Accept{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2045,7 +3630,7 @@ func (x *Accept) String() string {
 func (*Accept) ProtoMessage() {}
 
 func (x *Accept) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2058,7 +3643,7 @@ func (x *Accept) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Accept.ProtoReflect.Descriptor instead.
 func (*Accept) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Accept) GetContainer() string {
@@ -2084,7 +3669,7 @@ type AcceptReply struct {
 
 func (x *AcceptReply) Reset() {
 	*x = AcceptReply{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2096,7 +3681,7 @@ func (x *AcceptReply) String() string {
 func (*AcceptReply) ProtoMessage() {}
 
 func (x *AcceptReply) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2109,7 +3694,7 @@ func (x *AcceptReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptReply.ProtoReflect.Descriptor instead.
 func (*AcceptReply) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *AcceptReply) GetError() string {
@@ -2134,7 +3719,7 @@ type ExecInput struct {
 
 func (x *ExecInput) Reset() {
 	*x = ExecInput{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2146,7 +3731,7 @@ func (x *ExecInput) String() string {
 func (*ExecInput) ProtoMessage() {}
 
 func (x *ExecInput) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2159,7 +3744,7 @@ func (x *ExecInput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecInput.ProtoReflect.Descriptor instead.
 func (*ExecInput) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ExecInput) GetKind() isExecInput_Kind {
@@ -2243,7 +3828,7 @@ type Resize struct {
 
 func (x *Resize) Reset() {
 	*x = Resize{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2255,7 +3840,7 @@ func (x *Resize) String() string {
 func (*Resize) ProtoMessage() {}
 
 func (x *Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2268,7 +3853,7 @@ func (x *Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resize.ProtoReflect.Descriptor instead.
 func (*Resize) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Resize) GetRows() uint32 {
@@ -2302,7 +3887,7 @@ type ExecOutput struct {
 
 func (x *ExecOutput) Reset() {
 	*x = ExecOutput{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2314,7 +3899,7 @@ func (x *ExecOutput) String() string {
 func (*ExecOutput) ProtoMessage() {}
 
 func (x *ExecOutput) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2327,7 +3912,7 @@ func (x *ExecOutput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecOutput.ProtoReflect.Descriptor instead.
 func (*ExecOutput) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ExecOutput) GetKind() isExecOutput_Kind {
@@ -2443,7 +4028,7 @@ type ExecError struct {
 
 func (x *ExecError) Reset() {
 	*x = ExecError{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2455,7 +4040,7 @@ func (x *ExecError) String() string {
 func (*ExecError) ProtoMessage() {}
 
 func (x *ExecError) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2468,7 +4053,7 @@ func (x *ExecError) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecError.ProtoReflect.Descriptor instead.
 func (*ExecError) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ExecError) GetFailure() FailureClass {
@@ -2493,7 +4078,7 @@ type Stdin struct {
 
 func (x *Stdin) Reset() {
 	*x = Stdin{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2505,7 +4090,7 @@ func (x *Stdin) String() string {
 func (*Stdin) ProtoMessage() {}
 
 func (x *Stdin) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2518,7 +4103,7 @@ func (x *Stdin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stdin.ProtoReflect.Descriptor instead.
 func (*Stdin) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{49}
 }
 
 type Signal struct {
@@ -2530,7 +4115,7 @@ type Signal struct {
 
 func (x *Signal) Reset() {
 	*x = Signal{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2542,7 +4127,7 @@ func (x *Signal) String() string {
 func (*Signal) ProtoMessage() {}
 
 func (x *Signal) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2555,7 +4140,7 @@ func (x *Signal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Signal.ProtoReflect.Descriptor instead.
 func (*Signal) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Signal) GetName() string {
@@ -2574,7 +4159,7 @@ type SignalReply struct {
 
 func (x *SignalReply) Reset() {
 	*x = SignalReply{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2586,7 +4171,7 @@ func (x *SignalReply) String() string {
 func (*SignalReply) ProtoMessage() {}
 
 func (x *SignalReply) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2599,7 +4184,7 @@ func (x *SignalReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalReply.ProtoReflect.Descriptor instead.
 func (*SignalReply) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *SignalReply) GetError() string {
@@ -2619,7 +4204,7 @@ type Shutdown struct {
 
 func (x *Shutdown) Reset() {
 	*x = Shutdown{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2631,7 +4216,7 @@ func (x *Shutdown) String() string {
 func (*Shutdown) ProtoMessage() {}
 
 func (x *Shutdown) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2644,7 +4229,7 @@ func (x *Shutdown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Shutdown.ProtoReflect.Descriptor instead.
 func (*Shutdown) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Shutdown) GetSignal() string {
@@ -2670,7 +4255,7 @@ type ShutdownReply struct {
 
 func (x *ShutdownReply) Reset() {
 	*x = ShutdownReply{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2682,7 +4267,7 @@ func (x *ShutdownReply) String() string {
 func (*ShutdownReply) ProtoMessage() {}
 
 func (x *ShutdownReply) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2695,7 +4280,7 @@ func (x *ShutdownReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownReply.ProtoReflect.Descriptor instead.
 func (*ShutdownReply) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ShutdownReply) GetError() string {
@@ -2703,6 +4288,421 @@ func (x *ShutdownReply) GetError() string {
 		return x.Error
 	}
 	return ""
+}
+
+// SyncTime sets the guest's clock to the host's.
+type SyncTime struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	UnixNanos     int64                  `protobuf:"varint,1,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SyncTime) Reset() {
+	*x = SyncTime{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SyncTime) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SyncTime) ProtoMessage() {}
+
+func (x *SyncTime) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SyncTime.ProtoReflect.Descriptor instead.
+func (*SyncTime) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *SyncTime) GetUnixNanos() int64 {
+	if x != nil {
+		return x.UnixNanos
+	}
+	return 0
+}
+
+type SyncTimeReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OffsetNanos   int64                  `protobuf:"varint,1,opt,name=offset_nanos,json=offsetNanos,proto3" json:"offset_nanos,omitempty"` // how far the guest's clock was ahead
+	Error         string                 `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SyncTimeReply) Reset() {
+	*x = SyncTimeReply{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SyncTimeReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SyncTimeReply) ProtoMessage() {}
+
+func (x *SyncTimeReply) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SyncTimeReply.ProtoReflect.Descriptor instead.
+func (*SyncTimeReply) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *SyncTimeReply) GetOffsetNanos() int64 {
+	if x != nil {
+		return x.OffsetNanos
+	}
+	return 0
+}
+
+func (x *SyncTimeReply) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+// PutFiles unpacks a tar stream below a directory, as docker cp does; nothing leaves that directory through links.
+type PutFiles struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`                                           // a directory that is there
+	KeepOwners    bool                   `protobuf:"varint,2,opt,name=keep_owners,json=keepOwners,proto3" json:"keep_owners,omitempty"`            // the stream's; else root's
+	NoReplaceKind bool                   `protobuf:"varint,3,opt,name=no_replace_kind,json=noReplaceKind,proto3" json:"no_replace_kind,omitempty"` // a directory never replaces a file, nor the other way round
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutFiles) Reset() {
+	*x = PutFiles{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutFiles) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutFiles) ProtoMessage() {}
+
+func (x *PutFiles) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutFiles.ProtoReflect.Descriptor instead.
+func (*PutFiles) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *PutFiles) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *PutFiles) GetKeepOwners() bool {
+	if x != nil {
+		return x.KeepOwners
+	}
+	return false
+}
+
+func (x *PutFiles) GetNoReplaceKind() bool {
+	if x != nil {
+		return x.NoReplaceKind
+	}
+	return false
+}
+
+// GetFiles answers with a tar stream of a file or a tree, its names relative to path's parent.
+type GetFiles struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Follow        bool                   `protobuf:"varint,2,opt,name=follow,proto3" json:"follow,omitempty"` // where path is a link
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetFiles) Reset() {
+	*x = GetFiles{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetFiles) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetFiles) ProtoMessage() {}
+
+func (x *GetFiles) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetFiles.ProtoReflect.Descriptor instead.
+func (*GetFiles) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *GetFiles) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *GetFiles) GetFollow() bool {
+	if x != nil {
+		return x.Follow
+	}
+	return false
+}
+
+type FilesReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	Done          bool                   `protobuf:"varint,2,opt,name=done,proto3" json:"done,omitempty"`
+	Error         string                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	Failure       FailureClass           `protobuf:"varint,4,opt,name=failure,proto3,enum=atoll.agent.v1.FailureClass" json:"failure,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FilesReply) Reset() {
+	*x = FilesReply{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FilesReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FilesReply) ProtoMessage() {}
+
+func (x *FilesReply) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FilesReply.ProtoReflect.Descriptor instead.
+func (*FilesReply) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *FilesReply) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *FilesReply) GetDone() bool {
+	if x != nil {
+		return x.Done
+	}
+	return false
+}
+
+func (x *FilesReply) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *FilesReply) GetFailure() FailureClass {
+	if x != nil {
+		return x.Failure
+	}
+	return FailureClass_FAILURE_CLASS_UNSPECIFIED
+}
+
+type StatFile struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatFile) Reset() {
+	*x = StatFile{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatFile) ProtoMessage() {}
+
+func (x *StatFile) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatFile.ProtoReflect.Descriptor instead.
+func (*StatFile) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *StatFile) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+type StatFileReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Mode          uint32                 `protobuf:"varint,2,opt,name=mode,proto3" json:"mode,omitempty"` // as st_mode
+	Size          int64                  `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	ModUnixNanos  int64                  `protobuf:"varint,4,opt,name=mod_unix_nanos,json=modUnixNanos,proto3" json:"mod_unix_nanos,omitempty"`
+	LinkTarget    string                 `protobuf:"bytes,5,opt,name=link_target,json=linkTarget,proto3" json:"link_target,omitempty"` // followed to its end; empty: no link
+	Error         string                 `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
+	Failure       FailureClass           `protobuf:"varint,7,opt,name=failure,proto3,enum=atoll.agent.v1.FailureClass" json:"failure,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatFileReply) Reset() {
+	*x = StatFileReply{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatFileReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatFileReply) ProtoMessage() {}
+
+func (x *StatFileReply) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatFileReply.ProtoReflect.Descriptor instead.
+func (*StatFileReply) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *StatFileReply) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *StatFileReply) GetMode() uint32 {
+	if x != nil {
+		return x.Mode
+	}
+	return 0
+}
+
+func (x *StatFileReply) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *StatFileReply) GetModUnixNanos() int64 {
+	if x != nil {
+		return x.ModUnixNanos
+	}
+	return 0
+}
+
+func (x *StatFileReply) GetLinkTarget() string {
+	if x != nil {
+		return x.LinkTarget
+	}
+	return ""
+}
+
+func (x *StatFileReply) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *StatFileReply) GetFailure() FailureClass {
+	if x != nil {
+		return x.Failure
+	}
+	return FailureClass_FAILURE_CLASS_UNSPECIFIED
 }
 
 type ExecOutput_Started struct {
@@ -2714,7 +4714,7 @@ type ExecOutput_Started struct {
 
 func (x *ExecOutput_Started) Reset() {
 	*x = ExecOutput_Started{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2726,7 +4726,7 @@ func (x *ExecOutput_Started) String() string {
 func (*ExecOutput_Started) ProtoMessage() {}
 
 func (x *ExecOutput_Started) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2739,7 +4739,7 @@ func (x *ExecOutput_Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecOutput_Started.ProtoReflect.Descriptor instead.
 func (*ExecOutput_Started) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28, 0}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{47, 0}
 }
 
 func (x *ExecOutput_Started) GetPid() uint32 {
@@ -2753,7 +4753,7 @@ var File_api_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x18api/agent/v1/agent.proto\x12\x0eatoll.agent.v1\"\x99\x04\n" +
+	"\x18api/agent/v1/agent.proto\x12\x0eatoll.agent.v1\"\xfd\x05\n" +
 	"\aRequest\x12-\n" +
 	"\x05hello\x18\x01 \x01(\v2\x15.atoll.agent.v1.HelloH\x00R\x05hello\x126\n" +
 	"\tconfigure\x18\x02 \x01(\v2\x16.atoll.agent.v1.ConfigH\x00R\tconfigure\x127\n" +
@@ -2764,7 +4764,11 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x06signal\x18\a \x01(\v2\x16.atoll.agent.v1.SignalH\x00R\x06signal\x126\n" +
 	"\bshutdown\x18\b \x01(\v2\x18.atoll.agent.v1.ShutdownH\x00R\bshutdown\x129\n" +
 	"\tcontainer\x18\x14 \x01(\v2\x19.atoll.agent.v1.ContainerH\x00R\tcontainer\x120\n" +
-	"\x06accept\x18\x15 \x01(\v2\x16.atoll.agent.v1.AcceptH\x00R\x06acceptB\x06\n" +
+	"\x06accept\x18\x15 \x01(\v2\x16.atoll.agent.v1.AcceptH\x00R\x06accept\x127\n" +
+	"\tsync_time\x18\x16 \x01(\v2\x18.atoll.agent.v1.SyncTimeH\x00R\bsyncTime\x127\n" +
+	"\tput_files\x18\x17 \x01(\v2\x18.atoll.agent.v1.PutFilesH\x00R\bputFiles\x127\n" +
+	"\tget_files\x18\x18 \x01(\v2\x18.atoll.agent.v1.GetFilesH\x00R\bgetFiles\x127\n" +
+	"\tstat_file\x18\x19 \x01(\v2\x18.atoll.agent.v1.StatFileH\x00R\bstatFileB\x06\n" +
 	"\x04kind\"#\n" +
 	"\x05Hello\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\"\x84\x02\n" +
@@ -2778,7 +4782,7 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05state\x18\x04 \x01(\v2\x15.atoll.agent.v1.EventR\x05state\x12\x17\n" +
 	"\aboot_id\x18\x05 \x01(\tR\x06bootId\x12,\n" +
 	"\x12start_uptime_nanos\x18\x06 \x01(\x03R\x10startUptimeNanos\x12!\n" +
-	"\fuptime_nanos\x18\a \x01(\x03R\vuptimeNanos\"\xe2\x03\n" +
+	"\fuptime_nanos\x18\a \x01(\x03R\vuptimeNanos\"\x9f\x06\n" +
 	"\x06Config\x12\x1d\n" +
 	"\n" +
 	"machine_id\x18\x01 \x01(\tR\tmachineId\x12\x1a\n" +
@@ -2799,7 +4803,142 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	" \x01(\fR\aentropy\x12\x18\n" +
 	"\amodules\x18\v \x03(\tR\amodules\x12\x12\n" +
 	"\x04init\x18\x14 \x01(\bR\x04init\x12-\n" +
-	"\x06shares\x18\x1e \x03(\v2\x15.atoll.agent.v1.ShareR\x06shares\";\n" +
+	"\x06shares\x18\x1e \x03(\v2\x15.atoll.agent.v1.ShareR\x06shares\x12+\n" +
+	"\x05tmpfs\x18\x1f \x03(\v2\x15.atoll.agent.v1.TmpfsR\x05tmpfs\x12=\n" +
+	"\asysctls\x18  \x03(\v2#.atoll.agent.v1.Config.SysctlsEntryR\asysctls\x12\x18\n" +
+	"\avolumes\x18! \x03(\tR\avolumes\x12\x1f\n" +
+	"\vntp_servers\x18\" \x03(\tR\n" +
+	"ntpServers\x12\x1f\n" +
+	"\vdns_options\x18# \x03(\tR\n" +
+	"dnsOptions\x127\n" +
+	"\tprovision\x18( \x01(\v2\x19.atoll.agent.v1.ProvisionR\tprovision\x1a:\n" +
+	"\fSysctlsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"5\n" +
+	"\x05Tmpfs\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x18\n" +
+	"\aoptions\x18\x02 \x01(\tR\aoptions\"\xe1\x05\n" +
+	"\tProvision\x12\x14\n" +
+	"\x05first\x18\x01 \x01(\bR\x05first\x12-\n" +
+	"\x06groups\x18\x02 \x03(\v2\x15.atoll.agent.v1.GroupR\x06groups\x12*\n" +
+	"\x05users\x18\x03 \x03(\v2\x14.atoll.agent.v1.UserR\x05users\x12;\n" +
+	"\vdirectories\x18\x04 \x03(\v2\x19.atoll.agent.v1.DirectoryR\vdirectories\x12*\n" +
+	"\x05files\x18\x05 \x03(\v2\x14.atoll.agent.v1.FileR\x05files\x12*\n" +
+	"\x05links\x18\x06 \x03(\v2\x14.atoll.agent.v1.LinkR\x05links\x12*\n" +
+	"\x05units\x18\a \x03(\v2\x14.atoll.agent.v1.UnitR\x05units\x12>\n" +
+	"\rssh_host_keys\x18\b \x03(\v2\x1a.atoll.agent.v1.SSHHostKeyR\vsshHostKeys\x12\x1a\n" +
+	"\btimezone\x18\t \x01(\tR\btimezone\x12\x12\n" +
+	"\x04zone\x18\n" +
+	" \x01(\fR\x04zone\x12\x16\n" +
+	"\x06locale\x18\v \x01(\tR\x06locale\x127\n" +
+	"\x06mounts\x18\f \x03(\v2\x1f.atoll.agent.v1.FileSystemMountR\x06mounts\x120\n" +
+	"\asecrets\x18\r \x03(\v2\x16.atoll.agent.v1.SecretR\asecrets\x124\n" +
+	"\bpackages\x18\x0e \x01(\v2\x18.atoll.agent.v1.PackagesR\bpackages\x123\n" +
+	"\bcommands\x18\x0f \x03(\v2\x17.atoll.agent.v1.CommandR\bcommands\x12\x1b\n" +
+	"\tgrow_root\x18\x10 \x01(\bR\bgrowRoot\x12'\n" +
+	"\x0fca_certificates\x18\x11 \x03(\fR\x0ecaCertificates\"\xc5\x01\n" +
+	"\x04Node\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12!\n" +
+	"\toverwrite\x18\x02 \x01(\bH\x00R\toverwrite\x88\x01\x01\x12)\n" +
+	"\x04user\x18\x03 \x01(\v2\x15.atoll.agent.v1.OwnerR\x04user\x12+\n" +
+	"\x05group\x18\x04 \x01(\v2\x15.atoll.agent.v1.OwnerR\x05group\x12\x17\n" +
+	"\x04mode\x18\x05 \x01(\rH\x01R\x04mode\x88\x01\x01B\f\n" +
+	"\n" +
+	"_overwriteB\a\n" +
+	"\x05_mode\"7\n" +
+	"\x05Owner\x12\x13\n" +
+	"\x02id\x18\x01 \x01(\rH\x00R\x02id\x88\x01\x01\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04nameB\x05\n" +
+	"\x03_id\"5\n" +
+	"\tDirectory\x12(\n" +
+	"\x04node\x18\x01 \x01(\v2\x14.atoll.agent.v1.NodeR\x04node\"\xcb\x01\n" +
+	"\x04File\x12(\n" +
+	"\x04node\x18\x01 \x01(\v2\x14.atoll.agent.v1.NodeR\x04node\x121\n" +
+	"\bcontents\x18\x02 \x03(\v2\x15.atoll.agent.v1.PieceR\bcontents\x12-\n" +
+	"\x06append\x18\x03 \x03(\v2\x15.atoll.agent.v1.PieceR\x06append\x12!\n" +
+	"\fhas_contents\x18\x04 \x01(\bR\vhasContents\x12\x14\n" +
+	"\x05defer\x18\x05 \x01(\bR\x05defer\"G\n" +
+	"\x05Piece\x12\x18\n" +
+	"\x06inline\x18\x01 \x01(\fH\x00R\x06inline\x12\x1c\n" +
+	"\bstreamed\x18\x02 \x01(\x04H\x00R\bstreamedB\x06\n" +
+	"\x04kind\"/\n" +
+	"\aContent\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\x12\x10\n" +
+	"\x03end\x18\x02 \x01(\bR\x03end\"\\\n" +
+	"\x04Link\x12(\n" +
+	"\x04node\x18\x01 \x01(\v2\x14.atoll.agent.v1.NodeR\x04node\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\x12\x12\n" +
+	"\x04hard\x18\x03 \x01(\bR\x04hard\"\xd5\x03\n" +
+	"\x04User\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x15\n" +
+	"\x03uid\x18\x02 \x01(\rH\x00R\x03uid\x88\x01\x01\x12\x14\n" +
+	"\x05gecos\x18\x03 \x01(\tR\x05gecos\x12\x12\n" +
+	"\x04home\x18\x04 \x01(\tR\x04home\x12$\n" +
+	"\x0eno_create_home\x18\x05 \x01(\bR\fnoCreateHome\x12#\n" +
+	"\rprimary_group\x18\x06 \x01(\tR\fprimaryGroup\x12\x16\n" +
+	"\x06groups\x18\a \x03(\tR\x06groups\x12\"\n" +
+	"\rno_user_group\x18\b \x01(\bR\vnoUserGroup\x12\x16\n" +
+	"\x06system\x18\t \x01(\bR\x06system\x12\x14\n" +
+	"\x05shell\x18\n" +
+	" \x01(\tR\x05shell\x12(\n" +
+	"\rpassword_hash\x18\v \x01(\tH\x01R\fpasswordHash\x88\x01\x01\x12#\n" +
+	"\rlock_password\x18\f \x01(\bR\flockPassword\x12.\n" +
+	"\x13ssh_authorized_keys\x18\r \x03(\tR\x11sshAuthorizedKeys\x12\x12\n" +
+	"\x04sudo\x18\x0e \x03(\tR\x04sudo\x12\x16\n" +
+	"\x06absent\x18\x0f \x01(\bR\x06absentB\x06\n" +
+	"\x04_uidB\x10\n" +
+	"\x0e_password_hash\"\xa6\x01\n" +
+	"\x05Group\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x15\n" +
+	"\x03gid\x18\x02 \x01(\rH\x00R\x03gid\x88\x01\x01\x12(\n" +
+	"\rpassword_hash\x18\x03 \x01(\tH\x01R\fpasswordHash\x88\x01\x01\x12\x16\n" +
+	"\x06system\x18\x04 \x01(\bR\x06system\x12\x16\n" +
+	"\x06absent\x18\x05 \x01(\bR\x06absentB\x06\n" +
+	"\x04_gidB\x10\n" +
+	"\x0e_password_hash\"\xce\x01\n" +
+	"\x04Unit\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n" +
+	"\bcontents\x18\x02 \x01(\fH\x00R\bcontents\x88\x01\x01\x12\x1d\n" +
+	"\aenabled\x18\x03 \x01(\bH\x01R\aenabled\x88\x01\x01\x12\x1b\n" +
+	"\x06masked\x18\x04 \x01(\bH\x02R\x06masked\x88\x01\x01\x121\n" +
+	"\bdrop_ins\x18\x05 \x03(\v2\x16.atoll.agent.v1.DropInR\adropInsB\v\n" +
+	"\t_contentsB\n" +
+	"\n" +
+	"\b_enabledB\t\n" +
+	"\a_masked\"8\n" +
+	"\x06DropIn\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bcontents\x18\x02 \x01(\fR\bcontents\"R\n" +
+	"\n" +
+	"SSHHostKey\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\tR\x04type\x12\x18\n" +
+	"\aprivate\x18\x02 \x01(\fR\aprivate\x12\x16\n" +
+	"\x06public\x18\x03 \x01(\fR\x06public\"k\n" +
+	"\x0fFileSystemMount\x12\x16\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n" +
+	"\x04type\x18\x03 \x01(\tR\x04type\x12\x18\n" +
+	"\aoptions\x18\x04 \x01(\tR\aoptions\"\xaa\x01\n" +
+	"\x06Secret\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\x12)\n" +
+	"\x04user\x18\x03 \x01(\v2\x15.atoll.agent.v1.OwnerR\x04user\x12+\n" +
+	"\x05group\x18\x04 \x01(\v2\x15.atoll.agent.v1.OwnerR\x05group\x12\x17\n" +
+	"\x04mode\x18\x05 \x01(\rH\x00R\x04mode\x88\x01\x01B\a\n" +
+	"\x05_mode\"R\n" +
+	"\bPackages\x12\x14\n" +
+	"\x05names\x18\x01 \x03(\tR\x05names\x12\x16\n" +
+	"\x06update\x18\x02 \x01(\bR\x06update\x12\x18\n" +
+	"\aupgrade\x18\x03 \x01(\bR\aupgrade\"\xc5\x01\n" +
+	"\aCommand\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04argv\x18\x02 \x03(\tR\x04argv\x12\x1b\n" +
+	"\x06script\x18\x03 \x01(\fH\x00R\x06script\x88\x01\x01\x12\x1b\n" +
+	"\teach_boot\x18\x04 \x01(\bR\beachBoot\x12\x14\n" +
+	"\x05early\x18\x05 \x01(\bR\x05early\x12\x10\n" +
+	"\x03env\x18\x06 \x03(\tR\x03env\x12%\n" +
+	"\x0eignore_failure\x18\a \x01(\bR\rignoreFailureB\t\n" +
+	"\a_script\";\n" +
 	"\tHostEntry\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x14\n" +
 	"\x05names\x18\x02 \x03(\tR\x05names\"c\n" +
@@ -2826,7 +4965,7 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\troot_hash\x18\x01 \x01(\tR\brootHash\x12\x12\n" +
 	"\x04salt\x18\x02 \x01(\tR\x04salt\x12\x1f\n" +
 	"\vdata_blocks\x18\x03 \x01(\x04R\n" +
-	"dataBlocks\"\xd5\x01\n" +
+	"dataBlocks\"\x87\x02\n" +
 	"\aProcess\x12\x12\n" +
 	"\x04argv\x18\x01 \x03(\tR\x04argv\x12\x10\n" +
 	"\x03env\x18\x02 \x03(\tR\x03env\x12\x1f\n" +
@@ -2838,13 +4977,23 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x04rows\x18\a \x01(\rR\x04rows\x12\x12\n" +
 	"\x04cols\x18\b \x01(\rR\x04cols\x12\x1f\n" +
 	"\vstop_signal\x18\t \x01(\tR\n" +
-	"stopSignal\"\xa3\x01\n" +
+	"stopSignal\x120\n" +
+	"\arlimits\x18\n" +
+	" \x03(\v2\x16.atoll.agent.v1.RlimitR\arlimits\"D\n" +
+	"\x06Rlimit\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04soft\x18\x02 \x01(\x04R\x04soft\x12\x12\n" +
+	"\x04hard\x18\x03 \x01(\x04R\x04hard\"\xeb\x01\n" +
 	"\bProgress\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x12\n" +
 	"\x04done\x18\x03 \x01(\bR\x04done\x12!\n" +
 	"\fuptime_nanos\x18\x04 \x01(\x03R\vuptimeNanos\x126\n" +
-	"\afailure\x18\x05 \x01(\x0e2\x1c.atoll.agent.v1.FailureClassR\afailure\"%\n" +
+	"\afailure\x18\x05 \x01(\x0e2\x1c.atoll.agent.v1.FailureClassR\afailure\x12\x16\n" +
+	"\x06output\x18\x06 \x01(\fR\x06output\x12 \n" +
+	"\texit_code\x18\a \x01(\x05H\x00R\bexitCode\x88\x01\x01B\f\n" +
+	"\n" +
+	"_exit_code\"%\n" +
 	"\rOutputRequest\x12\x14\n" +
 	"\x05after\x18\x01 \x01(\x04R\x05after\"\x8f\x01\n" +
 	"\x06Output\x12\x10\n" +
@@ -2948,7 +5097,38 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\vgrace_nanos\x18\x02 \x01(\x03R\n" +
 	"graceNanos\"%\n" +
 	"\rShutdownReply\x12\x14\n" +
-	"\x05error\x18\x01 \x01(\tR\x05error*\x87\x01\n" +
+	"\x05error\x18\x01 \x01(\tR\x05error\")\n" +
+	"\bSyncTime\x12\x1d\n" +
+	"\n" +
+	"unix_nanos\x18\x01 \x01(\x03R\tunixNanos\"H\n" +
+	"\rSyncTimeReply\x12!\n" +
+	"\foffset_nanos\x18\x01 \x01(\x03R\voffsetNanos\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\"g\n" +
+	"\bPutFiles\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1f\n" +
+	"\vkeep_owners\x18\x02 \x01(\bR\n" +
+	"keepOwners\x12&\n" +
+	"\x0fno_replace_kind\x18\x03 \x01(\bR\rnoReplaceKind\"6\n" +
+	"\bGetFiles\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x16\n" +
+	"\x06follow\x18\x02 \x01(\bR\x06follow\"\x82\x01\n" +
+	"\n" +
+	"FilesReply\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\x12\x12\n" +
+	"\x04done\x18\x02 \x01(\bR\x04done\x12\x14\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\x126\n" +
+	"\afailure\x18\x04 \x01(\x0e2\x1c.atoll.agent.v1.FailureClassR\afailure\"\x1e\n" +
+	"\bStatFile\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\"\xe0\x01\n" +
+	"\rStatFileReply\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04mode\x18\x02 \x01(\rR\x04mode\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\x03R\x04size\x12$\n" +
+	"\x0emod_unix_nanos\x18\x04 \x01(\x03R\fmodUnixNanos\x12\x1f\n" +
+	"\vlink_target\x18\x05 \x01(\tR\n" +
+	"linkTarget\x12\x14\n" +
+	"\x05error\x18\x06 \x01(\tR\x05error\x126\n" +
+	"\afailure\x18\a \x01(\x0e2\x1c.atoll.agent.v1.FailureClassR\afailure*\x87\x01\n" +
 	"\fFailureClass\x12\x1d\n" +
 	"\x19FAILURE_CLASS_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17FAILURE_CLASS_NOT_FOUND\x10\x01\x12 \n" +
@@ -2972,7 +5152,7 @@ func file_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_api_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
+var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
 var file_api_agent_v1_agent_proto_goTypes = []any{
 	(FailureClass)(0),          // 0: atoll.agent.v1.FailureClass
 	(Stream)(0),                // 1: atoll.agent.v1.Stream
@@ -2981,77 +5161,135 @@ var file_api_agent_v1_agent_proto_goTypes = []any{
 	(*Hello)(nil),              // 4: atoll.agent.v1.Hello
 	(*HelloReply)(nil),         // 5: atoll.agent.v1.HelloReply
 	(*Config)(nil),             // 6: atoll.agent.v1.Config
-	(*HostEntry)(nil),          // 7: atoll.agent.v1.HostEntry
-	(*Interface)(nil),          // 8: atoll.agent.v1.Interface
-	(*Share)(nil),              // 9: atoll.agent.v1.Share
-	(*Root)(nil),               // 10: atoll.agent.v1.Root
-	(*RootDisk)(nil),           // 11: atoll.agent.v1.RootDisk
-	(*Verity)(nil),             // 12: atoll.agent.v1.Verity
-	(*Process)(nil),            // 13: atoll.agent.v1.Process
-	(*Progress)(nil),           // 14: atoll.agent.v1.Progress
-	(*OutputRequest)(nil),      // 15: atoll.agent.v1.OutputRequest
-	(*Output)(nil),             // 16: atoll.agent.v1.Output
-	(*OutputAck)(nil),          // 17: atoll.agent.v1.OutputAck
-	(*WatchRequest)(nil),       // 18: atoll.agent.v1.WatchRequest
-	(*Event)(nil),              // 19: atoll.agent.v1.Event
-	(*EntrypointStarted)(nil),  // 20: atoll.agent.v1.EntrypointStarted
-	(*EntrypointExited)(nil),   // 21: atoll.agent.v1.EntrypointExited
-	(*GoingDown)(nil),          // 22: atoll.agent.v1.GoingDown
-	(*EventAck)(nil),           // 23: atoll.agent.v1.EventAck
-	(*Exec)(nil),               // 24: atoll.agent.v1.Exec
-	(*Container)(nil),          // 25: atoll.agent.v1.Container
-	(*Mount)(nil),              // 26: atoll.agent.v1.Mount
-	(*Accept)(nil),             // 27: atoll.agent.v1.Accept
-	(*AcceptReply)(nil),        // 28: atoll.agent.v1.AcceptReply
-	(*ExecInput)(nil),          // 29: atoll.agent.v1.ExecInput
-	(*Resize)(nil),             // 30: atoll.agent.v1.Resize
-	(*ExecOutput)(nil),         // 31: atoll.agent.v1.ExecOutput
-	(*ExecError)(nil),          // 32: atoll.agent.v1.ExecError
-	(*Stdin)(nil),              // 33: atoll.agent.v1.Stdin
-	(*Signal)(nil),             // 34: atoll.agent.v1.Signal
-	(*SignalReply)(nil),        // 35: atoll.agent.v1.SignalReply
-	(*Shutdown)(nil),           // 36: atoll.agent.v1.Shutdown
-	(*ShutdownReply)(nil),      // 37: atoll.agent.v1.ShutdownReply
-	(*ExecOutput_Started)(nil), // 38: atoll.agent.v1.ExecOutput.Started
+	(*Tmpfs)(nil),              // 7: atoll.agent.v1.Tmpfs
+	(*Provision)(nil),          // 8: atoll.agent.v1.Provision
+	(*Node)(nil),               // 9: atoll.agent.v1.Node
+	(*Owner)(nil),              // 10: atoll.agent.v1.Owner
+	(*Directory)(nil),          // 11: atoll.agent.v1.Directory
+	(*File)(nil),               // 12: atoll.agent.v1.File
+	(*Piece)(nil),              // 13: atoll.agent.v1.Piece
+	(*Content)(nil),            // 14: atoll.agent.v1.Content
+	(*Link)(nil),               // 15: atoll.agent.v1.Link
+	(*User)(nil),               // 16: atoll.agent.v1.User
+	(*Group)(nil),              // 17: atoll.agent.v1.Group
+	(*Unit)(nil),               // 18: atoll.agent.v1.Unit
+	(*DropIn)(nil),             // 19: atoll.agent.v1.DropIn
+	(*SSHHostKey)(nil),         // 20: atoll.agent.v1.SSHHostKey
+	(*FileSystemMount)(nil),    // 21: atoll.agent.v1.FileSystemMount
+	(*Secret)(nil),             // 22: atoll.agent.v1.Secret
+	(*Packages)(nil),           // 23: atoll.agent.v1.Packages
+	(*Command)(nil),            // 24: atoll.agent.v1.Command
+	(*HostEntry)(nil),          // 25: atoll.agent.v1.HostEntry
+	(*Interface)(nil),          // 26: atoll.agent.v1.Interface
+	(*Share)(nil),              // 27: atoll.agent.v1.Share
+	(*Root)(nil),               // 28: atoll.agent.v1.Root
+	(*RootDisk)(nil),           // 29: atoll.agent.v1.RootDisk
+	(*Verity)(nil),             // 30: atoll.agent.v1.Verity
+	(*Process)(nil),            // 31: atoll.agent.v1.Process
+	(*Rlimit)(nil),             // 32: atoll.agent.v1.Rlimit
+	(*Progress)(nil),           // 33: atoll.agent.v1.Progress
+	(*OutputRequest)(nil),      // 34: atoll.agent.v1.OutputRequest
+	(*Output)(nil),             // 35: atoll.agent.v1.Output
+	(*OutputAck)(nil),          // 36: atoll.agent.v1.OutputAck
+	(*WatchRequest)(nil),       // 37: atoll.agent.v1.WatchRequest
+	(*Event)(nil),              // 38: atoll.agent.v1.Event
+	(*EntrypointStarted)(nil),  // 39: atoll.agent.v1.EntrypointStarted
+	(*EntrypointExited)(nil),   // 40: atoll.agent.v1.EntrypointExited
+	(*GoingDown)(nil),          // 41: atoll.agent.v1.GoingDown
+	(*EventAck)(nil),           // 42: atoll.agent.v1.EventAck
+	(*Exec)(nil),               // 43: atoll.agent.v1.Exec
+	(*Container)(nil),          // 44: atoll.agent.v1.Container
+	(*Mount)(nil),              // 45: atoll.agent.v1.Mount
+	(*Accept)(nil),             // 46: atoll.agent.v1.Accept
+	(*AcceptReply)(nil),        // 47: atoll.agent.v1.AcceptReply
+	(*ExecInput)(nil),          // 48: atoll.agent.v1.ExecInput
+	(*Resize)(nil),             // 49: atoll.agent.v1.Resize
+	(*ExecOutput)(nil),         // 50: atoll.agent.v1.ExecOutput
+	(*ExecError)(nil),          // 51: atoll.agent.v1.ExecError
+	(*Stdin)(nil),              // 52: atoll.agent.v1.Stdin
+	(*Signal)(nil),             // 53: atoll.agent.v1.Signal
+	(*SignalReply)(nil),        // 54: atoll.agent.v1.SignalReply
+	(*Shutdown)(nil),           // 55: atoll.agent.v1.Shutdown
+	(*ShutdownReply)(nil),      // 56: atoll.agent.v1.ShutdownReply
+	(*SyncTime)(nil),           // 57: atoll.agent.v1.SyncTime
+	(*SyncTimeReply)(nil),      // 58: atoll.agent.v1.SyncTimeReply
+	(*PutFiles)(nil),           // 59: atoll.agent.v1.PutFiles
+	(*GetFiles)(nil),           // 60: atoll.agent.v1.GetFiles
+	(*FilesReply)(nil),         // 61: atoll.agent.v1.FilesReply
+	(*StatFile)(nil),           // 62: atoll.agent.v1.StatFile
+	(*StatFileReply)(nil),      // 63: atoll.agent.v1.StatFileReply
+	nil,                        // 64: atoll.agent.v1.Config.SysctlsEntry
+	(*ExecOutput_Started)(nil), // 65: atoll.agent.v1.ExecOutput.Started
 }
 var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	4,  // 0: atoll.agent.v1.Request.hello:type_name -> atoll.agent.v1.Hello
 	6,  // 1: atoll.agent.v1.Request.configure:type_name -> atoll.agent.v1.Config
-	15, // 2: atoll.agent.v1.Request.output:type_name -> atoll.agent.v1.OutputRequest
-	18, // 3: atoll.agent.v1.Request.watch:type_name -> atoll.agent.v1.WatchRequest
-	24, // 4: atoll.agent.v1.Request.exec:type_name -> atoll.agent.v1.Exec
-	33, // 5: atoll.agent.v1.Request.stdin:type_name -> atoll.agent.v1.Stdin
-	34, // 6: atoll.agent.v1.Request.signal:type_name -> atoll.agent.v1.Signal
-	36, // 7: atoll.agent.v1.Request.shutdown:type_name -> atoll.agent.v1.Shutdown
-	25, // 8: atoll.agent.v1.Request.container:type_name -> atoll.agent.v1.Container
-	27, // 9: atoll.agent.v1.Request.accept:type_name -> atoll.agent.v1.Accept
-	19, // 10: atoll.agent.v1.HelloReply.state:type_name -> atoll.agent.v1.Event
-	7,  // 11: atoll.agent.v1.Config.hosts:type_name -> atoll.agent.v1.HostEntry
-	8,  // 12: atoll.agent.v1.Config.interfaces:type_name -> atoll.agent.v1.Interface
-	10, // 13: atoll.agent.v1.Config.root:type_name -> atoll.agent.v1.Root
-	13, // 14: atoll.agent.v1.Config.process:type_name -> atoll.agent.v1.Process
-	9,  // 15: atoll.agent.v1.Config.shares:type_name -> atoll.agent.v1.Share
-	11, // 16: atoll.agent.v1.Root.disks:type_name -> atoll.agent.v1.RootDisk
-	12, // 17: atoll.agent.v1.RootDisk.verity:type_name -> atoll.agent.v1.Verity
-	0,  // 18: atoll.agent.v1.Progress.failure:type_name -> atoll.agent.v1.FailureClass
-	1,  // 19: atoll.agent.v1.Output.stream:type_name -> atoll.agent.v1.Stream
-	20, // 20: atoll.agent.v1.Event.started:type_name -> atoll.agent.v1.EntrypointStarted
-	21, // 21: atoll.agent.v1.Event.exited:type_name -> atoll.agent.v1.EntrypointExited
-	22, // 22: atoll.agent.v1.Event.going_down:type_name -> atoll.agent.v1.GoingDown
-	2,  // 23: atoll.agent.v1.GoingDown.reason:type_name -> atoll.agent.v1.GoingDown.Reason
-	13, // 24: atoll.agent.v1.Exec.process:type_name -> atoll.agent.v1.Process
-	13, // 25: atoll.agent.v1.Container.process:type_name -> atoll.agent.v1.Process
-	26, // 26: atoll.agent.v1.Container.mounts:type_name -> atoll.agent.v1.Mount
-	30, // 27: atoll.agent.v1.ExecInput.resize:type_name -> atoll.agent.v1.Resize
-	38, // 28: atoll.agent.v1.ExecOutput.started:type_name -> atoll.agent.v1.ExecOutput.Started
-	21, // 29: atoll.agent.v1.ExecOutput.exit:type_name -> atoll.agent.v1.EntrypointExited
-	32, // 30: atoll.agent.v1.ExecOutput.error:type_name -> atoll.agent.v1.ExecError
-	0,  // 31: atoll.agent.v1.ExecError.failure:type_name -> atoll.agent.v1.FailureClass
-	32, // [32:32] is the sub-list for method output_type
-	32, // [32:32] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	34, // 2: atoll.agent.v1.Request.output:type_name -> atoll.agent.v1.OutputRequest
+	37, // 3: atoll.agent.v1.Request.watch:type_name -> atoll.agent.v1.WatchRequest
+	43, // 4: atoll.agent.v1.Request.exec:type_name -> atoll.agent.v1.Exec
+	52, // 5: atoll.agent.v1.Request.stdin:type_name -> atoll.agent.v1.Stdin
+	53, // 6: atoll.agent.v1.Request.signal:type_name -> atoll.agent.v1.Signal
+	55, // 7: atoll.agent.v1.Request.shutdown:type_name -> atoll.agent.v1.Shutdown
+	44, // 8: atoll.agent.v1.Request.container:type_name -> atoll.agent.v1.Container
+	46, // 9: atoll.agent.v1.Request.accept:type_name -> atoll.agent.v1.Accept
+	57, // 10: atoll.agent.v1.Request.sync_time:type_name -> atoll.agent.v1.SyncTime
+	59, // 11: atoll.agent.v1.Request.put_files:type_name -> atoll.agent.v1.PutFiles
+	60, // 12: atoll.agent.v1.Request.get_files:type_name -> atoll.agent.v1.GetFiles
+	62, // 13: atoll.agent.v1.Request.stat_file:type_name -> atoll.agent.v1.StatFile
+	38, // 14: atoll.agent.v1.HelloReply.state:type_name -> atoll.agent.v1.Event
+	25, // 15: atoll.agent.v1.Config.hosts:type_name -> atoll.agent.v1.HostEntry
+	26, // 16: atoll.agent.v1.Config.interfaces:type_name -> atoll.agent.v1.Interface
+	28, // 17: atoll.agent.v1.Config.root:type_name -> atoll.agent.v1.Root
+	31, // 18: atoll.agent.v1.Config.process:type_name -> atoll.agent.v1.Process
+	27, // 19: atoll.agent.v1.Config.shares:type_name -> atoll.agent.v1.Share
+	7,  // 20: atoll.agent.v1.Config.tmpfs:type_name -> atoll.agent.v1.Tmpfs
+	64, // 21: atoll.agent.v1.Config.sysctls:type_name -> atoll.agent.v1.Config.SysctlsEntry
+	8,  // 22: atoll.agent.v1.Config.provision:type_name -> atoll.agent.v1.Provision
+	17, // 23: atoll.agent.v1.Provision.groups:type_name -> atoll.agent.v1.Group
+	16, // 24: atoll.agent.v1.Provision.users:type_name -> atoll.agent.v1.User
+	11, // 25: atoll.agent.v1.Provision.directories:type_name -> atoll.agent.v1.Directory
+	12, // 26: atoll.agent.v1.Provision.files:type_name -> atoll.agent.v1.File
+	15, // 27: atoll.agent.v1.Provision.links:type_name -> atoll.agent.v1.Link
+	18, // 28: atoll.agent.v1.Provision.units:type_name -> atoll.agent.v1.Unit
+	20, // 29: atoll.agent.v1.Provision.ssh_host_keys:type_name -> atoll.agent.v1.SSHHostKey
+	21, // 30: atoll.agent.v1.Provision.mounts:type_name -> atoll.agent.v1.FileSystemMount
+	22, // 31: atoll.agent.v1.Provision.secrets:type_name -> atoll.agent.v1.Secret
+	23, // 32: atoll.agent.v1.Provision.packages:type_name -> atoll.agent.v1.Packages
+	24, // 33: atoll.agent.v1.Provision.commands:type_name -> atoll.agent.v1.Command
+	10, // 34: atoll.agent.v1.Node.user:type_name -> atoll.agent.v1.Owner
+	10, // 35: atoll.agent.v1.Node.group:type_name -> atoll.agent.v1.Owner
+	9,  // 36: atoll.agent.v1.Directory.node:type_name -> atoll.agent.v1.Node
+	9,  // 37: atoll.agent.v1.File.node:type_name -> atoll.agent.v1.Node
+	13, // 38: atoll.agent.v1.File.contents:type_name -> atoll.agent.v1.Piece
+	13, // 39: atoll.agent.v1.File.append:type_name -> atoll.agent.v1.Piece
+	9,  // 40: atoll.agent.v1.Link.node:type_name -> atoll.agent.v1.Node
+	19, // 41: atoll.agent.v1.Unit.drop_ins:type_name -> atoll.agent.v1.DropIn
+	10, // 42: atoll.agent.v1.Secret.user:type_name -> atoll.agent.v1.Owner
+	10, // 43: atoll.agent.v1.Secret.group:type_name -> atoll.agent.v1.Owner
+	29, // 44: atoll.agent.v1.Root.disks:type_name -> atoll.agent.v1.RootDisk
+	30, // 45: atoll.agent.v1.RootDisk.verity:type_name -> atoll.agent.v1.Verity
+	32, // 46: atoll.agent.v1.Process.rlimits:type_name -> atoll.agent.v1.Rlimit
+	0,  // 47: atoll.agent.v1.Progress.failure:type_name -> atoll.agent.v1.FailureClass
+	1,  // 48: atoll.agent.v1.Output.stream:type_name -> atoll.agent.v1.Stream
+	39, // 49: atoll.agent.v1.Event.started:type_name -> atoll.agent.v1.EntrypointStarted
+	40, // 50: atoll.agent.v1.Event.exited:type_name -> atoll.agent.v1.EntrypointExited
+	41, // 51: atoll.agent.v1.Event.going_down:type_name -> atoll.agent.v1.GoingDown
+	2,  // 52: atoll.agent.v1.GoingDown.reason:type_name -> atoll.agent.v1.GoingDown.Reason
+	31, // 53: atoll.agent.v1.Exec.process:type_name -> atoll.agent.v1.Process
+	31, // 54: atoll.agent.v1.Container.process:type_name -> atoll.agent.v1.Process
+	45, // 55: atoll.agent.v1.Container.mounts:type_name -> atoll.agent.v1.Mount
+	49, // 56: atoll.agent.v1.ExecInput.resize:type_name -> atoll.agent.v1.Resize
+	65, // 57: atoll.agent.v1.ExecOutput.started:type_name -> atoll.agent.v1.ExecOutput.Started
+	40, // 58: atoll.agent.v1.ExecOutput.exit:type_name -> atoll.agent.v1.EntrypointExited
+	51, // 59: atoll.agent.v1.ExecOutput.error:type_name -> atoll.agent.v1.ExecError
+	0,  // 60: atoll.agent.v1.ExecError.failure:type_name -> atoll.agent.v1.FailureClass
+	0,  // 61: atoll.agent.v1.FilesReply.failure:type_name -> atoll.agent.v1.FailureClass
+	0,  // 62: atoll.agent.v1.StatFileReply.failure:type_name -> atoll.agent.v1.FailureClass
+	63, // [63:63] is the sub-list for method output_type
+	63, // [63:63] is the sub-list for method input_type
+	63, // [63:63] is the sub-list for extension type_name
+	63, // [63:63] is the sub-list for extension extendee
+	0,  // [0:63] is the sub-list for field type_name
 }
 
 func init() { file_api_agent_v1_agent_proto_init() }
@@ -3070,19 +5308,35 @@ func file_api_agent_v1_agent_proto_init() {
 		(*Request_Shutdown)(nil),
 		(*Request_Container)(nil),
 		(*Request_Accept)(nil),
+		(*Request_SyncTime)(nil),
+		(*Request_PutFiles)(nil),
+		(*Request_GetFiles)(nil),
+		(*Request_StatFile)(nil),
 	}
-	file_api_agent_v1_agent_proto_msgTypes[16].OneofWrappers = []any{
+	file_api_agent_v1_agent_proto_msgTypes[6].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[7].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[10].OneofWrappers = []any{
+		(*Piece_Inline)(nil),
+		(*Piece_Streamed)(nil),
+	}
+	file_api_agent_v1_agent_proto_msgTypes[13].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[14].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[15].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[19].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[21].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[30].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[35].OneofWrappers = []any{
 		(*Event_Started)(nil),
 		(*Event_Exited)(nil),
 		(*Event_GoingDown)(nil),
 	}
-	file_api_agent_v1_agent_proto_msgTypes[26].OneofWrappers = []any{
+	file_api_agent_v1_agent_proto_msgTypes[45].OneofWrappers = []any{
 		(*ExecInput_Stdin)(nil),
 		(*ExecInput_CloseStdin)(nil),
 		(*ExecInput_Resize)(nil),
 		(*ExecInput_Signal)(nil),
 	}
-	file_api_agent_v1_agent_proto_msgTypes[28].OneofWrappers = []any{
+	file_api_agent_v1_agent_proto_msgTypes[47].OneofWrappers = []any{
 		(*ExecOutput_Started_)(nil),
 		(*ExecOutput_Stdout)(nil),
 		(*ExecOutput_Stderr)(nil),
@@ -3096,7 +5350,7 @@ func file_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_agent_v1_agent_proto_rawDesc), len(file_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   36,
+			NumMessages:   63,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -188,7 +188,7 @@ func (x Check_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Check_Level.Descriptor instead.
 func (Check_Level) EnumDescriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{112, 0}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{144, 0}
 }
 
 // Hint is an error detail: the next step for a person.
@@ -261,8 +261,26 @@ type MachineSpec struct {
 	Platform      string                 `protobuf:"bytes,21,opt,name=platform,proto3" json:"platform,omitempty"` // os/arch[/variant]
 	StopSignal    string                 `protobuf:"bytes,22,opt,name=stop_signal,json=stopSignal,proto3" json:"stop_signal,omitempty"`
 	StopTimeout   *durationpb.Duration   `protobuf:"bytes,23,opt,name=stop_timeout,json=stopTimeout,proto3" json:"stop_timeout,omitempty"`
-	Verity        bool                   `protobuf:"varint,24,opt,name=verity,proto3" json:"verity,omitempty"` // the root disks must verify: checked whole at each start, and by dm-verity while the machine runs
-	Init          string                 `protobuf:"bytes,25,opt,name=init,proto3" json:"init,omitempty"`      // auto (default), agent or image: who is PID 1
+	Verity        bool                   `protobuf:"varint,24,opt,name=verity,proto3" json:"verity,omitempty"`                           // the root disks must verify: checked whole at each start, and by dm-verity while the machine runs
+	Init          string                 `protobuf:"bytes,25,opt,name=init,proto3" json:"init,omitempty"`                                // auto (default), agent or image: who is PID 1
+	ReadOnly      *bool                  `protobuf:"varint,26,opt,name=read_only,json=readOnly,proto3,oneof" json:"read_only,omitempty"` // the root; VOLUMEs of the image and tmpfs stay writable
+	Tmpfs         []*Tmpfs               `protobuf:"bytes,27,rep,name=tmpfs,proto3" json:"tmpfs,omitempty"`
+	Ulimits       []*Ulimit              `protobuf:"bytes,28,rep,name=ulimits,proto3" json:"ulimits,omitempty"`
+	Sysctls       map[string]string      `protobuf:"bytes,29,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	AddHosts      []*HostEntry           `protobuf:"bytes,30,rep,name=add_hosts,json=addHosts,proto3" json:"add_hosts,omitempty"`
+	Dns           []string               `protobuf:"bytes,31,rep,name=dns,proto3" json:"dns,omitempty"` // servers, instead of the network's
+	DnsSearch     []string               `protobuf:"bytes,32,rep,name=dns_search,json=dnsSearch,proto3" json:"dns_search,omitempty"`
+	DnsOptions    []string               `protobuf:"bytes,33,rep,name=dns_options,json=dnsOptions,proto3" json:"dns_options,omitempty"`
+	PublishAll    bool                   `protobuf:"varint,34,opt,name=publish_all,json=publishAll,proto3" json:"publish_all,omitempty"`   // every port that the image exposes
+	HealthCheck   *HealthCheck           `protobuf:"bytes,35,opt,name=health_check,json=healthCheck,proto3" json:"health_check,omitempty"` // its set fields replace those of the image's HEALTHCHECK
+	KernelArgs    []string               `protobuf:"bytes,36,rep,name=kernel_args,json=kernelArgs,proto3" json:"kernel_args,omitempty"`    // added to the kernel's command line
+	Provisioning  *Provisioning          `protobuf:"bytes,37,opt,name=provisioning,proto3" json:"provisioning,omitempty"`                  // Get and List leave out what may be secret
+	Disk          string                 `protobuf:"bytes,38,opt,name=disk,proto3" json:"disk,omitempty"`                                  // boot this disk image (qcow2 or raw) of the daemon's host, instead of an image
+	Firmware      string                 `protobuf:"bytes,39,opt,name=firmware,proto3" json:"firmware,omitempty"`                          // with disk: bios (default) or uefi
+	Metadata      *Metadata              `protobuf:"bytes,40,opt,name=metadata,proto3" json:"metadata,omitempty"`
+	Profiles      []string               `protobuf:"bytes,41,rep,name=profiles,proto3" json:"profiles,omitempty"`                             // their settings hold where this spec has none; later ones win
+	LogMaxBytes   int64                  `protobuf:"varint,42,opt,name=log_max_bytes,json=logMaxBytes,proto3" json:"log_max_bytes,omitempty"` // of one file of the entrypoint's output; default 10 MiB
+	LogMaxFiles   uint32                 `protobuf:"varint,43,opt,name=log_max_files,json=logMaxFiles,proto3" json:"log_max_files,omitempty"` // default 2
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -472,6 +490,855 @@ func (x *MachineSpec) GetInit() string {
 	return ""
 }
 
+func (x *MachineSpec) GetReadOnly() bool {
+	if x != nil && x.ReadOnly != nil {
+		return *x.ReadOnly
+	}
+	return false
+}
+
+func (x *MachineSpec) GetTmpfs() []*Tmpfs {
+	if x != nil {
+		return x.Tmpfs
+	}
+	return nil
+}
+
+func (x *MachineSpec) GetUlimits() []*Ulimit {
+	if x != nil {
+		return x.Ulimits
+	}
+	return nil
+}
+
+func (x *MachineSpec) GetSysctls() map[string]string {
+	if x != nil {
+		return x.Sysctls
+	}
+	return nil
+}
+
+func (x *MachineSpec) GetAddHosts() []*HostEntry {
+	if x != nil {
+		return x.AddHosts
+	}
+	return nil
+}
+
+func (x *MachineSpec) GetDns() []string {
+	if x != nil {
+		return x.Dns
+	}
+	return nil
+}
+
+func (x *MachineSpec) GetDnsSearch() []string {
+	if x != nil {
+		return x.DnsSearch
+	}
+	return nil
+}
+
+func (x *MachineSpec) GetDnsOptions() []string {
+	if x != nil {
+		return x.DnsOptions
+	}
+	return nil
+}
+
+func (x *MachineSpec) GetPublishAll() bool {
+	if x != nil {
+		return x.PublishAll
+	}
+	return false
+}
+
+func (x *MachineSpec) GetHealthCheck() *HealthCheck {
+	if x != nil {
+		return x.HealthCheck
+	}
+	return nil
+}
+
+func (x *MachineSpec) GetKernelArgs() []string {
+	if x != nil {
+		return x.KernelArgs
+	}
+	return nil
+}
+
+func (x *MachineSpec) GetProvisioning() *Provisioning {
+	if x != nil {
+		return x.Provisioning
+	}
+	return nil
+}
+
+func (x *MachineSpec) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *MachineSpec) GetFirmware() string {
+	if x != nil {
+		return x.Firmware
+	}
+	return ""
+}
+
+func (x *MachineSpec) GetMetadata() *Metadata {
+	if x != nil {
+		return x.Metadata
+	}
+	return nil
+}
+
+func (x *MachineSpec) GetProfiles() []string {
+	if x != nil {
+		return x.Profiles
+	}
+	return nil
+}
+
+func (x *MachineSpec) GetLogMaxBytes() int64 {
+	if x != nil {
+		return x.LogMaxBytes
+	}
+	return 0
+}
+
+func (x *MachineSpec) GetLogMaxFiles() uint32 {
+	if x != nil {
+		return x.LogMaxFiles
+	}
+	return 0
+}
+
+type Tmpfs struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Options       string                 `protobuf:"bytes,2,opt,name=options,proto3" json:"options,omitempty"` // as size=64m,mode=1777
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Tmpfs) Reset() {
+	*x = Tmpfs{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Tmpfs) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Tmpfs) ProtoMessage() {}
+
+func (x *Tmpfs) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Tmpfs.ProtoReflect.Descriptor instead.
+func (*Tmpfs) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Tmpfs) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Tmpfs) GetOptions() string {
+	if x != nil {
+		return x.Options
+	}
+	return ""
+}
+
+type Ulimit struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`  // as nofile
+	Soft          int64                  `protobuf:"varint,2,opt,name=soft,proto3" json:"soft,omitempty"` // -1: unlimited
+	Hard          int64                  `protobuf:"varint,3,opt,name=hard,proto3" json:"hard,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Ulimit) Reset() {
+	*x = Ulimit{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Ulimit) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Ulimit) ProtoMessage() {}
+
+func (x *Ulimit) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Ulimit.ProtoReflect.Descriptor instead.
+func (*Ulimit) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Ulimit) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Ulimit) GetSoft() int64 {
+	if x != nil {
+		return x.Soft
+	}
+	return 0
+}
+
+func (x *Ulimit) GetHard() int64 {
+	if x != nil {
+		return x.Hard
+	}
+	return 0
+}
+
+type HostEntry struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"` // host-gateway: the network's gateway
+	Names         []string               `protobuf:"bytes,2,rep,name=names,proto3" json:"names,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HostEntry) Reset() {
+	*x = HostEntry{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostEntry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostEntry) ProtoMessage() {}
+
+func (x *HostEntry) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostEntry.ProtoReflect.Descriptor instead.
+func (*HostEntry) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *HostEntry) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *HostEntry) GetNames() []string {
+	if x != nil {
+		return x.Names
+	}
+	return nil
+}
+
+// HealthCheck is as in the image config.
+type HealthCheck struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Test          []string               `protobuf:"bytes,1,rep,name=test,proto3" json:"test,omitempty"` // NONE | CMD argv… | CMD-SHELL words
+	Interval      *durationpb.Duration   `protobuf:"bytes,2,opt,name=interval,proto3" json:"interval,omitempty"`
+	Timeout       *durationpb.Duration   `protobuf:"bytes,3,opt,name=timeout,proto3" json:"timeout,omitempty"`
+	StartPeriod   *durationpb.Duration   `protobuf:"bytes,4,opt,name=start_period,json=startPeriod,proto3" json:"start_period,omitempty"`
+	StartInterval *durationpb.Duration   `protobuf:"bytes,5,opt,name=start_interval,json=startInterval,proto3" json:"start_interval,omitempty"`
+	Retries       uint32                 `protobuf:"varint,6,opt,name=retries,proto3" json:"retries,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HealthCheck) Reset() {
+	*x = HealthCheck{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HealthCheck) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HealthCheck) ProtoMessage() {}
+
+func (x *HealthCheck) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HealthCheck.ProtoReflect.Descriptor instead.
+func (*HealthCheck) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *HealthCheck) GetTest() []string {
+	if x != nil {
+		return x.Test
+	}
+	return nil
+}
+
+func (x *HealthCheck) GetInterval() *durationpb.Duration {
+	if x != nil {
+		return x.Interval
+	}
+	return nil
+}
+
+func (x *HealthCheck) GetTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.Timeout
+	}
+	return nil
+}
+
+func (x *HealthCheck) GetStartPeriod() *durationpb.Duration {
+	if x != nil {
+		return x.StartPeriod
+	}
+	return nil
+}
+
+func (x *HealthCheck) GetStartInterval() *durationpb.Duration {
+	if x != nil {
+		return x.StartInterval
+	}
+	return nil
+}
+
+func (x *HealthCheck) GetRetries() uint32 {
+	if x != nil {
+		return x.Retries
+	}
+	return 0
+}
+
+// Metadata says what the machine's metadata service at 169.254.169.254 gives.
+type Metadata struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disabled      bool                   `protobuf:"varint,1,opt,name=disabled,proto3" json:"disabled,omitempty"`
+	V1            bool                   `protobuf:"varint,2,opt,name=v1,proto3" json:"v1,omitempty"` // also answer requests without a token (IMDSv1)
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Metadata) Reset() {
+	*x = Metadata{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Metadata) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Metadata) ProtoMessage() {}
+
+func (x *Metadata) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Metadata.ProtoReflect.Descriptor instead.
+func (*Metadata) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Metadata) GetDisabled() bool {
+	if x != nil {
+		return x.Disabled
+	}
+	return false
+}
+
+func (x *Metadata) GetV1() bool {
+	if x != nil {
+		return x.V1
+	}
+	return false
+}
+
+// Provisioning is what is set in the guest at its first boot.
+type Provisioning struct {
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	Users             []*User                `protobuf:"bytes,1,rep,name=users,proto3" json:"users,omitempty"`
+	SshAuthorizedKeys []string               `protobuf:"bytes,2,rep,name=ssh_authorized_keys,json=sshAuthorizedKeys,proto3" json:"ssh_authorized_keys,omitempty"` // of root, and of each of users that has none of its own
+	SshHostKeys       [][]byte               `protobuf:"bytes,3,rep,name=ssh_host_keys,json=sshHostKeys,proto3" json:"ssh_host_keys,omitempty"`                   // private keys, PEM; none: generated once for the machine
+	Timezone          string                 `protobuf:"bytes,4,opt,name=timezone,proto3" json:"timezone,omitempty"`                                              // default UTC
+	Locale            string                 `protobuf:"bytes,5,opt,name=locale,proto3" json:"locale,omitempty"`
+	NtpServers        []string               `protobuf:"bytes,6,rep,name=ntp_servers,json=ntpServers,proto3" json:"ntp_servers,omitempty"`
+	Packages          []string               `protobuf:"bytes,7,rep,name=packages,proto3" json:"packages,omitempty"`
+	UserData          []byte                 `protobuf:"bytes,8,opt,name=user_data,json=userData,proto3" json:"user_data,omitempty"` // a script, #cloud-config, multi-part, Ignition or Butane
+	Ignition          []byte                 `protobuf:"bytes,9,opt,name=ignition,proto3" json:"ignition,omitempty"`                 // Ignition (JSON) or Butane (YAML)
+	Files             []*File                `protobuf:"bytes,10,rep,name=files,proto3" json:"files,omitempty"`
+	Mounts            []*FileSystemMount     `protobuf:"bytes,11,rep,name=mounts,proto3" json:"mounts,omitempty"`
+	Secrets           []*Secret              `protobuf:"bytes,12,rep,name=secrets,proto3" json:"secrets,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *Provisioning) Reset() {
+	*x = Provisioning{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Provisioning) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Provisioning) ProtoMessage() {}
+
+func (x *Provisioning) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Provisioning.ProtoReflect.Descriptor instead.
+func (*Provisioning) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Provisioning) GetUsers() []*User {
+	if x != nil {
+		return x.Users
+	}
+	return nil
+}
+
+func (x *Provisioning) GetSshAuthorizedKeys() []string {
+	if x != nil {
+		return x.SshAuthorizedKeys
+	}
+	return nil
+}
+
+func (x *Provisioning) GetSshHostKeys() [][]byte {
+	if x != nil {
+		return x.SshHostKeys
+	}
+	return nil
+}
+
+func (x *Provisioning) GetTimezone() string {
+	if x != nil {
+		return x.Timezone
+	}
+	return ""
+}
+
+func (x *Provisioning) GetLocale() string {
+	if x != nil {
+		return x.Locale
+	}
+	return ""
+}
+
+func (x *Provisioning) GetNtpServers() []string {
+	if x != nil {
+		return x.NtpServers
+	}
+	return nil
+}
+
+func (x *Provisioning) GetPackages() []string {
+	if x != nil {
+		return x.Packages
+	}
+	return nil
+}
+
+func (x *Provisioning) GetUserData() []byte {
+	if x != nil {
+		return x.UserData
+	}
+	return nil
+}
+
+func (x *Provisioning) GetIgnition() []byte {
+	if x != nil {
+		return x.Ignition
+	}
+	return nil
+}
+
+func (x *Provisioning) GetFiles() []*File {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+func (x *Provisioning) GetMounts() []*FileSystemMount {
+	if x != nil {
+		return x.Mounts
+	}
+	return nil
+}
+
+func (x *Provisioning) GetSecrets() []*Secret {
+	if x != nil {
+		return x.Secrets
+	}
+	return nil
+}
+
+type User struct {
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	Name              string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Uid               *uint32                `protobuf:"varint,2,opt,name=uid,proto3,oneof" json:"uid,omitempty"`
+	Home              string                 `protobuf:"bytes,3,opt,name=home,proto3" json:"home,omitempty"`
+	Shell             string                 `protobuf:"bytes,4,opt,name=shell,proto3" json:"shell,omitempty"`
+	Groups            []string               `protobuf:"bytes,5,rep,name=groups,proto3" json:"groups,omitempty"`
+	Sudo              bool                   `protobuf:"varint,6,opt,name=sudo,proto3" json:"sudo,omitempty"`                                    // without a password
+	PasswordHash      string                 `protobuf:"bytes,7,opt,name=password_hash,json=passwordHash,proto3" json:"password_hash,omitempty"` // crypt(3)
+	SshAuthorizedKeys []string               `protobuf:"bytes,8,rep,name=ssh_authorized_keys,json=sshAuthorizedKeys,proto3" json:"ssh_authorized_keys,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *User) Reset() {
+	*x = User{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *User) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*User) ProtoMessage() {}
+
+func (x *User) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use User.ProtoReflect.Descriptor instead.
+func (*User) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *User) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *User) GetUid() uint32 {
+	if x != nil && x.Uid != nil {
+		return *x.Uid
+	}
+	return 0
+}
+
+func (x *User) GetHome() string {
+	if x != nil {
+		return x.Home
+	}
+	return ""
+}
+
+func (x *User) GetShell() string {
+	if x != nil {
+		return x.Shell
+	}
+	return ""
+}
+
+func (x *User) GetGroups() []string {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *User) GetSudo() bool {
+	if x != nil {
+		return x.Sudo
+	}
+	return false
+}
+
+func (x *User) GetPasswordHash() string {
+	if x != nil {
+		return x.PasswordHash
+	}
+	return ""
+}
+
+func (x *User) GetSshAuthorizedKeys() []string {
+	if x != nil {
+		return x.SshAuthorizedKeys
+	}
+	return nil
+}
+
+type File struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Data          []byte                 `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	Mode          uint32                 `protobuf:"varint,3,opt,name=mode,proto3" json:"mode,omitempty"`  // default 0644
+	Owner         string                 `protobuf:"bytes,4,opt,name=owner,proto3" json:"owner,omitempty"` // NAME|UID[:GROUP|GID]
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *File) Reset() {
+	*x = File{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *File) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*File) ProtoMessage() {}
+
+func (x *File) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use File.ProtoReflect.Descriptor instead.
+func (*File) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *File) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *File) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *File) GetMode() uint32 {
+	if x != nil {
+		return x.Mode
+	}
+	return 0
+}
+
+func (x *File) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+type FileSystemMount struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Source        string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"` // as in fstab
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	Type          string                 `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
+	Options       string                 `protobuf:"bytes,4,opt,name=options,proto3" json:"options,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FileSystemMount) Reset() {
+	*x = FileSystemMount{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FileSystemMount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FileSystemMount) ProtoMessage() {}
+
+func (x *FileSystemMount) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FileSystemMount.ProtoReflect.Descriptor instead.
+func (*FileSystemMount) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *FileSystemMount) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *FileSystemMount) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *FileSystemMount) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *FileSystemMount) GetOptions() string {
+	if x != nil {
+		return x.Options
+	}
+	return ""
+}
+
+type Secret struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // the file in /run/secrets
+	Data          []byte                 `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Secret) Reset() {
+	*x = Secret{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Secret) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Secret) ProtoMessage() {}
+
+func (x *Secret) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Secret.ProtoReflect.Descriptor instead.
+func (*Secret) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Secret) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Secret) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 type PortMapping struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	HostAddress   string                 `protobuf:"bytes,1,opt,name=host_address,json=hostAddress,proto3" json:"host_address,omitempty"` // default 127.0.0.1
@@ -484,7 +1351,7 @@ type PortMapping struct {
 
 func (x *PortMapping) Reset() {
 	*x = PortMapping{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[2]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -496,7 +1363,7 @@ func (x *PortMapping) String() string {
 func (*PortMapping) ProtoMessage() {}
 
 func (x *PortMapping) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[2]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -509,7 +1376,7 @@ func (x *PortMapping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PortMapping.ProtoReflect.Descriptor instead.
 func (*PortMapping) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{2}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *PortMapping) GetHostAddress() string {
@@ -556,16 +1423,18 @@ type Machine struct {
 	FinishedAt    *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=finished_at,json=finishedAt,proto3" json:"finished_at,omitempty"`
 	Network       *NetworkStatus         `protobuf:"bytes,13,opt,name=network,proto3" json:"network,omitempty"`
 	Vmm           *VMMStatus             `protobuf:"bytes,14,opt,name=vmm,proto3" json:"vmm,omitempty"`
-	Steps         []*StepTime            `protobuf:"bytes,15,rep,name=steps,proto3" json:"steps,omitempty"` // of the last start
-	Host          string                 `protobuf:"bytes,16,opt,name=host,proto3" json:"host,omitempty"`   // the owner host's ID
-	Argv          []string               `protobuf:"bytes,17,rep,name=argv,proto3" json:"argv,omitempty"`   // the entrypoint as it is run
+	Steps         []*StepTime            `protobuf:"bytes,15,rep,name=steps,proto3" json:"steps,omitempty"`   // of the last start
+	Host          string                 `protobuf:"bytes,16,opt,name=host,proto3" json:"host,omitempty"`     // the owner host's ID
+	Argv          []string               `protobuf:"bytes,17,rep,name=argv,proto3" json:"argv,omitempty"`     // the entrypoint as it is run
+	Health        *HealthStatus          `protobuf:"bytes,18,opt,name=health,proto3" json:"health,omitempty"` // absent: no health check
+	Provisioning  *ProvisioningStatus    `protobuf:"bytes,19,opt,name=provisioning,proto3" json:"provisioning,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Machine) Reset() {
 	*x = Machine{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[3]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -577,7 +1446,7 @@ func (x *Machine) String() string {
 func (*Machine) ProtoMessage() {}
 
 func (x *Machine) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[3]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -590,7 +1459,7 @@ func (x *Machine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Machine.ProtoReflect.Descriptor instead.
 func (*Machine) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{3}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Machine) GetId() string {
@@ -712,6 +1581,224 @@ func (x *Machine) GetArgv() []string {
 	return nil
 }
 
+func (x *Machine) GetHealth() *HealthStatus {
+	if x != nil {
+		return x.Health
+	}
+	return nil
+}
+
+func (x *Machine) GetProvisioning() *ProvisioningStatus {
+	if x != nil {
+		return x.Provisioning
+	}
+	return nil
+}
+
+type HealthStatus struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        string                 `protobuf:"bytes,1,opt,name=status,proto3" json:"status,omitempty"` // starting, healthy, unhealthy
+	FailingStreak uint32                 `protobuf:"varint,2,opt,name=failing_streak,json=failingStreak,proto3" json:"failing_streak,omitempty"`
+	Log           []*HealthResult        `protobuf:"bytes,3,rep,name=log,proto3" json:"log,omitempty"` // the last five
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HealthStatus) Reset() {
+	*x = HealthStatus{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HealthStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HealthStatus) ProtoMessage() {}
+
+func (x *HealthStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HealthStatus.ProtoReflect.Descriptor instead.
+func (*HealthStatus) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *HealthStatus) GetStatus() string {
+	if x != nil {
+		return x.Status
+	}
+	return ""
+}
+
+func (x *HealthStatus) GetFailingStreak() uint32 {
+	if x != nil {
+		return x.FailingStreak
+	}
+	return 0
+}
+
+func (x *HealthStatus) GetLog() []*HealthResult {
+	if x != nil {
+		return x.Log
+	}
+	return nil
+}
+
+type HealthResult struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Start         *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=start,proto3" json:"start,omitempty"`
+	End           *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=end,proto3" json:"end,omitempty"`
+	ExitCode      int32                  `protobuf:"varint,3,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
+	Output        string                 `protobuf:"bytes,4,opt,name=output,proto3" json:"output,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HealthResult) Reset() {
+	*x = HealthResult{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HealthResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HealthResult) ProtoMessage() {}
+
+func (x *HealthResult) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HealthResult.ProtoReflect.Descriptor instead.
+func (*HealthResult) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *HealthResult) GetStart() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Start
+	}
+	return nil
+}
+
+func (x *HealthResult) GetEnd() *timestamppb.Timestamp {
+	if x != nil {
+		return x.End
+	}
+	return nil
+}
+
+func (x *HealthResult) GetExitCode() int32 {
+	if x != nil {
+		return x.ExitCode
+	}
+	return 0
+}
+
+func (x *HealthResult) GetOutput() string {
+	if x != nil {
+		return x.Output
+	}
+	return ""
+}
+
+type ProvisioningStatus struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	DoneAt        *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=done_at,json=doneAt,proto3" json:"done_at,omitempty"` // unset: the first boot has not been finished
+	Digest        string                 `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`               // of the configuration that was applied
+	FailedStep    string                 `protobuf:"bytes,3,opt,name=failed_step,json=failedStep,proto3" json:"failed_step,omitempty"`
+	ExitCode      *int32                 `protobuf:"varint,4,opt,name=exit_code,json=exitCode,proto3,oneof" json:"exit_code,omitempty"` // of the command that failed, or 0
+	Log           string                 `protobuf:"bytes,5,opt,name=log,proto3" json:"log,omitempty"`                                  // path of the output of commands and of the package manager
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProvisioningStatus) Reset() {
+	*x = ProvisioningStatus{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProvisioningStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProvisioningStatus) ProtoMessage() {}
+
+func (x *ProvisioningStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProvisioningStatus.ProtoReflect.Descriptor instead.
+func (*ProvisioningStatus) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ProvisioningStatus) GetDoneAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DoneAt
+	}
+	return nil
+}
+
+func (x *ProvisioningStatus) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *ProvisioningStatus) GetFailedStep() string {
+	if x != nil {
+		return x.FailedStep
+	}
+	return ""
+}
+
+func (x *ProvisioningStatus) GetExitCode() int32 {
+	if x != nil && x.ExitCode != nil {
+		return *x.ExitCode
+	}
+	return 0
+}
+
+func (x *ProvisioningStatus) GetLog() string {
+	if x != nil {
+		return x.Log
+	}
+	return ""
+}
+
 type NetworkStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -725,7 +1812,7 @@ type NetworkStatus struct {
 
 func (x *NetworkStatus) Reset() {
 	*x = NetworkStatus{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[4]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -737,7 +1824,7 @@ func (x *NetworkStatus) String() string {
 func (*NetworkStatus) ProtoMessage() {}
 
 func (x *NetworkStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[4]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -750,7 +1837,7 @@ func (x *NetworkStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkStatus.ProtoReflect.Descriptor instead.
 func (*NetworkStatus) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{4}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *NetworkStatus) GetName() string {
@@ -801,7 +1888,7 @@ type VMMStatus struct {
 
 func (x *VMMStatus) Reset() {
 	*x = VMMStatus{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[5]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -813,7 +1900,7 @@ func (x *VMMStatus) String() string {
 func (*VMMStatus) ProtoMessage() {}
 
 func (x *VMMStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[5]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -826,7 +1913,7 @@ func (x *VMMStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMMStatus.ProtoReflect.Descriptor instead.
 func (*VMMStatus) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{5}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *VMMStatus) GetDriver() string {
@@ -874,7 +1961,7 @@ type StepTime struct {
 
 func (x *StepTime) Reset() {
 	*x = StepTime{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[6]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -886,7 +1973,7 @@ func (x *StepTime) String() string {
 func (*StepTime) ProtoMessage() {}
 
 func (x *StepTime) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[6]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -899,7 +1986,7 @@ func (x *StepTime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StepTime.ProtoReflect.Descriptor instead.
 func (*StepTime) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{6}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *StepTime) GetName() string {
@@ -925,7 +2012,7 @@ type CreateMachineRequest struct {
 
 func (x *CreateMachineRequest) Reset() {
 	*x = CreateMachineRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[7]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -937,7 +2024,7 @@ func (x *CreateMachineRequest) String() string {
 func (*CreateMachineRequest) ProtoMessage() {}
 
 func (x *CreateMachineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[7]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -950,7 +2037,7 @@ func (x *CreateMachineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateMachineRequest.ProtoReflect.Descriptor instead.
 func (*CreateMachineRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{7}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CreateMachineRequest) GetSpec() *MachineSpec {
@@ -970,7 +2057,7 @@ type CreateMachineResponse struct {
 
 func (x *CreateMachineResponse) Reset() {
 	*x = CreateMachineResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[8]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -982,7 +2069,7 @@ func (x *CreateMachineResponse) String() string {
 func (*CreateMachineResponse) ProtoMessage() {}
 
 func (x *CreateMachineResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[8]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -995,7 +2082,7 @@ func (x *CreateMachineResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateMachineResponse.ProtoReflect.Descriptor instead.
 func (*CreateMachineResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{8}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CreateMachineResponse) GetMachine() *Machine {
@@ -1015,13 +2102,15 @@ func (x *CreateMachineResponse) GetWarnings() []string {
 type StartMachineRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Machine       string                 `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
+	Reprovision   bool                   `protobuf:"varint,2,opt,name=reprovision,proto3" json:"reprovision,omitempty"`  // apply the provisioning again, as at a first boot
+	Provisioning  *Provisioning          `protobuf:"bytes,3,opt,name=provisioning,proto3" json:"provisioning,omitempty"` // with reprovision: instead of the one before
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StartMachineRequest) Reset() {
 	*x = StartMachineRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[9]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1033,7 +2122,7 @@ func (x *StartMachineRequest) String() string {
 func (*StartMachineRequest) ProtoMessage() {}
 
 func (x *StartMachineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[9]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1046,7 +2135,7 @@ func (x *StartMachineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartMachineRequest.ProtoReflect.Descriptor instead.
 func (*StartMachineRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{9}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *StartMachineRequest) GetMachine() string {
@@ -1054,6 +2143,20 @@ func (x *StartMachineRequest) GetMachine() string {
 		return x.Machine
 	}
 	return ""
+}
+
+func (x *StartMachineRequest) GetReprovision() bool {
+	if x != nil {
+		return x.Reprovision
+	}
+	return false
+}
+
+func (x *StartMachineRequest) GetProvisioning() *Provisioning {
+	if x != nil {
+		return x.Provisioning
+	}
+	return nil
 }
 
 type StartMachineResponse struct {
@@ -1066,7 +2169,7 @@ type StartMachineResponse struct {
 
 func (x *StartMachineResponse) Reset() {
 	*x = StartMachineResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[10]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1078,7 +2181,7 @@ func (x *StartMachineResponse) String() string {
 func (*StartMachineResponse) ProtoMessage() {}
 
 func (x *StartMachineResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[10]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1091,7 +2194,7 @@ func (x *StartMachineResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartMachineResponse.ProtoReflect.Descriptor instead.
 func (*StartMachineResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{10}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *StartMachineResponse) GetMachine() *Machine {
@@ -1118,7 +2221,7 @@ type StopMachineRequest struct {
 
 func (x *StopMachineRequest) Reset() {
 	*x = StopMachineRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[11]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1130,7 +2233,7 @@ func (x *StopMachineRequest) String() string {
 func (*StopMachineRequest) ProtoMessage() {}
 
 func (x *StopMachineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[11]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1143,7 +2246,7 @@ func (x *StopMachineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopMachineRequest.ProtoReflect.Descriptor instead.
 func (*StopMachineRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{11}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *StopMachineRequest) GetMachine() string {
@@ -1169,7 +2272,7 @@ type StopMachineResponse struct {
 
 func (x *StopMachineResponse) Reset() {
 	*x = StopMachineResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[12]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1181,7 +2284,7 @@ func (x *StopMachineResponse) String() string {
 func (*StopMachineResponse) ProtoMessage() {}
 
 func (x *StopMachineResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[12]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1194,7 +2297,7 @@ func (x *StopMachineResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopMachineResponse.ProtoReflect.Descriptor instead.
 func (*StopMachineResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{12}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *StopMachineResponse) GetMachine() *Machine {
@@ -1214,7 +2317,7 @@ type KillMachineRequest struct {
 
 func (x *KillMachineRequest) Reset() {
 	*x = KillMachineRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[13]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1226,7 +2329,7 @@ func (x *KillMachineRequest) String() string {
 func (*KillMachineRequest) ProtoMessage() {}
 
 func (x *KillMachineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[13]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1239,7 +2342,7 @@ func (x *KillMachineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillMachineRequest.ProtoReflect.Descriptor instead.
 func (*KillMachineRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{13}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *KillMachineRequest) GetMachine() string {
@@ -1264,7 +2367,7 @@ type KillMachineResponse struct {
 
 func (x *KillMachineResponse) Reset() {
 	*x = KillMachineResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[14]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1276,7 +2379,7 @@ func (x *KillMachineResponse) String() string {
 func (*KillMachineResponse) ProtoMessage() {}
 
 func (x *KillMachineResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[14]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1289,7 +2392,7 @@ func (x *KillMachineResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillMachineResponse.ProtoReflect.Descriptor instead.
 func (*KillMachineResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{14}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{27}
 }
 
 type RemoveMachineRequest struct {
@@ -1302,7 +2405,7 @@ type RemoveMachineRequest struct {
 
 func (x *RemoveMachineRequest) Reset() {
 	*x = RemoveMachineRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[15]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1314,7 +2417,7 @@ func (x *RemoveMachineRequest) String() string {
 func (*RemoveMachineRequest) ProtoMessage() {}
 
 func (x *RemoveMachineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[15]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1327,7 +2430,7 @@ func (x *RemoveMachineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMachineRequest.ProtoReflect.Descriptor instead.
 func (*RemoveMachineRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{15}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RemoveMachineRequest) GetMachine() string {
@@ -1353,7 +2456,7 @@ type RemoveMachineResponse struct {
 
 func (x *RemoveMachineResponse) Reset() {
 	*x = RemoveMachineResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[16]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1365,7 +2468,7 @@ func (x *RemoveMachineResponse) String() string {
 func (*RemoveMachineResponse) ProtoMessage() {}
 
 func (x *RemoveMachineResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[16]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1378,7 +2481,7 @@ func (x *RemoveMachineResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMachineResponse.ProtoReflect.Descriptor instead.
 func (*RemoveMachineResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{16}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *RemoveMachineResponse) GetId() string {
@@ -1397,7 +2500,7 @@ type WaitMachineRequest struct {
 
 func (x *WaitMachineRequest) Reset() {
 	*x = WaitMachineRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[17]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1409,7 +2512,7 @@ func (x *WaitMachineRequest) String() string {
 func (*WaitMachineRequest) ProtoMessage() {}
 
 func (x *WaitMachineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[17]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1422,7 +2525,7 @@ func (x *WaitMachineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitMachineRequest.ProtoReflect.Descriptor instead.
 func (*WaitMachineRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{17}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *WaitMachineRequest) GetMachine() string {
@@ -1443,7 +2546,7 @@ type WaitMachineResponse struct {
 
 func (x *WaitMachineResponse) Reset() {
 	*x = WaitMachineResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[18]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1455,7 +2558,7 @@ func (x *WaitMachineResponse) String() string {
 func (*WaitMachineResponse) ProtoMessage() {}
 
 func (x *WaitMachineResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[18]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1468,7 +2571,7 @@ func (x *WaitMachineResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitMachineResponse.ProtoReflect.Descriptor instead.
 func (*WaitMachineResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{18}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *WaitMachineResponse) GetExitCode() int32 {
@@ -1501,7 +2604,7 @@ type ListMachinesRequest struct {
 
 func (x *ListMachinesRequest) Reset() {
 	*x = ListMachinesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[19]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1513,7 +2616,7 @@ func (x *ListMachinesRequest) String() string {
 func (*ListMachinesRequest) ProtoMessage() {}
 
 func (x *ListMachinesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[19]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1526,7 +2629,7 @@ func (x *ListMachinesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMachinesRequest.ProtoReflect.Descriptor instead.
 func (*ListMachinesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{19}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListMachinesRequest) GetAll() bool {
@@ -1545,7 +2648,7 @@ type ListMachinesResponse struct {
 
 func (x *ListMachinesResponse) Reset() {
 	*x = ListMachinesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[20]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1557,7 +2660,7 @@ func (x *ListMachinesResponse) String() string {
 func (*ListMachinesResponse) ProtoMessage() {}
 
 func (x *ListMachinesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[20]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1570,7 +2673,7 @@ func (x *ListMachinesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMachinesResponse.ProtoReflect.Descriptor instead.
 func (*ListMachinesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{20}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListMachinesResponse) GetMachines() []*Machine {
@@ -1589,7 +2692,7 @@ type GetMachineRequest struct {
 
 func (x *GetMachineRequest) Reset() {
 	*x = GetMachineRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[21]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1601,7 +2704,7 @@ func (x *GetMachineRequest) String() string {
 func (*GetMachineRequest) ProtoMessage() {}
 
 func (x *GetMachineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[21]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1614,7 +2717,7 @@ func (x *GetMachineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMachineRequest.ProtoReflect.Descriptor instead.
 func (*GetMachineRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{21}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GetMachineRequest) GetMachine() string {
@@ -1633,7 +2736,7 @@ type GetMachineResponse struct {
 
 func (x *GetMachineResponse) Reset() {
 	*x = GetMachineResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[22]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1645,7 +2748,7 @@ func (x *GetMachineResponse) String() string {
 func (*GetMachineResponse) ProtoMessage() {}
 
 func (x *GetMachineResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[22]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1658,7 +2761,7 @@ func (x *GetMachineResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMachineResponse.ProtoReflect.Descriptor instead.
 func (*GetMachineResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{22}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *GetMachineResponse) GetMachine() *Machine {
@@ -1675,14 +2778,16 @@ type LogsRequest struct {
 	Tail          int64                  `protobuf:"varint,3,opt,name=tail,proto3" json:"tail,omitempty"` // last n lines; -1 or unset with tail_all: all
 	TailAll       bool                   `protobuf:"varint,4,opt,name=tail_all,json=tailAll,proto3" json:"tail_all,omitempty"`
 	Since         *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=since,proto3" json:"since,omitempty"`
-	Boot          bool                   `protobuf:"varint,6,opt,name=boot,proto3" json:"boot,omitempty"` // the serial console instead of the entrypoint's output
+	Boot          bool                   `protobuf:"varint,6,opt,name=boot,proto3" json:"boot,omitempty"`                 // the serial console instead of the entrypoint's output
+	Provisioning  bool                   `protobuf:"varint,7,opt,name=provisioning,proto3" json:"provisioning,omitempty"` // the output of provisioning's commands instead
+	Until         *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=until,proto3" json:"until,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[23]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1694,7 +2799,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[23]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1707,7 +2812,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{23}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *LogsRequest) GetMachine() string {
@@ -1752,6 +2857,20 @@ func (x *LogsRequest) GetBoot() bool {
 	return false
 }
 
+func (x *LogsRequest) GetProvisioning() bool {
+	if x != nil {
+		return x.Provisioning
+	}
+	return false
+}
+
+func (x *LogsRequest) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
 type LogsResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Stream        Stream                 `protobuf:"varint,1,opt,name=stream,proto3,enum=atoll.v1.Stream" json:"stream,omitempty"`
@@ -1763,7 +2882,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[24]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1775,7 +2894,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[24]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1788,7 +2907,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{24}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *LogsResponse) GetStream() Stream {
@@ -1822,7 +2941,7 @@ type Size struct {
 
 func (x *Size) Reset() {
 	*x = Size{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[25]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1834,7 +2953,7 @@ func (x *Size) String() string {
 func (*Size) ProtoMessage() {}
 
 func (x *Size) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[25]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1847,7 +2966,7 @@ func (x *Size) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Size.ProtoReflect.Descriptor instead.
 func (*Size) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{25}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Size) GetRows() uint32 {
@@ -1880,7 +2999,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[26]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1892,7 +3011,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[26]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1905,7 +3024,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{26}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ExecRequest) GetKind() isExecRequest_Kind {
@@ -2011,7 +3130,7 @@ type ExecStart struct {
 
 func (x *ExecStart) Reset() {
 	*x = ExecStart{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[27]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2023,7 +3142,7 @@ func (x *ExecStart) String() string {
 func (*ExecStart) ProtoMessage() {}
 
 func (x *ExecStart) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[27]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2036,7 +3155,7 @@ func (x *ExecStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStart.ProtoReflect.Descriptor instead.
 func (*ExecStart) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{27}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ExecStart) GetMachine() string {
@@ -2118,7 +3237,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[28]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2130,7 +3249,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[28]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2143,7 +3262,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{28}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ExecResponse) GetKind() isExecResponse_Kind {
@@ -2241,7 +3360,7 @@ type ExecStarted struct {
 
 func (x *ExecStarted) Reset() {
 	*x = ExecStarted{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[29]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2253,7 +3372,7 @@ func (x *ExecStarted) String() string {
 func (*ExecStarted) ProtoMessage() {}
 
 func (x *ExecStarted) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[29]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2266,7 +3385,7 @@ func (x *ExecStarted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStarted.ProtoReflect.Descriptor instead.
 func (*ExecStarted) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{29}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ExecStarted) GetPid() uint32 {
@@ -2292,7 +3411,7 @@ type AttachRequest struct {
 
 func (x *AttachRequest) Reset() {
 	*x = AttachRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[30]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2304,7 +3423,7 @@ func (x *AttachRequest) String() string {
 func (*AttachRequest) ProtoMessage() {}
 
 func (x *AttachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[30]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2317,7 +3436,7 @@ func (x *AttachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
 func (*AttachRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{30}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *AttachRequest) GetKind() isAttachRequest_Kind {
@@ -2417,7 +3536,7 @@ type AttachStart struct {
 
 func (x *AttachStart) Reset() {
 	*x = AttachStart{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[31]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2429,7 +3548,7 @@ func (x *AttachStart) String() string {
 func (*AttachStart) ProtoMessage() {}
 
 func (x *AttachStart) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[31]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2442,7 +3561,7 @@ func (x *AttachStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachStart.ProtoReflect.Descriptor instead.
 func (*AttachStart) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{31}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *AttachStart) GetMachine() string {
@@ -2481,7 +3600,7 @@ type AttachResponse struct {
 
 func (x *AttachResponse) Reset() {
 	*x = AttachResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[32]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2493,7 +3612,7 @@ func (x *AttachResponse) String() string {
 func (*AttachResponse) ProtoMessage() {}
 
 func (x *AttachResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[32]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2506,7 +3625,7 @@ func (x *AttachResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachResponse.ProtoReflect.Descriptor instead.
 func (*AttachResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{32}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *AttachResponse) GetKind() isAttachResponse_Kind {
@@ -2580,6 +3699,1014 @@ func (*AttachResponse_Stderr) isAttachResponse_Kind() {}
 
 func (*AttachResponse_Exit) isAttachResponse_Kind() {}
 
+type ConsoleRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*ConsoleRequest_Start
+	//	*ConsoleRequest_Input
+	Kind          isConsoleRequest_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsoleRequest) Reset() {
+	*x = ConsoleRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsoleRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsoleRequest) ProtoMessage() {}
+
+func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
+func (*ConsoleRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *ConsoleRequest) GetKind() isConsoleRequest_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *ConsoleRequest) GetStart() *ConsoleStart {
+	if x != nil {
+		if x, ok := x.Kind.(*ConsoleRequest_Start); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *ConsoleRequest) GetInput() []byte {
+	if x != nil {
+		if x, ok := x.Kind.(*ConsoleRequest_Input); ok {
+			return x.Input
+		}
+	}
+	return nil
+}
+
+type isConsoleRequest_Kind interface {
+	isConsoleRequest_Kind()
+}
+
+type ConsoleRequest_Start struct {
+	Start *ConsoleStart `protobuf:"bytes,1,opt,name=start,proto3,oneof"`
+}
+
+type ConsoleRequest_Input struct {
+	Input []byte `protobuf:"bytes,2,opt,name=input,proto3,oneof"`
+}
+
+func (*ConsoleRequest_Start) isConsoleRequest_Kind() {}
+
+func (*ConsoleRequest_Input) isConsoleRequest_Kind() {}
+
+type ConsoleStart struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Machine       string                 `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsoleStart) Reset() {
+	*x = ConsoleStart{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsoleStart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsoleStart) ProtoMessage() {}
+
+func (x *ConsoleStart) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsoleStart.ProtoReflect.Descriptor instead.
+func (*ConsoleStart) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *ConsoleStart) GetMachine() string {
+	if x != nil {
+		return x.Machine
+	}
+	return ""
+}
+
+type ConsoleResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Output        []byte                 `protobuf:"bytes,1,opt,name=output,proto3" json:"output,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsoleResponse) Reset() {
+	*x = ConsoleResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsoleResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsoleResponse) ProtoMessage() {}
+
+func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
+func (*ConsoleResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *ConsoleResponse) GetOutput() []byte {
+	if x != nil {
+		return x.Output
+	}
+	return nil
+}
+
+type PutFilesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*PutFilesRequest_Start
+	//	*PutFilesRequest_Data
+	Kind          isPutFilesRequest_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutFilesRequest) Reset() {
+	*x = PutFilesRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutFilesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutFilesRequest) ProtoMessage() {}
+
+func (x *PutFilesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutFilesRequest.ProtoReflect.Descriptor instead.
+func (*PutFilesRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *PutFilesRequest) GetKind() isPutFilesRequest_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *PutFilesRequest) GetStart() *PutFilesStart {
+	if x != nil {
+		if x, ok := x.Kind.(*PutFilesRequest_Start); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *PutFilesRequest) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Kind.(*PutFilesRequest_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+type isPutFilesRequest_Kind interface {
+	isPutFilesRequest_Kind()
+}
+
+type PutFilesRequest_Start struct {
+	Start *PutFilesStart `protobuf:"bytes,1,opt,name=start,proto3,oneof"`
+}
+
+type PutFilesRequest_Data struct {
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+func (*PutFilesRequest_Start) isPutFilesRequest_Kind() {}
+
+func (*PutFilesRequest_Data) isPutFilesRequest_Kind() {}
+
+type PutFilesStart struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Machine       string                 `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"` // a directory that is there
+	KeepOwners    bool                   `protobuf:"varint,3,opt,name=keep_owners,json=keepOwners,proto3" json:"keep_owners,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutFilesStart) Reset() {
+	*x = PutFilesStart{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutFilesStart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutFilesStart) ProtoMessage() {}
+
+func (x *PutFilesStart) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutFilesStart.ProtoReflect.Descriptor instead.
+func (*PutFilesStart) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *PutFilesStart) GetMachine() string {
+	if x != nil {
+		return x.Machine
+	}
+	return ""
+}
+
+func (x *PutFilesStart) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *PutFilesStart) GetKeepOwners() bool {
+	if x != nil {
+		return x.KeepOwners
+	}
+	return false
+}
+
+type PutFilesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutFilesResponse) Reset() {
+	*x = PutFilesResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutFilesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutFilesResponse) ProtoMessage() {}
+
+func (x *PutFilesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutFilesResponse.ProtoReflect.Descriptor instead.
+func (*PutFilesResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{51}
+}
+
+type GetFilesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Machine       string                 `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	Follow        bool                   `protobuf:"varint,3,opt,name=follow,proto3" json:"follow,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetFilesRequest) Reset() {
+	*x = GetFilesRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetFilesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetFilesRequest) ProtoMessage() {}
+
+func (x *GetFilesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetFilesRequest.ProtoReflect.Descriptor instead.
+func (*GetFilesRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *GetFilesRequest) GetMachine() string {
+	if x != nil {
+		return x.Machine
+	}
+	return ""
+}
+
+func (x *GetFilesRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *GetFilesRequest) GetFollow() bool {
+	if x != nil {
+		return x.Follow
+	}
+	return false
+}
+
+type GetFilesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetFilesResponse) Reset() {
+	*x = GetFilesResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetFilesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetFilesResponse) ProtoMessage() {}
+
+func (x *GetFilesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetFilesResponse.ProtoReflect.Descriptor instead.
+func (*GetFilesResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *GetFilesResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type StatFileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Machine       string                 `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatFileRequest) Reset() {
+	*x = StatFileRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatFileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatFileRequest) ProtoMessage() {}
+
+func (x *StatFileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatFileRequest.ProtoReflect.Descriptor instead.
+func (*StatFileRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *StatFileRequest) GetMachine() string {
+	if x != nil {
+		return x.Machine
+	}
+	return ""
+}
+
+func (x *StatFileRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+type StatFileResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Mode          uint32                 `protobuf:"varint,2,opt,name=mode,proto3" json:"mode,omitempty"` // as st_mode
+	Size          int64                  `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	ModifiedAt    *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=modified_at,json=modifiedAt,proto3" json:"modified_at,omitempty"`
+	LinkTarget    string                 `protobuf:"bytes,5,opt,name=link_target,json=linkTarget,proto3" json:"link_target,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatFileResponse) Reset() {
+	*x = StatFileResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatFileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatFileResponse) ProtoMessage() {}
+
+func (x *StatFileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatFileResponse.ProtoReflect.Descriptor instead.
+func (*StatFileResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *StatFileResponse) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *StatFileResponse) GetMode() uint32 {
+	if x != nil {
+		return x.Mode
+	}
+	return 0
+}
+
+func (x *StatFileResponse) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *StatFileResponse) GetModifiedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ModifiedAt
+	}
+	return nil
+}
+
+func (x *StatFileResponse) GetLinkTarget() string {
+	if x != nil {
+		return x.LinkTarget
+	}
+	return ""
+}
+
+type Profile struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Source        []byte                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"` // YAML, as it was written
+	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	UpdatedAt     *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=updated_at,json=updatedAt,proto3" json:"updated_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Profile) Reset() {
+	*x = Profile{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Profile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Profile) ProtoMessage() {}
+
+func (x *Profile) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Profile.ProtoReflect.Descriptor instead.
+func (*Profile) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *Profile) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Profile) GetSource() []byte {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *Profile) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+func (x *Profile) GetUpdatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.UpdatedAt
+	}
+	return nil
+}
+
+type PutProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Source        []byte                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	Create        bool                   `protobuf:"varint,3,opt,name=create,proto3" json:"create,omitempty"`    // fails where it is there already
+	Replaces      []byte                 `protobuf:"bytes,4,opt,name=replaces,proto3" json:"replaces,omitempty"` // not empty: fails where the source is not this any more
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutProfileRequest) Reset() {
+	*x = PutProfileRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutProfileRequest) ProtoMessage() {}
+
+func (x *PutProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutProfileRequest.ProtoReflect.Descriptor instead.
+func (*PutProfileRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *PutProfileRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PutProfileRequest) GetSource() []byte {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *PutProfileRequest) GetCreate() bool {
+	if x != nil {
+		return x.Create
+	}
+	return false
+}
+
+func (x *PutProfileRequest) GetReplaces() []byte {
+	if x != nil {
+		return x.Replaces
+	}
+	return nil
+}
+
+type PutProfileResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutProfileResponse) Reset() {
+	*x = PutProfileResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutProfileResponse) ProtoMessage() {}
+
+func (x *PutProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutProfileResponse.ProtoReflect.Descriptor instead.
+func (*PutProfileResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *PutProfileResponse) GetProfile() *Profile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+type GetProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetProfileRequest) Reset() {
+	*x = GetProfileRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetProfileRequest) ProtoMessage() {}
+
+func (x *GetProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetProfileRequest.ProtoReflect.Descriptor instead.
+func (*GetProfileRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *GetProfileRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type GetProfileResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetProfileResponse) Reset() {
+	*x = GetProfileResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetProfileResponse) ProtoMessage() {}
+
+func (x *GetProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetProfileResponse.ProtoReflect.Descriptor instead.
+func (*GetProfileResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *GetProfileResponse) GetProfile() *Profile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+type ListProfilesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListProfilesRequest) Reset() {
+	*x = ListProfilesRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListProfilesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListProfilesRequest) ProtoMessage() {}
+
+func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListProfilesRequest.ProtoReflect.Descriptor instead.
+func (*ListProfilesRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
+}
+
+type ListProfilesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profiles      []*Profile             `protobuf:"bytes,1,rep,name=profiles,proto3" json:"profiles,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListProfilesResponse) Reset() {
+	*x = ListProfilesResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListProfilesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListProfilesResponse) ProtoMessage() {}
+
+func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListProfilesResponse.ProtoReflect.Descriptor instead.
+func (*ListProfilesResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *ListProfilesResponse) GetProfiles() []*Profile {
+	if x != nil {
+		return x.Profiles
+	}
+	return nil
+}
+
+type RemoveProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveProfileRequest) Reset() {
+	*x = RemoveProfileRequest{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveProfileRequest) ProtoMessage() {}
+
+func (x *RemoveProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveProfileRequest.ProtoReflect.Descriptor instead.
+func (*RemoveProfileRequest) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *RemoveProfileRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type RemoveProfileResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveProfileResponse) Reset() {
+	*x = RemoveProfileResponse{}
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveProfileResponse) ProtoMessage() {}
+
+func (x *RemoveProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveProfileResponse.ProtoReflect.Descriptor instead.
+func (*RemoveProfileResponse) Descriptor() ([]byte, []int) {
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
+}
+
 type Image struct {
 	state            protoimpl.MessageState `protogen:"open.v1"`
 	Digest           string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`         // of the manifest: the image's ID
@@ -2605,7 +4732,7 @@ type Image struct {
 
 func (x *Image) Reset() {
 	*x = Image{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[33]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2617,7 +4744,7 @@ func (x *Image) String() string {
 func (*Image) ProtoMessage() {}
 
 func (x *Image) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[33]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2630,7 +4757,7 @@ func (x *Image) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Image.ProtoReflect.Descriptor instead.
 func (*Image) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{33}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *Image) GetDigest() string {
@@ -2763,7 +4890,7 @@ type ImageVariant struct {
 
 func (x *ImageVariant) Reset() {
 	*x = ImageVariant{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2775,7 +4902,7 @@ func (x *ImageVariant) String() string {
 func (*ImageVariant) ProtoMessage() {}
 
 func (x *ImageVariant) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[34]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2788,7 +4915,7 @@ func (x *ImageVariant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageVariant.ProtoReflect.Descriptor instead.
 func (*ImageVariant) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{34}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ImageVariant) GetDigest() string {
@@ -2823,7 +4950,7 @@ type ImageReferrer struct {
 
 func (x *ImageReferrer) Reset() {
 	*x = ImageReferrer{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2835,7 +4962,7 @@ func (x *ImageReferrer) String() string {
 func (*ImageReferrer) ProtoMessage() {}
 
 func (x *ImageReferrer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[35]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2848,7 +4975,7 @@ func (x *ImageReferrer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageReferrer.ProtoReflect.Descriptor instead.
 func (*ImageReferrer) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{35}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ImageReferrer) GetDigest() string {
@@ -2888,7 +5015,7 @@ type RootDisk struct {
 
 func (x *RootDisk) Reset() {
 	*x = RootDisk{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2900,7 +5027,7 @@ func (x *RootDisk) String() string {
 func (*RootDisk) ProtoMessage() {}
 
 func (x *RootDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[36]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2913,7 +5040,7 @@ func (x *RootDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootDisk.ProtoReflect.Descriptor instead.
 func (*RootDisk) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{36}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *RootDisk) GetPath() string {
@@ -2969,7 +5096,7 @@ type Layer struct {
 
 func (x *Layer) Reset() {
 	*x = Layer{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2981,7 +5108,7 @@ func (x *Layer) String() string {
 func (*Layer) ProtoMessage() {}
 
 func (x *Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[37]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2994,7 +5121,7 @@ func (x *Layer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Layer.ProtoReflect.Descriptor instead.
 func (*Layer) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{37}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *Layer) GetDigest() string {
@@ -3031,7 +5158,7 @@ type PullImageRequest struct {
 
 func (x *PullImageRequest) Reset() {
 	*x = PullImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3043,7 +5170,7 @@ func (x *PullImageRequest) String() string {
 func (*PullImageRequest) ProtoMessage() {}
 
 func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[38]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3056,7 +5183,7 @@ func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageRequest.ProtoReflect.Descriptor instead.
 func (*PullImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{38}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *PullImageRequest) GetReference() string {
@@ -3107,7 +5234,7 @@ type Transfer struct {
 
 func (x *Transfer) Reset() {
 	*x = Transfer{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3119,7 +5246,7 @@ func (x *Transfer) String() string {
 func (*Transfer) ProtoMessage() {}
 
 func (x *Transfer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[39]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3132,7 +5259,7 @@ func (x *Transfer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transfer.ProtoReflect.Descriptor instead.
 func (*Transfer) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{39}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *Transfer) GetId() string {
@@ -3176,7 +5303,7 @@ type PullImageResponse struct {
 
 func (x *PullImageResponse) Reset() {
 	*x = PullImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3188,7 +5315,7 @@ func (x *PullImageResponse) String() string {
 func (*PullImageResponse) ProtoMessage() {}
 
 func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[40]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3201,7 +5328,7 @@ func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageResponse.ProtoReflect.Descriptor instead.
 func (*PullImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{40}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *PullImageResponse) GetKind() isPullImageResponse_Kind {
@@ -3254,7 +5381,7 @@ type ListImagesRequest struct {
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3266,7 +5393,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[41]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3279,7 +5406,7 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{41}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ListImagesRequest) GetFilters() []string {
@@ -3298,7 +5425,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3310,7 +5437,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[42]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3323,7 +5450,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{42}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ListImagesResponse) GetImages() []*Image {
@@ -3342,7 +5469,7 @@ type GetImageRequest struct {
 
 func (x *GetImageRequest) Reset() {
 	*x = GetImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3354,7 +5481,7 @@ func (x *GetImageRequest) String() string {
 func (*GetImageRequest) ProtoMessage() {}
 
 func (x *GetImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[43]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3367,7 +5494,7 @@ func (x *GetImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetImageRequest.ProtoReflect.Descriptor instead.
 func (*GetImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{43}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *GetImageRequest) GetReference() string {
@@ -3386,7 +5513,7 @@ type GetImageResponse struct {
 
 func (x *GetImageResponse) Reset() {
 	*x = GetImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3398,7 +5525,7 @@ func (x *GetImageResponse) String() string {
 func (*GetImageResponse) ProtoMessage() {}
 
 func (x *GetImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[44]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3411,7 +5538,7 @@ func (x *GetImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetImageResponse.ProtoReflect.Descriptor instead.
 func (*GetImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{44}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *GetImageResponse) GetImage() *Image {
@@ -3431,7 +5558,7 @@ type TagImageRequest struct {
 
 func (x *TagImageRequest) Reset() {
 	*x = TagImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3443,7 +5570,7 @@ func (x *TagImageRequest) String() string {
 func (*TagImageRequest) ProtoMessage() {}
 
 func (x *TagImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[45]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3456,7 +5583,7 @@ func (x *TagImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagImageRequest.ProtoReflect.Descriptor instead.
 func (*TagImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{45}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *TagImageRequest) GetSource() string {
@@ -3481,7 +5608,7 @@ type TagImageResponse struct {
 
 func (x *TagImageResponse) Reset() {
 	*x = TagImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3493,7 +5620,7 @@ func (x *TagImageResponse) String() string {
 func (*TagImageResponse) ProtoMessage() {}
 
 func (x *TagImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[46]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3506,7 +5633,7 @@ func (x *TagImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagImageResponse.ProtoReflect.Descriptor instead.
 func (*TagImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{46}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{78}
 }
 
 type RemoveImageRequest struct {
@@ -3519,7 +5646,7 @@ type RemoveImageRequest struct {
 
 func (x *RemoveImageRequest) Reset() {
 	*x = RemoveImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3531,7 +5658,7 @@ func (x *RemoveImageRequest) String() string {
 func (*RemoveImageRequest) ProtoMessage() {}
 
 func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[47]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3544,7 +5671,7 @@ func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageRequest.ProtoReflect.Descriptor instead.
 func (*RemoveImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{47}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *RemoveImageRequest) GetReference() string {
@@ -3571,7 +5698,7 @@ type RemoveImageResponse struct {
 
 func (x *RemoveImageResponse) Reset() {
 	*x = RemoveImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3583,7 +5710,7 @@ func (x *RemoveImageResponse) String() string {
 func (*RemoveImageResponse) ProtoMessage() {}
 
 func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[48]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3596,7 +5723,7 @@ func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageResponse.ProtoReflect.Descriptor instead.
 func (*RemoveImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{48}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *RemoveImageResponse) GetUntagged() []string {
@@ -3626,7 +5753,7 @@ type PushImageRequest struct {
 
 func (x *PushImageRequest) Reset() {
 	*x = PushImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3638,7 +5765,7 @@ func (x *PushImageRequest) String() string {
 func (*PushImageRequest) ProtoMessage() {}
 
 func (x *PushImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[49]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3651,7 +5778,7 @@ func (x *PushImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushImageRequest.ProtoReflect.Descriptor instead.
 func (*PushImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{49}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *PushImageRequest) GetReference() string {
@@ -3702,7 +5829,7 @@ type PushImageResponse struct {
 
 func (x *PushImageResponse) Reset() {
 	*x = PushImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3714,7 +5841,7 @@ func (x *PushImageResponse) String() string {
 func (*PushImageResponse) ProtoMessage() {}
 
 func (x *PushImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[50]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3727,7 +5854,7 @@ func (x *PushImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushImageResponse.ProtoReflect.Descriptor instead.
 func (*PushImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{50}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *PushImageResponse) GetKind() isPushImageResponse_Kind {
@@ -3781,7 +5908,7 @@ type PushedImage struct {
 
 func (x *PushedImage) Reset() {
 	*x = PushedImage{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3793,7 +5920,7 @@ func (x *PushedImage) String() string {
 func (*PushedImage) ProtoMessage() {}
 
 func (x *PushedImage) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[51]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3806,7 +5933,7 @@ func (x *PushedImage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushedImage.ProtoReflect.Descriptor instead.
 func (*PushedImage) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{51}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *PushedImage) GetDigest() string {
@@ -3834,7 +5961,7 @@ type SaveImagesRequest struct {
 
 func (x *SaveImagesRequest) Reset() {
 	*x = SaveImagesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3846,7 +5973,7 @@ func (x *SaveImagesRequest) String() string {
 func (*SaveImagesRequest) ProtoMessage() {}
 
 func (x *SaveImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[52]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3859,7 +5986,7 @@ func (x *SaveImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveImagesRequest.ProtoReflect.Descriptor instead.
 func (*SaveImagesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{52}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *SaveImagesRequest) GetReferences() []string {
@@ -3892,7 +6019,7 @@ type SaveImagesResponse struct {
 
 func (x *SaveImagesResponse) Reset() {
 	*x = SaveImagesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3904,7 +6031,7 @@ func (x *SaveImagesResponse) String() string {
 func (*SaveImagesResponse) ProtoMessage() {}
 
 func (x *SaveImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[53]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3917,7 +6044,7 @@ func (x *SaveImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveImagesResponse.ProtoReflect.Descriptor instead.
 func (*SaveImagesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{53}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *SaveImagesResponse) GetData() []byte {
@@ -3936,7 +6063,7 @@ type LoadImagesRequest struct {
 
 func (x *LoadImagesRequest) Reset() {
 	*x = LoadImagesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3948,7 +6075,7 @@ func (x *LoadImagesRequest) String() string {
 func (*LoadImagesRequest) ProtoMessage() {}
 
 func (x *LoadImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[54]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3961,7 +6088,7 @@ func (x *LoadImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadImagesRequest.ProtoReflect.Descriptor instead.
 func (*LoadImagesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{54}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *LoadImagesRequest) GetData() []byte {
@@ -3984,7 +6111,7 @@ type LoadImagesResponse struct {
 
 func (x *LoadImagesResponse) Reset() {
 	*x = LoadImagesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3996,7 +6123,7 @@ func (x *LoadImagesResponse) String() string {
 func (*LoadImagesResponse) ProtoMessage() {}
 
 func (x *LoadImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[55]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4009,7 +6136,7 @@ func (x *LoadImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadImagesResponse.ProtoReflect.Descriptor instead.
 func (*LoadImagesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{55}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *LoadImagesResponse) GetKind() isLoadImagesResponse_Kind {
@@ -4063,7 +6190,7 @@ type LoadedImage struct {
 
 func (x *LoadedImage) Reset() {
 	*x = LoadedImage{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4075,7 +6202,7 @@ func (x *LoadedImage) String() string {
 func (*LoadedImage) ProtoMessage() {}
 
 func (x *LoadedImage) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[56]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4088,7 +6215,7 @@ func (x *LoadedImage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadedImage.ProtoReflect.Descriptor instead.
 func (*LoadedImage) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{56}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *LoadedImage) GetDigest() string {
@@ -4118,7 +6245,7 @@ type ImportImageRequest struct {
 
 func (x *ImportImageRequest) Reset() {
 	*x = ImportImageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4130,7 +6257,7 @@ func (x *ImportImageRequest) String() string {
 func (*ImportImageRequest) ProtoMessage() {}
 
 func (x *ImportImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[57]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4143,7 +6270,7 @@ func (x *ImportImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportImageRequest.ProtoReflect.Descriptor instead.
 func (*ImportImageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{57}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ImportImageRequest) GetKind() isImportImageRequest_Kind {
@@ -4199,7 +6326,7 @@ type ImportStart struct {
 
 func (x *ImportStart) Reset() {
 	*x = ImportStart{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4211,7 +6338,7 @@ func (x *ImportStart) String() string {
 func (*ImportStart) ProtoMessage() {}
 
 func (x *ImportStart) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[58]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4224,7 +6351,7 @@ func (x *ImportStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportStart.ProtoReflect.Descriptor instead.
 func (*ImportStart) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{58}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *ImportStart) GetReference() string {
@@ -4268,7 +6395,7 @@ type ImportImageResponse struct {
 
 func (x *ImportImageResponse) Reset() {
 	*x = ImportImageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4280,7 +6407,7 @@ func (x *ImportImageResponse) String() string {
 func (*ImportImageResponse) ProtoMessage() {}
 
 func (x *ImportImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[59]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4293,7 +6420,7 @@ func (x *ImportImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportImageResponse.ProtoReflect.Descriptor instead.
 func (*ImportImageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{59}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *ImportImageResponse) GetKind() isImportImageResponse_Kind {
@@ -4346,7 +6473,7 @@ type ImageHistoryRequest struct {
 
 func (x *ImageHistoryRequest) Reset() {
 	*x = ImageHistoryRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4358,7 +6485,7 @@ func (x *ImageHistoryRequest) String() string {
 func (*ImageHistoryRequest) ProtoMessage() {}
 
 func (x *ImageHistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[60]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4371,7 +6498,7 @@ func (x *ImageHistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageHistoryRequest.ProtoReflect.Descriptor instead.
 func (*ImageHistoryRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{60}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *ImageHistoryRequest) GetReference() string {
@@ -4390,7 +6517,7 @@ type ImageHistoryResponse struct {
 
 func (x *ImageHistoryResponse) Reset() {
 	*x = ImageHistoryResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4402,7 +6529,7 @@ func (x *ImageHistoryResponse) String() string {
 func (*ImageHistoryResponse) ProtoMessage() {}
 
 func (x *ImageHistoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[61]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4415,7 +6542,7 @@ func (x *ImageHistoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageHistoryResponse.ProtoReflect.Descriptor instead.
 func (*ImageHistoryResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{61}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ImageHistoryResponse) GetSteps() []*ImageStep {
@@ -4440,7 +6567,7 @@ type ImageStep struct {
 
 func (x *ImageStep) Reset() {
 	*x = ImageStep{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4452,7 +6579,7 @@ func (x *ImageStep) String() string {
 func (*ImageStep) ProtoMessage() {}
 
 func (x *ImageStep) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[62]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4465,7 +6592,7 @@ func (x *ImageStep) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageStep.ProtoReflect.Descriptor instead.
 func (*ImageStep) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{62}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ImageStep) GetId() string {
@@ -4528,7 +6655,7 @@ type PruneImagesRequest struct {
 
 func (x *PruneImagesRequest) Reset() {
 	*x = PruneImagesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4540,7 +6667,7 @@ func (x *PruneImagesRequest) String() string {
 func (*PruneImagesRequest) ProtoMessage() {}
 
 func (x *PruneImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[63]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4553,7 +6680,7 @@ func (x *PruneImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneImagesRequest.ProtoReflect.Descriptor instead.
 func (*PruneImagesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{63}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *PruneImagesRequest) GetAll() bool {
@@ -4589,7 +6716,7 @@ type PruneImagesResponse struct {
 
 func (x *PruneImagesResponse) Reset() {
 	*x = PruneImagesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4601,7 +6728,7 @@ func (x *PruneImagesResponse) String() string {
 func (*PruneImagesResponse) ProtoMessage() {}
 
 func (x *PruneImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[64]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4614,7 +6741,7 @@ func (x *PruneImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneImagesResponse.ProtoReflect.Descriptor instead.
 func (*PruneImagesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{64}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *PruneImagesResponse) GetUntagged() []string {
@@ -4656,7 +6783,7 @@ type LoginRequest struct {
 
 func (x *LoginRequest) Reset() {
 	*x = LoginRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4668,7 +6795,7 @@ func (x *LoginRequest) String() string {
 func (*LoginRequest) ProtoMessage() {}
 
 func (x *LoginRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[65]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4681,7 +6808,7 @@ func (x *LoginRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoginRequest.ProtoReflect.Descriptor instead.
 func (*LoginRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{65}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *LoginRequest) GetRegistry() string {
@@ -4713,7 +6840,7 @@ type LoginResponse struct {
 
 func (x *LoginResponse) Reset() {
 	*x = LoginResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4725,7 +6852,7 @@ func (x *LoginResponse) String() string {
 func (*LoginResponse) ProtoMessage() {}
 
 func (x *LoginResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[66]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4738,7 +6865,7 @@ func (x *LoginResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoginResponse.ProtoReflect.Descriptor instead.
 func (*LoginResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{66}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{98}
 }
 
 type BuildRequest struct {
@@ -4756,7 +6883,7 @@ type BuildRequest struct {
 
 func (x *BuildRequest) Reset() {
 	*x = BuildRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4768,7 +6895,7 @@ func (x *BuildRequest) String() string {
 func (*BuildRequest) ProtoMessage() {}
 
 func (x *BuildRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[67]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4781,7 +6908,7 @@ func (x *BuildRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildRequest.ProtoReflect.Descriptor instead.
 func (*BuildRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{67}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *BuildRequest) GetKind() isBuildRequest_Kind {
@@ -4891,7 +7018,7 @@ type BuildStart struct {
 
 func (x *BuildStart) Reset() {
 	*x = BuildStart{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4903,7 +7030,7 @@ func (x *BuildStart) String() string {
 func (*BuildStart) ProtoMessage() {}
 
 func (x *BuildStart) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[68]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4916,7 +7043,7 @@ func (x *BuildStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildStart.ProtoReflect.Descriptor instead.
 func (*BuildStart) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{68}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *BuildStart) GetContextDir() string {
@@ -5118,7 +7245,7 @@ type CacheOption struct {
 
 func (x *CacheOption) Reset() {
 	*x = CacheOption{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5130,7 +7257,7 @@ func (x *CacheOption) String() string {
 func (*CacheOption) ProtoMessage() {}
 
 func (x *CacheOption) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[69]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5143,7 +7270,7 @@ func (x *CacheOption) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheOption.ProtoReflect.Descriptor instead.
 func (*CacheOption) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{69}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *CacheOption) GetType() string {
@@ -5170,7 +7297,7 @@ type BuildOutput struct {
 
 func (x *BuildOutput) Reset() {
 	*x = BuildOutput{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5182,7 +7309,7 @@ func (x *BuildOutput) String() string {
 func (*BuildOutput) ProtoMessage() {}
 
 func (x *BuildOutput) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[70]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5195,7 +7322,7 @@ func (x *BuildOutput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildOutput.ProtoReflect.Descriptor instead.
 func (*BuildOutput) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{70}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *BuildOutput) GetType() string {
@@ -5225,7 +7352,7 @@ type AgentData struct {
 
 func (x *AgentData) Reset() {
 	*x = AgentData{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5237,7 +7364,7 @@ func (x *AgentData) String() string {
 func (*AgentData) ProtoMessage() {}
 
 func (x *AgentData) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[71]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5250,7 +7377,7 @@ func (x *AgentData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentData.ProtoReflect.Descriptor instead.
 func (*AgentData) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{71}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *AgentData) GetConnection() uint32 {
@@ -5297,7 +7424,7 @@ type BuildResponse struct {
 
 func (x *BuildResponse) Reset() {
 	*x = BuildResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5309,7 +7436,7 @@ func (x *BuildResponse) String() string {
 func (*BuildResponse) ProtoMessage() {}
 
 func (x *BuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[72]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5322,7 +7449,7 @@ func (x *BuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResponse.ProtoReflect.Descriptor instead.
 func (*BuildResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{72}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *BuildResponse) GetKind() isBuildResponse_Kind {
@@ -5421,7 +7548,7 @@ type OutputData struct {
 
 func (x *OutputData) Reset() {
 	*x = OutputData{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5433,7 +7560,7 @@ func (x *OutputData) String() string {
 func (*OutputData) ProtoMessage() {}
 
 func (x *OutputData) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[73]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5446,7 +7573,7 @@ func (x *OutputData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputData.ProtoReflect.Descriptor instead.
 func (*OutputData) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{73}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *OutputData) GetIndex() uint32 {
@@ -5474,7 +7601,7 @@ type BuildReport struct {
 
 func (x *BuildReport) Reset() {
 	*x = BuildReport{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5486,7 +7613,7 @@ func (x *BuildReport) String() string {
 func (*BuildReport) ProtoMessage() {}
 
 func (x *BuildReport) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[74]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5499,7 +7626,7 @@ func (x *BuildReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildReport.ProtoReflect.Descriptor instead.
 func (*BuildReport) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{74}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *BuildReport) GetText() string {
@@ -5536,7 +7663,7 @@ type BuildResult struct {
 
 func (x *BuildResult) Reset() {
 	*x = BuildResult{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5548,7 +7675,7 @@ func (x *BuildResult) String() string {
 func (*BuildResult) ProtoMessage() {}
 
 func (x *BuildResult) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[75]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5561,7 +7688,7 @@ func (x *BuildResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResult.ProtoReflect.Descriptor instead.
 func (*BuildResult) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{75}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *BuildResult) GetDigest() string {
@@ -5607,7 +7734,7 @@ type BuildDiskUsageRequest struct {
 
 func (x *BuildDiskUsageRequest) Reset() {
 	*x = BuildDiskUsageRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5619,7 +7746,7 @@ func (x *BuildDiskUsageRequest) String() string {
 func (*BuildDiskUsageRequest) ProtoMessage() {}
 
 func (x *BuildDiskUsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[76]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5632,7 +7759,7 @@ func (x *BuildDiskUsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildDiskUsageRequest.ProtoReflect.Descriptor instead.
 func (*BuildDiskUsageRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{76}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{108}
 }
 
 type BuildDiskUsageResponse struct {
@@ -5644,7 +7771,7 @@ type BuildDiskUsageResponse struct {
 
 func (x *BuildDiskUsageResponse) Reset() {
 	*x = BuildDiskUsageResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5656,7 +7783,7 @@ func (x *BuildDiskUsageResponse) String() string {
 func (*BuildDiskUsageResponse) ProtoMessage() {}
 
 func (x *BuildDiskUsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[77]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5669,7 +7796,7 @@ func (x *BuildDiskUsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildDiskUsageResponse.ProtoReflect.Descriptor instead.
 func (*BuildDiskUsageResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{77}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *BuildDiskUsageResponse) GetRecords() []*BuildCacheRecord {
@@ -5695,7 +7822,7 @@ type BuildCacheRecord struct {
 
 func (x *BuildCacheRecord) Reset() {
 	*x = BuildCacheRecord{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5707,7 +7834,7 @@ func (x *BuildCacheRecord) String() string {
 func (*BuildCacheRecord) ProtoMessage() {}
 
 func (x *BuildCacheRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[78]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5720,7 +7847,7 @@ func (x *BuildCacheRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildCacheRecord.ProtoReflect.Descriptor instead.
 func (*BuildCacheRecord) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{78}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *BuildCacheRecord) GetId() string {
@@ -5790,7 +7917,7 @@ type PruneBuildRequest struct {
 
 func (x *PruneBuildRequest) Reset() {
 	*x = PruneBuildRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5802,7 +7929,7 @@ func (x *PruneBuildRequest) String() string {
 func (*PruneBuildRequest) ProtoMessage() {}
 
 func (x *PruneBuildRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[79]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5815,7 +7942,7 @@ func (x *PruneBuildRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneBuildRequest.ProtoReflect.Descriptor instead.
 func (*PruneBuildRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{79}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *PruneBuildRequest) GetAll() bool {
@@ -5849,7 +7976,7 @@ type PruneBuildResponse struct {
 
 func (x *PruneBuildResponse) Reset() {
 	*x = PruneBuildResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5861,7 +7988,7 @@ func (x *PruneBuildResponse) String() string {
 func (*PruneBuildResponse) ProtoMessage() {}
 
 func (x *PruneBuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[80]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5874,7 +8001,7 @@ func (x *PruneBuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneBuildResponse.ProtoReflect.Descriptor instead.
 func (*PruneBuildResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{80}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *PruneBuildResponse) GetRecords() []*BuildCacheRecord {
@@ -5905,7 +8032,7 @@ type Base struct {
 
 func (x *Base) Reset() {
 	*x = Base{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5917,7 +8044,7 @@ func (x *Base) String() string {
 func (*Base) ProtoMessage() {}
 
 func (x *Base) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[81]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5930,7 +8057,7 @@ func (x *Base) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Base.ProtoReflect.Descriptor instead.
 func (*Base) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{81}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *Base) GetName() string {
@@ -5983,7 +8110,7 @@ type ListBasesRequest struct {
 
 func (x *ListBasesRequest) Reset() {
 	*x = ListBasesRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5995,7 +8122,7 @@ func (x *ListBasesRequest) String() string {
 func (*ListBasesRequest) ProtoMessage() {}
 
 func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[82]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6008,7 +8135,7 @@ func (x *ListBasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesRequest.ProtoReflect.Descriptor instead.
 func (*ListBasesRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{82}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{114}
 }
 
 type ListBasesResponse struct {
@@ -6020,7 +8147,7 @@ type ListBasesResponse struct {
 
 func (x *ListBasesResponse) Reset() {
 	*x = ListBasesResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6032,7 +8159,7 @@ func (x *ListBasesResponse) String() string {
 func (*ListBasesResponse) ProtoMessage() {}
 
 func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[83]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6045,7 +8172,7 @@ func (x *ListBasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBasesResponse.ProtoReflect.Descriptor instead.
 func (*ListBasesResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{83}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *ListBasesResponse) GetBases() []*Base {
@@ -6069,7 +8196,7 @@ type BuildBaseRequest struct {
 
 func (x *BuildBaseRequest) Reset() {
 	*x = BuildBaseRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6081,7 +8208,7 @@ func (x *BuildBaseRequest) String() string {
 func (*BuildBaseRequest) ProtoMessage() {}
 
 func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[84]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6094,7 +8221,7 @@ func (x *BuildBaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseRequest.ProtoReflect.Descriptor instead.
 func (*BuildBaseRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{84}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *BuildBaseRequest) GetName() string {
@@ -6153,7 +8280,7 @@ type BuildBaseResponse struct {
 
 func (x *BuildBaseResponse) Reset() {
 	*x = BuildBaseResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6165,7 +8292,7 @@ func (x *BuildBaseResponse) String() string {
 func (*BuildBaseResponse) ProtoMessage() {}
 
 func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[85]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6178,7 +8305,7 @@ func (x *BuildBaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildBaseResponse.ProtoReflect.Descriptor instead.
 func (*BuildBaseResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{85}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *BuildBaseResponse) GetKind() isBuildBaseResponse_Kind {
@@ -6257,7 +8384,7 @@ type Kernel struct {
 
 func (x *Kernel) Reset() {
 	*x = Kernel{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6269,7 +8396,7 @@ func (x *Kernel) String() string {
 func (*Kernel) ProtoMessage() {}
 
 func (x *Kernel) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[86]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6282,7 +8409,7 @@ func (x *Kernel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Kernel.ProtoReflect.Descriptor instead.
 func (*Kernel) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{86}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *Kernel) GetName() string {
@@ -6386,7 +8513,7 @@ type BuildKernelRequest struct {
 
 func (x *BuildKernelRequest) Reset() {
 	*x = BuildKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6398,7 +8525,7 @@ func (x *BuildKernelRequest) String() string {
 func (*BuildKernelRequest) ProtoMessage() {}
 
 func (x *BuildKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[87]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6411,7 +8538,7 @@ func (x *BuildKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildKernelRequest.ProtoReflect.Descriptor instead.
 func (*BuildKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{87}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *BuildKernelRequest) GetName() string {
@@ -6491,7 +8618,7 @@ type BuildKernelResponse struct {
 
 func (x *BuildKernelResponse) Reset() {
 	*x = BuildKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6503,7 +8630,7 @@ func (x *BuildKernelResponse) String() string {
 func (*BuildKernelResponse) ProtoMessage() {}
 
 func (x *BuildKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[88]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6516,7 +8643,7 @@ func (x *BuildKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildKernelResponse.ProtoReflect.Descriptor instead.
 func (*BuildKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{88}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{120}
 }
 
 func (x *BuildKernelResponse) GetKind() isBuildKernelResponse_Kind {
@@ -6584,7 +8711,7 @@ type RemoveKernelRequest struct {
 
 func (x *RemoveKernelRequest) Reset() {
 	*x = RemoveKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6596,7 +8723,7 @@ func (x *RemoveKernelRequest) String() string {
 func (*RemoveKernelRequest) ProtoMessage() {}
 
 func (x *RemoveKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[89]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6609,7 +8736,7 @@ func (x *RemoveKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveKernelRequest.ProtoReflect.Descriptor instead.
 func (*RemoveKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{89}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{121}
 }
 
 func (x *RemoveKernelRequest) GetName() string {
@@ -6627,7 +8754,7 @@ type RemoveKernelResponse struct {
 
 func (x *RemoveKernelResponse) Reset() {
 	*x = RemoveKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6639,7 +8766,7 @@ func (x *RemoveKernelResponse) String() string {
 func (*RemoveKernelResponse) ProtoMessage() {}
 
 func (x *RemoveKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[90]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6652,7 +8779,7 @@ func (x *RemoveKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveKernelResponse.ProtoReflect.Descriptor instead.
 func (*RemoveKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{90}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{122}
 }
 
 type SetDefaultKernelRequest struct {
@@ -6664,7 +8791,7 @@ type SetDefaultKernelRequest struct {
 
 func (x *SetDefaultKernelRequest) Reset() {
 	*x = SetDefaultKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[123]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6676,7 +8803,7 @@ func (x *SetDefaultKernelRequest) String() string {
 func (*SetDefaultKernelRequest) ProtoMessage() {}
 
 func (x *SetDefaultKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[91]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[123]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6689,7 +8816,7 @@ func (x *SetDefaultKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetDefaultKernelRequest.ProtoReflect.Descriptor instead.
 func (*SetDefaultKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{91}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{123}
 }
 
 func (x *SetDefaultKernelRequest) GetName() string {
@@ -6707,7 +8834,7 @@ type SetDefaultKernelResponse struct {
 
 func (x *SetDefaultKernelResponse) Reset() {
 	*x = SetDefaultKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[124]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6719,7 +8846,7 @@ func (x *SetDefaultKernelResponse) String() string {
 func (*SetDefaultKernelResponse) ProtoMessage() {}
 
 func (x *SetDefaultKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[92]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[124]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6732,7 +8859,7 @@ func (x *SetDefaultKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetDefaultKernelResponse.ProtoReflect.Descriptor instead.
 func (*SetDefaultKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{92}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{124}
 }
 
 type ImportKernelRequest struct {
@@ -6745,7 +8872,7 @@ type ImportKernelRequest struct {
 
 func (x *ImportKernelRequest) Reset() {
 	*x = ImportKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[125]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6757,7 +8884,7 @@ func (x *ImportKernelRequest) String() string {
 func (*ImportKernelRequest) ProtoMessage() {}
 
 func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[93]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[125]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6770,7 +8897,7 @@ func (x *ImportKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelRequest.ProtoReflect.Descriptor instead.
 func (*ImportKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{93}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{125}
 }
 
 func (x *ImportKernelRequest) GetPath() string {
@@ -6796,7 +8923,7 @@ type ImportKernelResponse struct {
 
 func (x *ImportKernelResponse) Reset() {
 	*x = ImportKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[126]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6808,7 +8935,7 @@ func (x *ImportKernelResponse) String() string {
 func (*ImportKernelResponse) ProtoMessage() {}
 
 func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[94]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[126]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6821,7 +8948,7 @@ func (x *ImportKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKernelResponse.ProtoReflect.Descriptor instead.
 func (*ImportKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{94}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{126}
 }
 
 func (x *ImportKernelResponse) GetKernel() *Kernel {
@@ -6839,7 +8966,7 @@ type ListKernelsRequest struct {
 
 func (x *ListKernelsRequest) Reset() {
 	*x = ListKernelsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[127]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6851,7 +8978,7 @@ func (x *ListKernelsRequest) String() string {
 func (*ListKernelsRequest) ProtoMessage() {}
 
 func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[95]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[127]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6864,7 +8991,7 @@ func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsRequest.ProtoReflect.Descriptor instead.
 func (*ListKernelsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{95}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{127}
 }
 
 type ListKernelsResponse struct {
@@ -6876,7 +9003,7 @@ type ListKernelsResponse struct {
 
 func (x *ListKernelsResponse) Reset() {
 	*x = ListKernelsResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[128]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6888,7 +9015,7 @@ func (x *ListKernelsResponse) String() string {
 func (*ListKernelsResponse) ProtoMessage() {}
 
 func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[96]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[128]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6901,7 +9028,7 @@ func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsResponse.ProtoReflect.Descriptor instead.
 func (*ListKernelsResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{96}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{128}
 }
 
 func (x *ListKernelsResponse) GetKernels() []*Kernel {
@@ -6920,7 +9047,7 @@ type GetKernelRequest struct {
 
 func (x *GetKernelRequest) Reset() {
 	*x = GetKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[129]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6932,7 +9059,7 @@ func (x *GetKernelRequest) String() string {
 func (*GetKernelRequest) ProtoMessage() {}
 
 func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[97]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[129]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6945,7 +9072,7 @@ func (x *GetKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelRequest.ProtoReflect.Descriptor instead.
 func (*GetKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{97}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{129}
 }
 
 func (x *GetKernelRequest) GetName() string {
@@ -6964,7 +9091,7 @@ type GetKernelResponse struct {
 
 func (x *GetKernelResponse) Reset() {
 	*x = GetKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[130]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6976,7 +9103,7 @@ func (x *GetKernelResponse) String() string {
 func (*GetKernelResponse) ProtoMessage() {}
 
 func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[98]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[130]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6989,7 +9116,7 @@ func (x *GetKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKernelResponse.ProtoReflect.Descriptor instead.
 func (*GetKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{98}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{130}
 }
 
 func (x *GetKernelResponse) GetKernel() *Kernel {
@@ -7011,7 +9138,7 @@ type PullKernelRequest struct {
 
 func (x *PullKernelRequest) Reset() {
 	*x = PullKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[99]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[131]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7023,7 +9150,7 @@ func (x *PullKernelRequest) String() string {
 func (*PullKernelRequest) ProtoMessage() {}
 
 func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[99]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[131]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7036,7 +9163,7 @@ func (x *PullKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelRequest.ProtoReflect.Descriptor instead.
 func (*PullKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{99}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{131}
 }
 
 func (x *PullKernelRequest) GetName() string {
@@ -7077,7 +9204,7 @@ type PushKernelRequest struct {
 
 func (x *PushKernelRequest) Reset() {
 	*x = PushKernelRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[132]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7089,7 +9216,7 @@ func (x *PushKernelRequest) String() string {
 func (*PushKernelRequest) ProtoMessage() {}
 
 func (x *PushKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[100]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[132]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7102,7 +9229,7 @@ func (x *PushKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushKernelRequest.ProtoReflect.Descriptor instead.
 func (*PushKernelRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{100}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{132}
 }
 
 func (x *PushKernelRequest) GetName() string {
@@ -7132,7 +9259,7 @@ type PushKernelResponse struct {
 
 func (x *PushKernelResponse) Reset() {
 	*x = PushKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[133]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7144,7 +9271,7 @@ func (x *PushKernelResponse) String() string {
 func (*PushKernelResponse) ProtoMessage() {}
 
 func (x *PushKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[101]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[133]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7157,7 +9284,7 @@ func (x *PushKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushKernelResponse.ProtoReflect.Descriptor instead.
 func (*PushKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{101}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{133}
 }
 
 func (x *PushKernelResponse) GetKind() isPushKernelResponse_Kind {
@@ -7210,7 +9337,7 @@ type PushedKernel struct {
 
 func (x *PushedKernel) Reset() {
 	*x = PushedKernel{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[102]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[134]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7222,7 +9349,7 @@ func (x *PushedKernel) String() string {
 func (*PushedKernel) ProtoMessage() {}
 
 func (x *PushedKernel) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[102]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[134]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7235,7 +9362,7 @@ func (x *PushedKernel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushedKernel.ProtoReflect.Descriptor instead.
 func (*PushedKernel) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{102}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{134}
 }
 
 func (x *PushedKernel) GetDigest() string {
@@ -7258,7 +9385,7 @@ type PullKernelResponse struct {
 
 func (x *PullKernelResponse) Reset() {
 	*x = PullKernelResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[103]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[135]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7270,7 +9397,7 @@ func (x *PullKernelResponse) String() string {
 func (*PullKernelResponse) ProtoMessage() {}
 
 func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[103]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[135]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7283,7 +9410,7 @@ func (x *PullKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullKernelResponse.ProtoReflect.Descriptor instead.
 func (*PullKernelResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{103}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{135}
 }
 
 func (x *PullKernelResponse) GetKind() isPullKernelResponse_Kind {
@@ -7336,7 +9463,7 @@ type PruneSystemRequest struct {
 
 func (x *PruneSystemRequest) Reset() {
 	*x = PruneSystemRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[104]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[136]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7348,7 +9475,7 @@ func (x *PruneSystemRequest) String() string {
 func (*PruneSystemRequest) ProtoMessage() {}
 
 func (x *PruneSystemRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[104]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[136]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7361,7 +9488,7 @@ func (x *PruneSystemRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneSystemRequest.ProtoReflect.Descriptor instead.
 func (*PruneSystemRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{104}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{136}
 }
 
 func (x *PruneSystemRequest) GetAll() bool {
@@ -7381,7 +9508,7 @@ type PruneSystemResponse struct {
 
 func (x *PruneSystemResponse) Reset() {
 	*x = PruneSystemResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[105]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[137]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7393,7 +9520,7 @@ func (x *PruneSystemResponse) String() string {
 func (*PruneSystemResponse) ProtoMessage() {}
 
 func (x *PruneSystemResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[105]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[137]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7406,7 +9533,7 @@ func (x *PruneSystemResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneSystemResponse.ProtoReflect.Descriptor instead.
 func (*PruneSystemResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{105}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{137}
 }
 
 func (x *PruneSystemResponse) GetImages() *PruneImagesResponse {
@@ -7431,7 +9558,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[106]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[138]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7443,7 +9570,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[106]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[138]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7456,7 +9583,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{106}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{138}
 }
 
 type VersionResponse struct {
@@ -7473,7 +9600,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[107]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[139]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7485,7 +9612,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[107]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[139]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7498,7 +9625,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{107}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{139}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -7553,7 +9680,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[108]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[140]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7565,7 +9692,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[108]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[140]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7578,7 +9705,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{108}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{140}
 }
 
 func (x *EventsRequest) GetSince() *timestamppb.Timestamp {
@@ -7610,7 +9737,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[109]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[141]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7622,7 +9749,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[109]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[141]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7635,7 +9762,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{109}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{141}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -7688,7 +9815,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[110]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[142]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7700,7 +9827,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[110]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[142]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7713,7 +9840,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{110}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{142}
 }
 
 type DoctorResponse struct {
@@ -7725,7 +9852,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[111]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[143]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7737,7 +9864,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[111]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[143]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7750,7 +9877,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{111}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{143}
 }
 
 func (x *DoctorResponse) GetChecks() []*Check {
@@ -7772,7 +9899,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[112]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[144]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7784,7 +9911,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[112]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[144]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7797,7 +9924,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{112}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{144}
 }
 
 func (x *Check) GetName() string {
@@ -7836,7 +9963,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[113]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[145]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7848,7 +9975,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[113]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[145]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7861,7 +9988,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{113}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{145}
 }
 
 type ShutdownResponse struct {
@@ -7872,7 +9999,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[114]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[146]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7884,7 +10011,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_atoll_v1_atoll_proto_msgTypes[114]
+	mi := &file_api_atoll_v1_atoll_proto_msgTypes[146]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7897,7 +10024,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{114}
+	return file_api_atoll_v1_atoll_proto_rawDescGZIP(), []int{146}
 }
 
 var File_api_atoll_v1_atoll_proto protoreflect.FileDescriptor
@@ -7906,7 +10033,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\n" +
 	"\x18api/atoll/v1/atoll.proto\x12\batoll.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1egoogle/protobuf/duration.proto\"\x1a\n" +
 	"\x04Hint\x12\x12\n" +
-	"\x04text\x18\x01 \x01(\tR\x04text\"\x9f\x06\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\"\x9c\f\n" +
 	"\vMachineSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x18\n" +
@@ -7938,16 +10065,101 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"stopSignal\x12<\n" +
 	"\fstop_timeout\x18\x17 \x01(\v2\x19.google.protobuf.DurationR\vstopTimeout\x12\x16\n" +
 	"\x06verity\x18\x18 \x01(\bR\x06verity\x12\x12\n" +
-	"\x04init\x18\x19 \x01(\tR\x04init\x1a9\n" +
+	"\x04init\x18\x19 \x01(\tR\x04init\x12 \n" +
+	"\tread_only\x18\x1a \x01(\bH\x00R\breadOnly\x88\x01\x01\x12%\n" +
+	"\x05tmpfs\x18\x1b \x03(\v2\x0f.atoll.v1.TmpfsR\x05tmpfs\x12*\n" +
+	"\aulimits\x18\x1c \x03(\v2\x10.atoll.v1.UlimitR\aulimits\x12<\n" +
+	"\asysctls\x18\x1d \x03(\v2\".atoll.v1.MachineSpec.SysctlsEntryR\asysctls\x120\n" +
+	"\tadd_hosts\x18\x1e \x03(\v2\x13.atoll.v1.HostEntryR\baddHosts\x12\x10\n" +
+	"\x03dns\x18\x1f \x03(\tR\x03dns\x12\x1d\n" +
+	"\n" +
+	"dns_search\x18  \x03(\tR\tdnsSearch\x12\x1f\n" +
+	"\vdns_options\x18! \x03(\tR\n" +
+	"dnsOptions\x12\x1f\n" +
+	"\vpublish_all\x18\" \x01(\bR\n" +
+	"publishAll\x128\n" +
+	"\fhealth_check\x18# \x01(\v2\x15.atoll.v1.HealthCheckR\vhealthCheck\x12\x1f\n" +
+	"\vkernel_args\x18$ \x03(\tR\n" +
+	"kernelArgs\x12:\n" +
+	"\fprovisioning\x18% \x01(\v2\x16.atoll.v1.ProvisioningR\fprovisioning\x12\x12\n" +
+	"\x04disk\x18& \x01(\tR\x04disk\x12\x1a\n" +
+	"\bfirmware\x18' \x01(\tR\bfirmware\x12.\n" +
+	"\bmetadata\x18( \x01(\v2\x12.atoll.v1.MetadataR\bmetadata\x12\x1a\n" +
+	"\bprofiles\x18) \x03(\tR\bprofiles\x12\"\n" +
+	"\rlog_max_bytes\x18* \x01(\x03R\vlogMaxBytes\x12\"\n" +
+	"\rlog_max_files\x18+ \x01(\rR\vlogMaxFiles\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x88\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
+	"\fSysctlsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\f\n" +
+	"\n" +
+	"_read_only\"5\n" +
+	"\x05Tmpfs\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x18\n" +
+	"\aoptions\x18\x02 \x01(\tR\aoptions\"D\n" +
+	"\x06Ulimit\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04soft\x18\x02 \x01(\x03R\x04soft\x12\x12\n" +
+	"\x04hard\x18\x03 \x01(\x03R\x04hard\";\n" +
+	"\tHostEntry\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x14\n" +
+	"\x05names\x18\x02 \x03(\tR\x05names\"\xa7\x02\n" +
+	"\vHealthCheck\x12\x12\n" +
+	"\x04test\x18\x01 \x03(\tR\x04test\x125\n" +
+	"\binterval\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\binterval\x123\n" +
+	"\atimeout\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12<\n" +
+	"\fstart_period\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\vstartPeriod\x12@\n" +
+	"\x0estart_interval\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\rstartInterval\x12\x18\n" +
+	"\aretries\x18\x06 \x01(\rR\aretries\"6\n" +
+	"\bMetadata\x12\x1a\n" +
+	"\bdisabled\x18\x01 \x01(\bR\bdisabled\x12\x0e\n" +
+	"\x02v1\x18\x02 \x01(\bR\x02v1\"\xb7\x03\n" +
+	"\fProvisioning\x12$\n" +
+	"\x05users\x18\x01 \x03(\v2\x0e.atoll.v1.UserR\x05users\x12.\n" +
+	"\x13ssh_authorized_keys\x18\x02 \x03(\tR\x11sshAuthorizedKeys\x12\"\n" +
+	"\rssh_host_keys\x18\x03 \x03(\fR\vsshHostKeys\x12\x1a\n" +
+	"\btimezone\x18\x04 \x01(\tR\btimezone\x12\x16\n" +
+	"\x06locale\x18\x05 \x01(\tR\x06locale\x12\x1f\n" +
+	"\vntp_servers\x18\x06 \x03(\tR\n" +
+	"ntpServers\x12\x1a\n" +
+	"\bpackages\x18\a \x03(\tR\bpackages\x12\x1b\n" +
+	"\tuser_data\x18\b \x01(\fR\buserData\x12\x1a\n" +
+	"\bignition\x18\t \x01(\fR\bignition\x12$\n" +
+	"\x05files\x18\n" +
+	" \x03(\v2\x0e.atoll.v1.FileR\x05files\x121\n" +
+	"\x06mounts\x18\v \x03(\v2\x19.atoll.v1.FileSystemMountR\x06mounts\x12*\n" +
+	"\asecrets\x18\f \x03(\v2\x10.atoll.v1.SecretR\asecrets\"\xe4\x01\n" +
+	"\x04User\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x15\n" +
+	"\x03uid\x18\x02 \x01(\rH\x00R\x03uid\x88\x01\x01\x12\x12\n" +
+	"\x04home\x18\x03 \x01(\tR\x04home\x12\x14\n" +
+	"\x05shell\x18\x04 \x01(\tR\x05shell\x12\x16\n" +
+	"\x06groups\x18\x05 \x03(\tR\x06groups\x12\x12\n" +
+	"\x04sudo\x18\x06 \x01(\bR\x04sudo\x12#\n" +
+	"\rpassword_hash\x18\a \x01(\tR\fpasswordHash\x12.\n" +
+	"\x13ssh_authorized_keys\x18\b \x03(\tR\x11sshAuthorizedKeysB\x06\n" +
+	"\x04_uid\"X\n" +
+	"\x04File\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\x12\x12\n" +
+	"\x04mode\x18\x03 \x01(\rR\x04mode\x12\x14\n" +
+	"\x05owner\x18\x04 \x01(\tR\x05owner\"k\n" +
+	"\x0fFileSystemMount\x12\x16\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n" +
+	"\x04type\x18\x03 \x01(\tR\x04type\x12\x18\n" +
+	"\aoptions\x18\x04 \x01(\tR\aoptions\"0\n" +
+	"\x06Secret\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\"\x88\x01\n" +
 	"\vPortMapping\x12!\n" +
 	"\fhost_address\x18\x01 \x01(\tR\vhostAddress\x12\x1b\n" +
 	"\thost_port\x18\x02 \x01(\rR\bhostPort\x12\x1d\n" +
 	"\n" +
 	"guest_port\x18\x03 \x01(\rR\tguestPort\x12\x1a\n" +
-	"\bprotocol\x18\x04 \x01(\tR\bprotocol\"\xfd\x04\n" +
+	"\bprotocol\x18\x04 \x01(\tR\bprotocol\"\xef\x05\n" +
 	"\aMachine\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12)\n" +
 	"\x04spec\x18\x02 \x01(\v2\x15.atoll.v1.MachineSpecR\x04spec\x12,\n" +
@@ -7970,7 +10182,27 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x03vmm\x18\x0e \x01(\v2\x13.atoll.v1.VMMStatusR\x03vmm\x12(\n" +
 	"\x05steps\x18\x0f \x03(\v2\x12.atoll.v1.StepTimeR\x05steps\x12\x12\n" +
 	"\x04host\x18\x10 \x01(\tR\x04host\x12\x12\n" +
-	"\x04argv\x18\x11 \x03(\tR\x04argv\"\x96\x01\n" +
+	"\x04argv\x18\x11 \x03(\tR\x04argv\x12.\n" +
+	"\x06health\x18\x12 \x01(\v2\x16.atoll.v1.HealthStatusR\x06health\x12@\n" +
+	"\fprovisioning\x18\x13 \x01(\v2\x1c.atoll.v1.ProvisioningStatusR\fprovisioning\"w\n" +
+	"\fHealthStatus\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\tR\x06status\x12%\n" +
+	"\x0efailing_streak\x18\x02 \x01(\rR\rfailingStreak\x12(\n" +
+	"\x03log\x18\x03 \x03(\v2\x16.atoll.v1.HealthResultR\x03log\"\xa3\x01\n" +
+	"\fHealthResult\x120\n" +
+	"\x05start\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05start\x12,\n" +
+	"\x03end\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x03end\x12\x1b\n" +
+	"\texit_code\x18\x03 \x01(\x05R\bexitCode\x12\x16\n" +
+	"\x06output\x18\x04 \x01(\tR\x06output\"\xc4\x01\n" +
+	"\x12ProvisioningStatus\x123\n" +
+	"\adone_at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x06doneAt\x12\x16\n" +
+	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x1f\n" +
+	"\vfailed_step\x18\x03 \x01(\tR\n" +
+	"failedStep\x12 \n" +
+	"\texit_code\x18\x04 \x01(\x05H\x00R\bexitCode\x88\x01\x01\x12\x10\n" +
+	"\x03log\x18\x05 \x01(\tR\x03logB\f\n" +
+	"\n" +
+	"_exit_code\"\x96\x01\n" +
 	"\rNetworkStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x18\n" +
@@ -7990,9 +10222,11 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x04spec\x18\x01 \x01(\v2\x15.atoll.v1.MachineSpecR\x04spec\"`\n" +
 	"\x15CreateMachineResponse\x12+\n" +
 	"\amachine\x18\x01 \x01(\v2\x11.atoll.v1.MachineR\amachine\x12\x1a\n" +
-	"\bwarnings\x18\x02 \x03(\tR\bwarnings\"/\n" +
+	"\bwarnings\x18\x02 \x03(\tR\bwarnings\"\x8d\x01\n" +
 	"\x13StartMachineRequest\x12\x18\n" +
-	"\amachine\x18\x01 \x01(\tR\amachine\"_\n" +
+	"\amachine\x18\x01 \x01(\tR\amachine\x12 \n" +
+	"\vreprovision\x18\x02 \x01(\bR\vreprovision\x12:\n" +
+	"\fprovisioning\x18\x03 \x01(\v2\x16.atoll.v1.ProvisioningR\fprovisioning\"_\n" +
 	"\x14StartMachineResponse\x12+\n" +
 	"\amachine\x18\x01 \x01(\v2\x11.atoll.v1.MachineR\amachine\x12\x1a\n" +
 	"\bwarnings\x18\x02 \x03(\tR\bwarnings\"c\n" +
@@ -8023,14 +10257,16 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x11GetMachineRequest\x12\x18\n" +
 	"\amachine\x18\x01 \x01(\tR\amachine\"A\n" +
 	"\x12GetMachineResponse\x12+\n" +
-	"\amachine\x18\x01 \x01(\v2\x11.atoll.v1.MachineR\amachine\"\xb4\x01\n" +
+	"\amachine\x18\x01 \x01(\v2\x11.atoll.v1.MachineR\amachine\"\x8a\x02\n" +
 	"\vLogsRequest\x12\x18\n" +
 	"\amachine\x18\x01 \x01(\tR\amachine\x12\x16\n" +
 	"\x06follow\x18\x02 \x01(\bR\x06follow\x12\x12\n" +
 	"\x04tail\x18\x03 \x01(\x03R\x04tail\x12\x19\n" +
 	"\btail_all\x18\x04 \x01(\bR\atailAll\x120\n" +
 	"\x05since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x12\n" +
-	"\x04boot\x18\x06 \x01(\bR\x04boot\"|\n" +
+	"\x04boot\x18\x06 \x01(\bR\x04boot\x12\"\n" +
+	"\fprovisioning\x18\a \x01(\bR\fprovisioning\x120\n" +
+	"\x05until\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"|\n" +
 	"\fLogsResponse\x12(\n" +
 	"\x06stream\x18\x01 \x01(\x0e2\x10.atoll.v1.StreamR\x06stream\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\x12.\n" +
@@ -8083,7 +10319,66 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06stdout\x18\x02 \x01(\fH\x00R\x06stdout\x12\x18\n" +
 	"\x06stderr\x18\x03 \x01(\fH\x00R\x06stderr\x123\n" +
 	"\x04exit\x18\x04 \x01(\v2\x1d.atoll.v1.WaitMachineResponseH\x00R\x04exitB\x06\n" +
-	"\x04kind\"\x89\x05\n" +
+	"\x04kind\"`\n" +
+	"\x0eConsoleRequest\x12.\n" +
+	"\x05start\x18\x01 \x01(\v2\x16.atoll.v1.ConsoleStartH\x00R\x05start\x12\x16\n" +
+	"\x05input\x18\x02 \x01(\fH\x00R\x05inputB\x06\n" +
+	"\x04kind\"(\n" +
+	"\fConsoleStart\x12\x18\n" +
+	"\amachine\x18\x01 \x01(\tR\amachine\")\n" +
+	"\x0fConsoleResponse\x12\x16\n" +
+	"\x06output\x18\x01 \x01(\fR\x06output\"`\n" +
+	"\x0fPutFilesRequest\x12/\n" +
+	"\x05start\x18\x01 \x01(\v2\x17.atoll.v1.PutFilesStartH\x00R\x05start\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04dataB\x06\n" +
+	"\x04kind\"^\n" +
+	"\rPutFilesStart\x12\x18\n" +
+	"\amachine\x18\x01 \x01(\tR\amachine\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x1f\n" +
+	"\vkeep_owners\x18\x03 \x01(\bR\n" +
+	"keepOwners\"\x12\n" +
+	"\x10PutFilesResponse\"W\n" +
+	"\x0fGetFilesRequest\x12\x18\n" +
+	"\amachine\x18\x01 \x01(\tR\amachine\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x16\n" +
+	"\x06follow\x18\x03 \x01(\bR\x06follow\"&\n" +
+	"\x10GetFilesResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"?\n" +
+	"\x0fStatFileRequest\x12\x18\n" +
+	"\amachine\x18\x01 \x01(\tR\amachine\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\"\xac\x01\n" +
+	"\x10StatFileResponse\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04mode\x18\x02 \x01(\rR\x04mode\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\x03R\x04size\x12;\n" +
+	"\vmodified_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"modifiedAt\x12\x1f\n" +
+	"\vlink_target\x18\x05 \x01(\tR\n" +
+	"linkTarget\"\xab\x01\n" +
+	"\aProfile\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\fR\x06source\x129\n" +
+	"\n" +
+	"created_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x129\n" +
+	"\n" +
+	"updated_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\"s\n" +
+	"\x11PutProfileRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\fR\x06source\x12\x16\n" +
+	"\x06create\x18\x03 \x01(\bR\x06create\x12\x1a\n" +
+	"\breplaces\x18\x04 \x01(\fR\breplaces\"A\n" +
+	"\x12PutProfileResponse\x12+\n" +
+	"\aprofile\x18\x01 \x01(\v2\x11.atoll.v1.ProfileR\aprofile\"'\n" +
+	"\x11GetProfileRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"A\n" +
+	"\x12GetProfileResponse\x12+\n" +
+	"\aprofile\x18\x01 \x01(\v2\x11.atoll.v1.ProfileR\aprofile\"\x15\n" +
+	"\x13ListProfilesRequest\"E\n" +
+	"\x14ListProfilesResponse\x12-\n" +
+	"\bprofiles\x18\x01 \x03(\v2\x11.atoll.v1.ProfileR\bprofiles\"*\n" +
+	"\x14RemoveProfileRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x17\n" +
+	"\x15RemoveProfileResponse\"\x89\x05\n" +
 	"\x05Image\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1e\n" +
 	"\n" +
@@ -8519,7 +10814,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x06Stream\x12\x16\n" +
 	"\x12STREAM_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTREAM_STDOUT\x10\x01\x12\x11\n" +
-	"\rSTREAM_STDERR\x10\x022\xfb\x05\n" +
+	"\rSTREAM_STDERR\x10\x022\x8c\b\n" +
 	"\x0eMachineService\x12I\n" +
 	"\x06Create\x12\x1e.atoll.v1.CreateMachineRequest\x1a\x1f.atoll.v1.CreateMachineResponse\x12F\n" +
 	"\x05Start\x12\x1d.atoll.v1.StartMachineRequest\x1a\x1e.atoll.v1.StartMachineResponse\x12C\n" +
@@ -8531,7 +10826,16 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x03Get\x12\x1b.atoll.v1.GetMachineRequest\x1a\x1c.atoll.v1.GetMachineResponse\x127\n" +
 	"\x04Logs\x12\x15.atoll.v1.LogsRequest\x1a\x16.atoll.v1.LogsResponse0\x01\x129\n" +
 	"\x04Exec\x12\x15.atoll.v1.ExecRequest\x1a\x16.atoll.v1.ExecResponse(\x010\x01\x12?\n" +
-	"\x06Attach\x12\x17.atoll.v1.AttachRequest\x1a\x18.atoll.v1.AttachResponse(\x010\x012\xbb\x06\n" +
+	"\x06Attach\x12\x17.atoll.v1.AttachRequest\x1a\x18.atoll.v1.AttachResponse(\x010\x01\x12B\n" +
+	"\aConsole\x12\x18.atoll.v1.ConsoleRequest\x1a\x19.atoll.v1.ConsoleResponse(\x010\x01\x12C\n" +
+	"\bPutFiles\x12\x19.atoll.v1.PutFilesRequest\x1a\x1a.atoll.v1.PutFilesResponse(\x01\x12C\n" +
+	"\bGetFiles\x12\x19.atoll.v1.GetFilesRequest\x1a\x1a.atoll.v1.GetFilesResponse0\x01\x12A\n" +
+	"\bStatFile\x12\x19.atoll.v1.StatFileRequest\x1a\x1a.atoll.v1.StatFileResponse2\xa6\x02\n" +
+	"\x0eProfileService\x12@\n" +
+	"\x03Put\x12\x1b.atoll.v1.PutProfileRequest\x1a\x1c.atoll.v1.PutProfileResponse\x12@\n" +
+	"\x03Get\x12\x1b.atoll.v1.GetProfileRequest\x1a\x1c.atoll.v1.GetProfileResponse\x12E\n" +
+	"\x04List\x12\x1d.atoll.v1.ListProfilesRequest\x1a\x1e.atoll.v1.ListProfilesResponse\x12I\n" +
+	"\x06Remove\x12\x1e.atoll.v1.RemoveProfileRequest\x1a\x1f.atoll.v1.RemoveProfileResponse2\xbb\x06\n" +
 	"\fImageService\x12A\n" +
 	"\x04Pull\x12\x1a.atoll.v1.PullImageRequest\x1a\x1b.atoll.v1.PullImageResponse0\x01\x12A\n" +
 	"\x04List\x12\x1b.atoll.v1.ListImagesRequest\x1a\x1c.atoll.v1.ListImagesResponse\x12<\n" +
@@ -8582,319 +10886,399 @@ func file_api_atoll_v1_atoll_proto_rawDescGZIP() []byte {
 }
 
 var file_api_atoll_v1_atoll_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 124)
+var file_api_atoll_v1_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 157)
 var file_api_atoll_v1_atoll_proto_goTypes = []any{
 	(MachineState)(0),                // 0: atoll.v1.MachineState
 	(Stream)(0),                      // 1: atoll.v1.Stream
 	(Check_Level)(0),                 // 2: atoll.v1.Check.Level
 	(*Hint)(nil),                     // 3: atoll.v1.Hint
 	(*MachineSpec)(nil),              // 4: atoll.v1.MachineSpec
-	(*PortMapping)(nil),              // 5: atoll.v1.PortMapping
-	(*Machine)(nil),                  // 6: atoll.v1.Machine
-	(*NetworkStatus)(nil),            // 7: atoll.v1.NetworkStatus
-	(*VMMStatus)(nil),                // 8: atoll.v1.VMMStatus
-	(*StepTime)(nil),                 // 9: atoll.v1.StepTime
-	(*CreateMachineRequest)(nil),     // 10: atoll.v1.CreateMachineRequest
-	(*CreateMachineResponse)(nil),    // 11: atoll.v1.CreateMachineResponse
-	(*StartMachineRequest)(nil),      // 12: atoll.v1.StartMachineRequest
-	(*StartMachineResponse)(nil),     // 13: atoll.v1.StartMachineResponse
-	(*StopMachineRequest)(nil),       // 14: atoll.v1.StopMachineRequest
-	(*StopMachineResponse)(nil),      // 15: atoll.v1.StopMachineResponse
-	(*KillMachineRequest)(nil),       // 16: atoll.v1.KillMachineRequest
-	(*KillMachineResponse)(nil),      // 17: atoll.v1.KillMachineResponse
-	(*RemoveMachineRequest)(nil),     // 18: atoll.v1.RemoveMachineRequest
-	(*RemoveMachineResponse)(nil),    // 19: atoll.v1.RemoveMachineResponse
-	(*WaitMachineRequest)(nil),       // 20: atoll.v1.WaitMachineRequest
-	(*WaitMachineResponse)(nil),      // 21: atoll.v1.WaitMachineResponse
-	(*ListMachinesRequest)(nil),      // 22: atoll.v1.ListMachinesRequest
-	(*ListMachinesResponse)(nil),     // 23: atoll.v1.ListMachinesResponse
-	(*GetMachineRequest)(nil),        // 24: atoll.v1.GetMachineRequest
-	(*GetMachineResponse)(nil),       // 25: atoll.v1.GetMachineResponse
-	(*LogsRequest)(nil),              // 26: atoll.v1.LogsRequest
-	(*LogsResponse)(nil),             // 27: atoll.v1.LogsResponse
-	(*Size)(nil),                     // 28: atoll.v1.Size
-	(*ExecRequest)(nil),              // 29: atoll.v1.ExecRequest
-	(*ExecStart)(nil),                // 30: atoll.v1.ExecStart
-	(*ExecResponse)(nil),             // 31: atoll.v1.ExecResponse
-	(*ExecStarted)(nil),              // 32: atoll.v1.ExecStarted
-	(*AttachRequest)(nil),            // 33: atoll.v1.AttachRequest
-	(*AttachStart)(nil),              // 34: atoll.v1.AttachStart
-	(*AttachResponse)(nil),           // 35: atoll.v1.AttachResponse
-	(*Image)(nil),                    // 36: atoll.v1.Image
-	(*ImageVariant)(nil),             // 37: atoll.v1.ImageVariant
-	(*ImageReferrer)(nil),            // 38: atoll.v1.ImageReferrer
-	(*RootDisk)(nil),                 // 39: atoll.v1.RootDisk
-	(*Layer)(nil),                    // 40: atoll.v1.Layer
-	(*PullImageRequest)(nil),         // 41: atoll.v1.PullImageRequest
-	(*Transfer)(nil),                 // 42: atoll.v1.Transfer
-	(*PullImageResponse)(nil),        // 43: atoll.v1.PullImageResponse
-	(*ListImagesRequest)(nil),        // 44: atoll.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),       // 45: atoll.v1.ListImagesResponse
-	(*GetImageRequest)(nil),          // 46: atoll.v1.GetImageRequest
-	(*GetImageResponse)(nil),         // 47: atoll.v1.GetImageResponse
-	(*TagImageRequest)(nil),          // 48: atoll.v1.TagImageRequest
-	(*TagImageResponse)(nil),         // 49: atoll.v1.TagImageResponse
-	(*RemoveImageRequest)(nil),       // 50: atoll.v1.RemoveImageRequest
-	(*RemoveImageResponse)(nil),      // 51: atoll.v1.RemoveImageResponse
-	(*PushImageRequest)(nil),         // 52: atoll.v1.PushImageRequest
-	(*PushImageResponse)(nil),        // 53: atoll.v1.PushImageResponse
-	(*PushedImage)(nil),              // 54: atoll.v1.PushedImage
-	(*SaveImagesRequest)(nil),        // 55: atoll.v1.SaveImagesRequest
-	(*SaveImagesResponse)(nil),       // 56: atoll.v1.SaveImagesResponse
-	(*LoadImagesRequest)(nil),        // 57: atoll.v1.LoadImagesRequest
-	(*LoadImagesResponse)(nil),       // 58: atoll.v1.LoadImagesResponse
-	(*LoadedImage)(nil),              // 59: atoll.v1.LoadedImage
-	(*ImportImageRequest)(nil),       // 60: atoll.v1.ImportImageRequest
-	(*ImportStart)(nil),              // 61: atoll.v1.ImportStart
-	(*ImportImageResponse)(nil),      // 62: atoll.v1.ImportImageResponse
-	(*ImageHistoryRequest)(nil),      // 63: atoll.v1.ImageHistoryRequest
-	(*ImageHistoryResponse)(nil),     // 64: atoll.v1.ImageHistoryResponse
-	(*ImageStep)(nil),                // 65: atoll.v1.ImageStep
-	(*PruneImagesRequest)(nil),       // 66: atoll.v1.PruneImagesRequest
-	(*PruneImagesResponse)(nil),      // 67: atoll.v1.PruneImagesResponse
-	(*LoginRequest)(nil),             // 68: atoll.v1.LoginRequest
-	(*LoginResponse)(nil),            // 69: atoll.v1.LoginResponse
-	(*BuildRequest)(nil),             // 70: atoll.v1.BuildRequest
-	(*BuildStart)(nil),               // 71: atoll.v1.BuildStart
-	(*CacheOption)(nil),              // 72: atoll.v1.CacheOption
-	(*BuildOutput)(nil),              // 73: atoll.v1.BuildOutput
-	(*AgentData)(nil),                // 74: atoll.v1.AgentData
-	(*BuildResponse)(nil),            // 75: atoll.v1.BuildResponse
-	(*OutputData)(nil),               // 76: atoll.v1.OutputData
-	(*BuildReport)(nil),              // 77: atoll.v1.BuildReport
-	(*BuildResult)(nil),              // 78: atoll.v1.BuildResult
-	(*BuildDiskUsageRequest)(nil),    // 79: atoll.v1.BuildDiskUsageRequest
-	(*BuildDiskUsageResponse)(nil),   // 80: atoll.v1.BuildDiskUsageResponse
-	(*BuildCacheRecord)(nil),         // 81: atoll.v1.BuildCacheRecord
-	(*PruneBuildRequest)(nil),        // 82: atoll.v1.PruneBuildRequest
-	(*PruneBuildResponse)(nil),       // 83: atoll.v1.PruneBuildResponse
-	(*Base)(nil),                     // 84: atoll.v1.Base
-	(*ListBasesRequest)(nil),         // 85: atoll.v1.ListBasesRequest
-	(*ListBasesResponse)(nil),        // 86: atoll.v1.ListBasesResponse
-	(*BuildBaseRequest)(nil),         // 87: atoll.v1.BuildBaseRequest
-	(*BuildBaseResponse)(nil),        // 88: atoll.v1.BuildBaseResponse
-	(*Kernel)(nil),                   // 89: atoll.v1.Kernel
-	(*BuildKernelRequest)(nil),       // 90: atoll.v1.BuildKernelRequest
-	(*BuildKernelResponse)(nil),      // 91: atoll.v1.BuildKernelResponse
-	(*RemoveKernelRequest)(nil),      // 92: atoll.v1.RemoveKernelRequest
-	(*RemoveKernelResponse)(nil),     // 93: atoll.v1.RemoveKernelResponse
-	(*SetDefaultKernelRequest)(nil),  // 94: atoll.v1.SetDefaultKernelRequest
-	(*SetDefaultKernelResponse)(nil), // 95: atoll.v1.SetDefaultKernelResponse
-	(*ImportKernelRequest)(nil),      // 96: atoll.v1.ImportKernelRequest
-	(*ImportKernelResponse)(nil),     // 97: atoll.v1.ImportKernelResponse
-	(*ListKernelsRequest)(nil),       // 98: atoll.v1.ListKernelsRequest
-	(*ListKernelsResponse)(nil),      // 99: atoll.v1.ListKernelsResponse
-	(*GetKernelRequest)(nil),         // 100: atoll.v1.GetKernelRequest
-	(*GetKernelResponse)(nil),        // 101: atoll.v1.GetKernelResponse
-	(*PullKernelRequest)(nil),        // 102: atoll.v1.PullKernelRequest
-	(*PushKernelRequest)(nil),        // 103: atoll.v1.PushKernelRequest
-	(*PushKernelResponse)(nil),       // 104: atoll.v1.PushKernelResponse
-	(*PushedKernel)(nil),             // 105: atoll.v1.PushedKernel
-	(*PullKernelResponse)(nil),       // 106: atoll.v1.PullKernelResponse
-	(*PruneSystemRequest)(nil),       // 107: atoll.v1.PruneSystemRequest
-	(*PruneSystemResponse)(nil),      // 108: atoll.v1.PruneSystemResponse
-	(*VersionRequest)(nil),           // 109: atoll.v1.VersionRequest
-	(*VersionResponse)(nil),          // 110: atoll.v1.VersionResponse
-	(*EventsRequest)(nil),            // 111: atoll.v1.EventsRequest
-	(*Event)(nil),                    // 112: atoll.v1.Event
-	(*DoctorRequest)(nil),            // 113: atoll.v1.DoctorRequest
-	(*DoctorResponse)(nil),           // 114: atoll.v1.DoctorResponse
-	(*Check)(nil),                    // 115: atoll.v1.Check
-	(*ShutdownRequest)(nil),          // 116: atoll.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),         // 117: atoll.v1.ShutdownResponse
-	nil,                              // 118: atoll.v1.MachineSpec.LabelsEntry
-	nil,                              // 119: atoll.v1.BuildStart.BuildArgsEntry
-	nil,                              // 120: atoll.v1.BuildStart.LabelsEntry
-	nil,                              // 121: atoll.v1.BuildStart.BuildContextsEntry
-	nil,                              // 122: atoll.v1.BuildStart.SecretsEntry
-	nil,                              // 123: atoll.v1.CacheOption.AttributesEntry
-	nil,                              // 124: atoll.v1.BuildOutput.AttributesEntry
-	nil,                              // 125: atoll.v1.BuildResult.MetadataEntry
-	nil,                              // 126: atoll.v1.Event.AttributesEntry
-	(*durationpb.Duration)(nil),      // 127: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 128: google.protobuf.Timestamp
+	(*Tmpfs)(nil),                    // 5: atoll.v1.Tmpfs
+	(*Ulimit)(nil),                   // 6: atoll.v1.Ulimit
+	(*HostEntry)(nil),                // 7: atoll.v1.HostEntry
+	(*HealthCheck)(nil),              // 8: atoll.v1.HealthCheck
+	(*Metadata)(nil),                 // 9: atoll.v1.Metadata
+	(*Provisioning)(nil),             // 10: atoll.v1.Provisioning
+	(*User)(nil),                     // 11: atoll.v1.User
+	(*File)(nil),                     // 12: atoll.v1.File
+	(*FileSystemMount)(nil),          // 13: atoll.v1.FileSystemMount
+	(*Secret)(nil),                   // 14: atoll.v1.Secret
+	(*PortMapping)(nil),              // 15: atoll.v1.PortMapping
+	(*Machine)(nil),                  // 16: atoll.v1.Machine
+	(*HealthStatus)(nil),             // 17: atoll.v1.HealthStatus
+	(*HealthResult)(nil),             // 18: atoll.v1.HealthResult
+	(*ProvisioningStatus)(nil),       // 19: atoll.v1.ProvisioningStatus
+	(*NetworkStatus)(nil),            // 20: atoll.v1.NetworkStatus
+	(*VMMStatus)(nil),                // 21: atoll.v1.VMMStatus
+	(*StepTime)(nil),                 // 22: atoll.v1.StepTime
+	(*CreateMachineRequest)(nil),     // 23: atoll.v1.CreateMachineRequest
+	(*CreateMachineResponse)(nil),    // 24: atoll.v1.CreateMachineResponse
+	(*StartMachineRequest)(nil),      // 25: atoll.v1.StartMachineRequest
+	(*StartMachineResponse)(nil),     // 26: atoll.v1.StartMachineResponse
+	(*StopMachineRequest)(nil),       // 27: atoll.v1.StopMachineRequest
+	(*StopMachineResponse)(nil),      // 28: atoll.v1.StopMachineResponse
+	(*KillMachineRequest)(nil),       // 29: atoll.v1.KillMachineRequest
+	(*KillMachineResponse)(nil),      // 30: atoll.v1.KillMachineResponse
+	(*RemoveMachineRequest)(nil),     // 31: atoll.v1.RemoveMachineRequest
+	(*RemoveMachineResponse)(nil),    // 32: atoll.v1.RemoveMachineResponse
+	(*WaitMachineRequest)(nil),       // 33: atoll.v1.WaitMachineRequest
+	(*WaitMachineResponse)(nil),      // 34: atoll.v1.WaitMachineResponse
+	(*ListMachinesRequest)(nil),      // 35: atoll.v1.ListMachinesRequest
+	(*ListMachinesResponse)(nil),     // 36: atoll.v1.ListMachinesResponse
+	(*GetMachineRequest)(nil),        // 37: atoll.v1.GetMachineRequest
+	(*GetMachineResponse)(nil),       // 38: atoll.v1.GetMachineResponse
+	(*LogsRequest)(nil),              // 39: atoll.v1.LogsRequest
+	(*LogsResponse)(nil),             // 40: atoll.v1.LogsResponse
+	(*Size)(nil),                     // 41: atoll.v1.Size
+	(*ExecRequest)(nil),              // 42: atoll.v1.ExecRequest
+	(*ExecStart)(nil),                // 43: atoll.v1.ExecStart
+	(*ExecResponse)(nil),             // 44: atoll.v1.ExecResponse
+	(*ExecStarted)(nil),              // 45: atoll.v1.ExecStarted
+	(*AttachRequest)(nil),            // 46: atoll.v1.AttachRequest
+	(*AttachStart)(nil),              // 47: atoll.v1.AttachStart
+	(*AttachResponse)(nil),           // 48: atoll.v1.AttachResponse
+	(*ConsoleRequest)(nil),           // 49: atoll.v1.ConsoleRequest
+	(*ConsoleStart)(nil),             // 50: atoll.v1.ConsoleStart
+	(*ConsoleResponse)(nil),          // 51: atoll.v1.ConsoleResponse
+	(*PutFilesRequest)(nil),          // 52: atoll.v1.PutFilesRequest
+	(*PutFilesStart)(nil),            // 53: atoll.v1.PutFilesStart
+	(*PutFilesResponse)(nil),         // 54: atoll.v1.PutFilesResponse
+	(*GetFilesRequest)(nil),          // 55: atoll.v1.GetFilesRequest
+	(*GetFilesResponse)(nil),         // 56: atoll.v1.GetFilesResponse
+	(*StatFileRequest)(nil),          // 57: atoll.v1.StatFileRequest
+	(*StatFileResponse)(nil),         // 58: atoll.v1.StatFileResponse
+	(*Profile)(nil),                  // 59: atoll.v1.Profile
+	(*PutProfileRequest)(nil),        // 60: atoll.v1.PutProfileRequest
+	(*PutProfileResponse)(nil),       // 61: atoll.v1.PutProfileResponse
+	(*GetProfileRequest)(nil),        // 62: atoll.v1.GetProfileRequest
+	(*GetProfileResponse)(nil),       // 63: atoll.v1.GetProfileResponse
+	(*ListProfilesRequest)(nil),      // 64: atoll.v1.ListProfilesRequest
+	(*ListProfilesResponse)(nil),     // 65: atoll.v1.ListProfilesResponse
+	(*RemoveProfileRequest)(nil),     // 66: atoll.v1.RemoveProfileRequest
+	(*RemoveProfileResponse)(nil),    // 67: atoll.v1.RemoveProfileResponse
+	(*Image)(nil),                    // 68: atoll.v1.Image
+	(*ImageVariant)(nil),             // 69: atoll.v1.ImageVariant
+	(*ImageReferrer)(nil),            // 70: atoll.v1.ImageReferrer
+	(*RootDisk)(nil),                 // 71: atoll.v1.RootDisk
+	(*Layer)(nil),                    // 72: atoll.v1.Layer
+	(*PullImageRequest)(nil),         // 73: atoll.v1.PullImageRequest
+	(*Transfer)(nil),                 // 74: atoll.v1.Transfer
+	(*PullImageResponse)(nil),        // 75: atoll.v1.PullImageResponse
+	(*ListImagesRequest)(nil),        // 76: atoll.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),       // 77: atoll.v1.ListImagesResponse
+	(*GetImageRequest)(nil),          // 78: atoll.v1.GetImageRequest
+	(*GetImageResponse)(nil),         // 79: atoll.v1.GetImageResponse
+	(*TagImageRequest)(nil),          // 80: atoll.v1.TagImageRequest
+	(*TagImageResponse)(nil),         // 81: atoll.v1.TagImageResponse
+	(*RemoveImageRequest)(nil),       // 82: atoll.v1.RemoveImageRequest
+	(*RemoveImageResponse)(nil),      // 83: atoll.v1.RemoveImageResponse
+	(*PushImageRequest)(nil),         // 84: atoll.v1.PushImageRequest
+	(*PushImageResponse)(nil),        // 85: atoll.v1.PushImageResponse
+	(*PushedImage)(nil),              // 86: atoll.v1.PushedImage
+	(*SaveImagesRequest)(nil),        // 87: atoll.v1.SaveImagesRequest
+	(*SaveImagesResponse)(nil),       // 88: atoll.v1.SaveImagesResponse
+	(*LoadImagesRequest)(nil),        // 89: atoll.v1.LoadImagesRequest
+	(*LoadImagesResponse)(nil),       // 90: atoll.v1.LoadImagesResponse
+	(*LoadedImage)(nil),              // 91: atoll.v1.LoadedImage
+	(*ImportImageRequest)(nil),       // 92: atoll.v1.ImportImageRequest
+	(*ImportStart)(nil),              // 93: atoll.v1.ImportStart
+	(*ImportImageResponse)(nil),      // 94: atoll.v1.ImportImageResponse
+	(*ImageHistoryRequest)(nil),      // 95: atoll.v1.ImageHistoryRequest
+	(*ImageHistoryResponse)(nil),     // 96: atoll.v1.ImageHistoryResponse
+	(*ImageStep)(nil),                // 97: atoll.v1.ImageStep
+	(*PruneImagesRequest)(nil),       // 98: atoll.v1.PruneImagesRequest
+	(*PruneImagesResponse)(nil),      // 99: atoll.v1.PruneImagesResponse
+	(*LoginRequest)(nil),             // 100: atoll.v1.LoginRequest
+	(*LoginResponse)(nil),            // 101: atoll.v1.LoginResponse
+	(*BuildRequest)(nil),             // 102: atoll.v1.BuildRequest
+	(*BuildStart)(nil),               // 103: atoll.v1.BuildStart
+	(*CacheOption)(nil),              // 104: atoll.v1.CacheOption
+	(*BuildOutput)(nil),              // 105: atoll.v1.BuildOutput
+	(*AgentData)(nil),                // 106: atoll.v1.AgentData
+	(*BuildResponse)(nil),            // 107: atoll.v1.BuildResponse
+	(*OutputData)(nil),               // 108: atoll.v1.OutputData
+	(*BuildReport)(nil),              // 109: atoll.v1.BuildReport
+	(*BuildResult)(nil),              // 110: atoll.v1.BuildResult
+	(*BuildDiskUsageRequest)(nil),    // 111: atoll.v1.BuildDiskUsageRequest
+	(*BuildDiskUsageResponse)(nil),   // 112: atoll.v1.BuildDiskUsageResponse
+	(*BuildCacheRecord)(nil),         // 113: atoll.v1.BuildCacheRecord
+	(*PruneBuildRequest)(nil),        // 114: atoll.v1.PruneBuildRequest
+	(*PruneBuildResponse)(nil),       // 115: atoll.v1.PruneBuildResponse
+	(*Base)(nil),                     // 116: atoll.v1.Base
+	(*ListBasesRequest)(nil),         // 117: atoll.v1.ListBasesRequest
+	(*ListBasesResponse)(nil),        // 118: atoll.v1.ListBasesResponse
+	(*BuildBaseRequest)(nil),         // 119: atoll.v1.BuildBaseRequest
+	(*BuildBaseResponse)(nil),        // 120: atoll.v1.BuildBaseResponse
+	(*Kernel)(nil),                   // 121: atoll.v1.Kernel
+	(*BuildKernelRequest)(nil),       // 122: atoll.v1.BuildKernelRequest
+	(*BuildKernelResponse)(nil),      // 123: atoll.v1.BuildKernelResponse
+	(*RemoveKernelRequest)(nil),      // 124: atoll.v1.RemoveKernelRequest
+	(*RemoveKernelResponse)(nil),     // 125: atoll.v1.RemoveKernelResponse
+	(*SetDefaultKernelRequest)(nil),  // 126: atoll.v1.SetDefaultKernelRequest
+	(*SetDefaultKernelResponse)(nil), // 127: atoll.v1.SetDefaultKernelResponse
+	(*ImportKernelRequest)(nil),      // 128: atoll.v1.ImportKernelRequest
+	(*ImportKernelResponse)(nil),     // 129: atoll.v1.ImportKernelResponse
+	(*ListKernelsRequest)(nil),       // 130: atoll.v1.ListKernelsRequest
+	(*ListKernelsResponse)(nil),      // 131: atoll.v1.ListKernelsResponse
+	(*GetKernelRequest)(nil),         // 132: atoll.v1.GetKernelRequest
+	(*GetKernelResponse)(nil),        // 133: atoll.v1.GetKernelResponse
+	(*PullKernelRequest)(nil),        // 134: atoll.v1.PullKernelRequest
+	(*PushKernelRequest)(nil),        // 135: atoll.v1.PushKernelRequest
+	(*PushKernelResponse)(nil),       // 136: atoll.v1.PushKernelResponse
+	(*PushedKernel)(nil),             // 137: atoll.v1.PushedKernel
+	(*PullKernelResponse)(nil),       // 138: atoll.v1.PullKernelResponse
+	(*PruneSystemRequest)(nil),       // 139: atoll.v1.PruneSystemRequest
+	(*PruneSystemResponse)(nil),      // 140: atoll.v1.PruneSystemResponse
+	(*VersionRequest)(nil),           // 141: atoll.v1.VersionRequest
+	(*VersionResponse)(nil),          // 142: atoll.v1.VersionResponse
+	(*EventsRequest)(nil),            // 143: atoll.v1.EventsRequest
+	(*Event)(nil),                    // 144: atoll.v1.Event
+	(*DoctorRequest)(nil),            // 145: atoll.v1.DoctorRequest
+	(*DoctorResponse)(nil),           // 146: atoll.v1.DoctorResponse
+	(*Check)(nil),                    // 147: atoll.v1.Check
+	(*ShutdownRequest)(nil),          // 148: atoll.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 149: atoll.v1.ShutdownResponse
+	nil,                              // 150: atoll.v1.MachineSpec.LabelsEntry
+	nil,                              // 151: atoll.v1.MachineSpec.SysctlsEntry
+	nil,                              // 152: atoll.v1.BuildStart.BuildArgsEntry
+	nil,                              // 153: atoll.v1.BuildStart.LabelsEntry
+	nil,                              // 154: atoll.v1.BuildStart.BuildContextsEntry
+	nil,                              // 155: atoll.v1.BuildStart.SecretsEntry
+	nil,                              // 156: atoll.v1.CacheOption.AttributesEntry
+	nil,                              // 157: atoll.v1.BuildOutput.AttributesEntry
+	nil,                              // 158: atoll.v1.BuildResult.MetadataEntry
+	nil,                              // 159: atoll.v1.Event.AttributesEntry
+	(*durationpb.Duration)(nil),      // 160: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 161: google.protobuf.Timestamp
 }
 var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
-	5,   // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
-	118, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
-	127, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
-	4,   // 3: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
-	0,   // 4: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
-	128, // 5: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
-	128, // 6: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
-	128, // 7: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
-	7,   // 8: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
-	8,   // 9: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
-	9,   // 10: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
-	5,   // 11: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
-	127, // 12: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
-	4,   // 13: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
-	6,   // 14: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
-	6,   // 15: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
-	127, // 16: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
-	6,   // 17: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
-	6,   // 18: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
-	6,   // 19: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
-	128, // 20: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
-	1,   // 21: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
-	128, // 22: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
-	30,  // 23: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
-	28,  // 24: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
-	28,  // 25: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
-	32,  // 26: atoll.v1.ExecResponse.started:type_name -> atoll.v1.ExecStarted
-	34,  // 27: atoll.v1.AttachRequest.start:type_name -> atoll.v1.AttachStart
-	28,  // 28: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
-	28,  // 29: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
-	21,  // 30: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
-	128, // 31: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
-	40,  // 32: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
-	37,  // 33: atoll.v1.Image.variants:type_name -> atoll.v1.ImageVariant
-	38,  // 34: atoll.v1.Image.referrers:type_name -> atoll.v1.ImageReferrer
-	39,  // 35: atoll.v1.Image.root_disks:type_name -> atoll.v1.RootDisk
-	42,  // 36: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
-	36,  // 37: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
-	36,  // 38: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
-	36,  // 39: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
-	42,  // 40: atoll.v1.PushImageResponse.transfer:type_name -> atoll.v1.Transfer
-	54,  // 41: atoll.v1.PushImageResponse.pushed:type_name -> atoll.v1.PushedImage
-	42,  // 42: atoll.v1.LoadImagesResponse.transfer:type_name -> atoll.v1.Transfer
-	59,  // 43: atoll.v1.LoadImagesResponse.loaded:type_name -> atoll.v1.LoadedImage
-	61,  // 44: atoll.v1.ImportImageRequest.start:type_name -> atoll.v1.ImportStart
-	42,  // 45: atoll.v1.ImportImageResponse.transfer:type_name -> atoll.v1.Transfer
-	36,  // 46: atoll.v1.ImportImageResponse.image:type_name -> atoll.v1.Image
-	65,  // 47: atoll.v1.ImageHistoryResponse.steps:type_name -> atoll.v1.ImageStep
-	128, // 48: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
-	71,  // 49: atoll.v1.BuildRequest.start:type_name -> atoll.v1.BuildStart
-	74,  // 50: atoll.v1.BuildRequest.agent:type_name -> atoll.v1.AgentData
-	119, // 51: atoll.v1.BuildStart.build_args:type_name -> atoll.v1.BuildStart.BuildArgsEntry
-	120, // 52: atoll.v1.BuildStart.labels:type_name -> atoll.v1.BuildStart.LabelsEntry
-	121, // 53: atoll.v1.BuildStart.build_contexts:type_name -> atoll.v1.BuildStart.BuildContextsEntry
-	122, // 54: atoll.v1.BuildStart.secrets:type_name -> atoll.v1.BuildStart.SecretsEntry
-	72,  // 55: atoll.v1.BuildStart.cache_to:type_name -> atoll.v1.CacheOption
-	72,  // 56: atoll.v1.BuildStart.cache_from:type_name -> atoll.v1.CacheOption
-	73,  // 57: atoll.v1.BuildStart.outputs:type_name -> atoll.v1.BuildOutput
-	127, // 58: atoll.v1.BuildStart.timeout:type_name -> google.protobuf.Duration
-	123, // 59: atoll.v1.CacheOption.attributes:type_name -> atoll.v1.CacheOption.AttributesEntry
-	124, // 60: atoll.v1.BuildOutput.attributes:type_name -> atoll.v1.BuildOutput.AttributesEntry
-	78,  // 61: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
-	74,  // 62: atoll.v1.BuildResponse.agent:type_name -> atoll.v1.AgentData
-	76,  // 63: atoll.v1.BuildResponse.output:type_name -> atoll.v1.OutputData
-	77,  // 64: atoll.v1.BuildResponse.report:type_name -> atoll.v1.BuildReport
-	127, // 65: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
-	127, // 66: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
-	125, // 67: atoll.v1.BuildResult.metadata:type_name -> atoll.v1.BuildResult.MetadataEntry
-	81,  // 68: atoll.v1.BuildDiskUsageResponse.records:type_name -> atoll.v1.BuildCacheRecord
-	128, // 69: atoll.v1.BuildCacheRecord.created_at:type_name -> google.protobuf.Timestamp
-	128, // 70: atoll.v1.BuildCacheRecord.last_used_at:type_name -> google.protobuf.Timestamp
-	127, // 71: atoll.v1.PruneBuildRequest.unused_for:type_name -> google.protobuf.Duration
-	81,  // 72: atoll.v1.PruneBuildResponse.records:type_name -> atoll.v1.BuildCacheRecord
-	128, // 73: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
-	84,  // 74: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
-	42,  // 75: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
-	84,  // 76: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
-	128, // 77: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
-	42,  // 78: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	89,  // 79: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	89,  // 80: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	89,  // 81: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
-	89,  // 82: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	42,  // 83: atoll.v1.PushKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	105, // 84: atoll.v1.PushKernelResponse.pushed:type_name -> atoll.v1.PushedKernel
-	42,  // 85: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	89,  // 86: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	67,  // 87: atoll.v1.PruneSystemResponse.images:type_name -> atoll.v1.PruneImagesResponse
-	128, // 88: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	128, // 89: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
-	126, // 90: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
-	115, // 91: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
-	2,   // 92: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
-	10,  // 93: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
-	12,  // 94: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
-	14,  // 95: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
-	16,  // 96: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
-	18,  // 97: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
-	20,  // 98: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
-	22,  // 99: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
-	24,  // 100: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
-	26,  // 101: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
-	29,  // 102: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
-	33,  // 103: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
-	41,  // 104: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
-	44,  // 105: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
-	46,  // 106: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
-	48,  // 107: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
-	50,  // 108: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
-	52,  // 109: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
-	55,  // 110: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
-	57,  // 111: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
-	60,  // 112: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
-	63,  // 113: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
-	66,  // 114: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
-	68,  // 115: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
-	70,  // 116: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
-	79,  // 117: atoll.v1.BuildService.DiskUsage:input_type -> atoll.v1.BuildDiskUsageRequest
-	82,  // 118: atoll.v1.BuildService.Prune:input_type -> atoll.v1.PruneBuildRequest
-	85,  // 119: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
-	87,  // 120: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
-	98,  // 121: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
-	100, // 122: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
-	102, // 123: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
-	96,  // 124: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
-	90,  // 125: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
-	92,  // 126: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
-	94,  // 127: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
-	103, // 128: atoll.v1.KernelService.Push:input_type -> atoll.v1.PushKernelRequest
-	109, // 129: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
-	111, // 130: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
-	113, // 131: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
-	116, // 132: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
-	107, // 133: atoll.v1.SystemService.Prune:input_type -> atoll.v1.PruneSystemRequest
-	11,  // 134: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
-	13,  // 135: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
-	15,  // 136: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
-	17,  // 137: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
-	19,  // 138: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
-	21,  // 139: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
-	23,  // 140: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
-	25,  // 141: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
-	27,  // 142: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
-	31,  // 143: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
-	35,  // 144: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
-	43,  // 145: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
-	45,  // 146: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
-	47,  // 147: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
-	49,  // 148: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
-	51,  // 149: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
-	53,  // 150: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
-	56,  // 151: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
-	58,  // 152: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
-	62,  // 153: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
-	64,  // 154: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
-	67,  // 155: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
-	69,  // 156: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
-	75,  // 157: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
-	80,  // 158: atoll.v1.BuildService.DiskUsage:output_type -> atoll.v1.BuildDiskUsageResponse
-	83,  // 159: atoll.v1.BuildService.Prune:output_type -> atoll.v1.PruneBuildResponse
-	86,  // 160: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
-	88,  // 161: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
-	99,  // 162: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
-	101, // 163: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
-	106, // 164: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
-	97,  // 165: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
-	91,  // 166: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
-	93,  // 167: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
-	95,  // 168: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
-	104, // 169: atoll.v1.KernelService.Push:output_type -> atoll.v1.PushKernelResponse
-	110, // 170: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
-	112, // 171: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
-	114, // 172: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
-	117, // 173: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
-	108, // 174: atoll.v1.SystemService.Prune:output_type -> atoll.v1.PruneSystemResponse
-	134, // [134:175] is the sub-list for method output_type
-	93,  // [93:134] is the sub-list for method input_type
-	93,  // [93:93] is the sub-list for extension type_name
-	93,  // [93:93] is the sub-list for extension extendee
-	0,   // [0:93] is the sub-list for field type_name
+	15,  // 0: atoll.v1.MachineSpec.ports:type_name -> atoll.v1.PortMapping
+	150, // 1: atoll.v1.MachineSpec.labels:type_name -> atoll.v1.MachineSpec.LabelsEntry
+	160, // 2: atoll.v1.MachineSpec.stop_timeout:type_name -> google.protobuf.Duration
+	5,   // 3: atoll.v1.MachineSpec.tmpfs:type_name -> atoll.v1.Tmpfs
+	6,   // 4: atoll.v1.MachineSpec.ulimits:type_name -> atoll.v1.Ulimit
+	151, // 5: atoll.v1.MachineSpec.sysctls:type_name -> atoll.v1.MachineSpec.SysctlsEntry
+	7,   // 6: atoll.v1.MachineSpec.add_hosts:type_name -> atoll.v1.HostEntry
+	8,   // 7: atoll.v1.MachineSpec.health_check:type_name -> atoll.v1.HealthCheck
+	10,  // 8: atoll.v1.MachineSpec.provisioning:type_name -> atoll.v1.Provisioning
+	9,   // 9: atoll.v1.MachineSpec.metadata:type_name -> atoll.v1.Metadata
+	160, // 10: atoll.v1.HealthCheck.interval:type_name -> google.protobuf.Duration
+	160, // 11: atoll.v1.HealthCheck.timeout:type_name -> google.protobuf.Duration
+	160, // 12: atoll.v1.HealthCheck.start_period:type_name -> google.protobuf.Duration
+	160, // 13: atoll.v1.HealthCheck.start_interval:type_name -> google.protobuf.Duration
+	11,  // 14: atoll.v1.Provisioning.users:type_name -> atoll.v1.User
+	12,  // 15: atoll.v1.Provisioning.files:type_name -> atoll.v1.File
+	13,  // 16: atoll.v1.Provisioning.mounts:type_name -> atoll.v1.FileSystemMount
+	14,  // 17: atoll.v1.Provisioning.secrets:type_name -> atoll.v1.Secret
+	4,   // 18: atoll.v1.Machine.spec:type_name -> atoll.v1.MachineSpec
+	0,   // 19: atoll.v1.Machine.state:type_name -> atoll.v1.MachineState
+	161, // 20: atoll.v1.Machine.created_at:type_name -> google.protobuf.Timestamp
+	161, // 21: atoll.v1.Machine.started_at:type_name -> google.protobuf.Timestamp
+	161, // 22: atoll.v1.Machine.finished_at:type_name -> google.protobuf.Timestamp
+	20,  // 23: atoll.v1.Machine.network:type_name -> atoll.v1.NetworkStatus
+	21,  // 24: atoll.v1.Machine.vmm:type_name -> atoll.v1.VMMStatus
+	22,  // 25: atoll.v1.Machine.steps:type_name -> atoll.v1.StepTime
+	17,  // 26: atoll.v1.Machine.health:type_name -> atoll.v1.HealthStatus
+	19,  // 27: atoll.v1.Machine.provisioning:type_name -> atoll.v1.ProvisioningStatus
+	18,  // 28: atoll.v1.HealthStatus.log:type_name -> atoll.v1.HealthResult
+	161, // 29: atoll.v1.HealthResult.start:type_name -> google.protobuf.Timestamp
+	161, // 30: atoll.v1.HealthResult.end:type_name -> google.protobuf.Timestamp
+	161, // 31: atoll.v1.ProvisioningStatus.done_at:type_name -> google.protobuf.Timestamp
+	15,  // 32: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
+	160, // 33: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
+	4,   // 34: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
+	16,  // 35: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
+	10,  // 36: atoll.v1.StartMachineRequest.provisioning:type_name -> atoll.v1.Provisioning
+	16,  // 37: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
+	160, // 38: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
+	16,  // 39: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
+	16,  // 40: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
+	16,  // 41: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
+	161, // 42: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	161, // 43: atoll.v1.LogsRequest.until:type_name -> google.protobuf.Timestamp
+	1,   // 44: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
+	161, // 45: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	43,  // 46: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
+	41,  // 47: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
+	41,  // 48: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
+	45,  // 49: atoll.v1.ExecResponse.started:type_name -> atoll.v1.ExecStarted
+	47,  // 50: atoll.v1.AttachRequest.start:type_name -> atoll.v1.AttachStart
+	41,  // 51: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
+	41,  // 52: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
+	34,  // 53: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
+	50,  // 54: atoll.v1.ConsoleRequest.start:type_name -> atoll.v1.ConsoleStart
+	53,  // 55: atoll.v1.PutFilesRequest.start:type_name -> atoll.v1.PutFilesStart
+	161, // 56: atoll.v1.StatFileResponse.modified_at:type_name -> google.protobuf.Timestamp
+	161, // 57: atoll.v1.Profile.created_at:type_name -> google.protobuf.Timestamp
+	161, // 58: atoll.v1.Profile.updated_at:type_name -> google.protobuf.Timestamp
+	59,  // 59: atoll.v1.PutProfileResponse.profile:type_name -> atoll.v1.Profile
+	59,  // 60: atoll.v1.GetProfileResponse.profile:type_name -> atoll.v1.Profile
+	59,  // 61: atoll.v1.ListProfilesResponse.profiles:type_name -> atoll.v1.Profile
+	161, // 62: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	72,  // 63: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
+	69,  // 64: atoll.v1.Image.variants:type_name -> atoll.v1.ImageVariant
+	70,  // 65: atoll.v1.Image.referrers:type_name -> atoll.v1.ImageReferrer
+	71,  // 66: atoll.v1.Image.root_disks:type_name -> atoll.v1.RootDisk
+	74,  // 67: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
+	68,  // 68: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
+	68,  // 69: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
+	68,  // 70: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
+	74,  // 71: atoll.v1.PushImageResponse.transfer:type_name -> atoll.v1.Transfer
+	86,  // 72: atoll.v1.PushImageResponse.pushed:type_name -> atoll.v1.PushedImage
+	74,  // 73: atoll.v1.LoadImagesResponse.transfer:type_name -> atoll.v1.Transfer
+	91,  // 74: atoll.v1.LoadImagesResponse.loaded:type_name -> atoll.v1.LoadedImage
+	93,  // 75: atoll.v1.ImportImageRequest.start:type_name -> atoll.v1.ImportStart
+	74,  // 76: atoll.v1.ImportImageResponse.transfer:type_name -> atoll.v1.Transfer
+	68,  // 77: atoll.v1.ImportImageResponse.image:type_name -> atoll.v1.Image
+	97,  // 78: atoll.v1.ImageHistoryResponse.steps:type_name -> atoll.v1.ImageStep
+	161, // 79: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
+	103, // 80: atoll.v1.BuildRequest.start:type_name -> atoll.v1.BuildStart
+	106, // 81: atoll.v1.BuildRequest.agent:type_name -> atoll.v1.AgentData
+	152, // 82: atoll.v1.BuildStart.build_args:type_name -> atoll.v1.BuildStart.BuildArgsEntry
+	153, // 83: atoll.v1.BuildStart.labels:type_name -> atoll.v1.BuildStart.LabelsEntry
+	154, // 84: atoll.v1.BuildStart.build_contexts:type_name -> atoll.v1.BuildStart.BuildContextsEntry
+	155, // 85: atoll.v1.BuildStart.secrets:type_name -> atoll.v1.BuildStart.SecretsEntry
+	104, // 86: atoll.v1.BuildStart.cache_to:type_name -> atoll.v1.CacheOption
+	104, // 87: atoll.v1.BuildStart.cache_from:type_name -> atoll.v1.CacheOption
+	105, // 88: atoll.v1.BuildStart.outputs:type_name -> atoll.v1.BuildOutput
+	160, // 89: atoll.v1.BuildStart.timeout:type_name -> google.protobuf.Duration
+	156, // 90: atoll.v1.CacheOption.attributes:type_name -> atoll.v1.CacheOption.AttributesEntry
+	157, // 91: atoll.v1.BuildOutput.attributes:type_name -> atoll.v1.BuildOutput.AttributesEntry
+	110, // 92: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
+	106, // 93: atoll.v1.BuildResponse.agent:type_name -> atoll.v1.AgentData
+	108, // 94: atoll.v1.BuildResponse.output:type_name -> atoll.v1.OutputData
+	109, // 95: atoll.v1.BuildResponse.report:type_name -> atoll.v1.BuildReport
+	160, // 96: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
+	160, // 97: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
+	158, // 98: atoll.v1.BuildResult.metadata:type_name -> atoll.v1.BuildResult.MetadataEntry
+	113, // 99: atoll.v1.BuildDiskUsageResponse.records:type_name -> atoll.v1.BuildCacheRecord
+	161, // 100: atoll.v1.BuildCacheRecord.created_at:type_name -> google.protobuf.Timestamp
+	161, // 101: atoll.v1.BuildCacheRecord.last_used_at:type_name -> google.protobuf.Timestamp
+	160, // 102: atoll.v1.PruneBuildRequest.unused_for:type_name -> google.protobuf.Duration
+	113, // 103: atoll.v1.PruneBuildResponse.records:type_name -> atoll.v1.BuildCacheRecord
+	161, // 104: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
+	116, // 105: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
+	74,  // 106: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
+	116, // 107: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
+	161, // 108: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
+	74,  // 109: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	121, // 110: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	121, // 111: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	121, // 112: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
+	121, // 113: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	74,  // 114: atoll.v1.PushKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	137, // 115: atoll.v1.PushKernelResponse.pushed:type_name -> atoll.v1.PushedKernel
+	74,  // 116: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	121, // 117: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	99,  // 118: atoll.v1.PruneSystemResponse.images:type_name -> atoll.v1.PruneImagesResponse
+	161, // 119: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	161, // 120: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
+	159, // 121: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
+	147, // 122: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
+	2,   // 123: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
+	23,  // 124: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
+	25,  // 125: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
+	27,  // 126: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
+	29,  // 127: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
+	31,  // 128: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
+	33,  // 129: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
+	35,  // 130: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
+	37,  // 131: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
+	39,  // 132: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
+	42,  // 133: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
+	46,  // 134: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
+	49,  // 135: atoll.v1.MachineService.Console:input_type -> atoll.v1.ConsoleRequest
+	52,  // 136: atoll.v1.MachineService.PutFiles:input_type -> atoll.v1.PutFilesRequest
+	55,  // 137: atoll.v1.MachineService.GetFiles:input_type -> atoll.v1.GetFilesRequest
+	57,  // 138: atoll.v1.MachineService.StatFile:input_type -> atoll.v1.StatFileRequest
+	60,  // 139: atoll.v1.ProfileService.Put:input_type -> atoll.v1.PutProfileRequest
+	62,  // 140: atoll.v1.ProfileService.Get:input_type -> atoll.v1.GetProfileRequest
+	64,  // 141: atoll.v1.ProfileService.List:input_type -> atoll.v1.ListProfilesRequest
+	66,  // 142: atoll.v1.ProfileService.Remove:input_type -> atoll.v1.RemoveProfileRequest
+	73,  // 143: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
+	76,  // 144: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
+	78,  // 145: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
+	80,  // 146: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
+	82,  // 147: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
+	84,  // 148: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
+	87,  // 149: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
+	89,  // 150: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
+	92,  // 151: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
+	95,  // 152: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
+	98,  // 153: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
+	100, // 154: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
+	102, // 155: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
+	111, // 156: atoll.v1.BuildService.DiskUsage:input_type -> atoll.v1.BuildDiskUsageRequest
+	114, // 157: atoll.v1.BuildService.Prune:input_type -> atoll.v1.PruneBuildRequest
+	117, // 158: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
+	119, // 159: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
+	130, // 160: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
+	132, // 161: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
+	134, // 162: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
+	128, // 163: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
+	122, // 164: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
+	124, // 165: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
+	126, // 166: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
+	135, // 167: atoll.v1.KernelService.Push:input_type -> atoll.v1.PushKernelRequest
+	141, // 168: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
+	143, // 169: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
+	145, // 170: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
+	148, // 171: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
+	139, // 172: atoll.v1.SystemService.Prune:input_type -> atoll.v1.PruneSystemRequest
+	24,  // 173: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
+	26,  // 174: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
+	28,  // 175: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
+	30,  // 176: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
+	32,  // 177: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
+	34,  // 178: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
+	36,  // 179: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
+	38,  // 180: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
+	40,  // 181: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
+	44,  // 182: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
+	48,  // 183: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
+	51,  // 184: atoll.v1.MachineService.Console:output_type -> atoll.v1.ConsoleResponse
+	54,  // 185: atoll.v1.MachineService.PutFiles:output_type -> atoll.v1.PutFilesResponse
+	56,  // 186: atoll.v1.MachineService.GetFiles:output_type -> atoll.v1.GetFilesResponse
+	58,  // 187: atoll.v1.MachineService.StatFile:output_type -> atoll.v1.StatFileResponse
+	61,  // 188: atoll.v1.ProfileService.Put:output_type -> atoll.v1.PutProfileResponse
+	63,  // 189: atoll.v1.ProfileService.Get:output_type -> atoll.v1.GetProfileResponse
+	65,  // 190: atoll.v1.ProfileService.List:output_type -> atoll.v1.ListProfilesResponse
+	67,  // 191: atoll.v1.ProfileService.Remove:output_type -> atoll.v1.RemoveProfileResponse
+	75,  // 192: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
+	77,  // 193: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
+	79,  // 194: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
+	81,  // 195: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
+	83,  // 196: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
+	85,  // 197: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
+	88,  // 198: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
+	90,  // 199: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
+	94,  // 200: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
+	96,  // 201: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
+	99,  // 202: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
+	101, // 203: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
+	107, // 204: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
+	112, // 205: atoll.v1.BuildService.DiskUsage:output_type -> atoll.v1.BuildDiskUsageResponse
+	115, // 206: atoll.v1.BuildService.Prune:output_type -> atoll.v1.PruneBuildResponse
+	118, // 207: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
+	120, // 208: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
+	131, // 209: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
+	133, // 210: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
+	138, // 211: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
+	129, // 212: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
+	123, // 213: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
+	125, // 214: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
+	127, // 215: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
+	136, // 216: atoll.v1.KernelService.Push:output_type -> atoll.v1.PushKernelResponse
+	142, // 217: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
+	144, // 218: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
+	146, // 219: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
+	149, // 220: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
+	140, // 221: atoll.v1.SystemService.Prune:output_type -> atoll.v1.PruneSystemResponse
+	173, // [173:222] is the sub-list for method output_type
+	124, // [124:173] is the sub-list for method input_type
+	124, // [124:124] is the sub-list for extension type_name
+	124, // [124:124] is the sub-list for extension extendee
+	0,   // [0:124] is the sub-list for field type_name
 }
 
 func init() { file_api_atoll_v1_atoll_proto_init() }
@@ -8902,81 +11286,92 @@ func file_api_atoll_v1_atoll_proto_init() {
 	if File_api_atoll_v1_atoll_proto != nil {
 		return
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[26].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[1].OneofWrappers = []any{}
+	file_api_atoll_v1_atoll_proto_msgTypes[8].OneofWrappers = []any{}
+	file_api_atoll_v1_atoll_proto_msgTypes[16].OneofWrappers = []any{}
+	file_api_atoll_v1_atoll_proto_msgTypes[39].OneofWrappers = []any{
 		(*ExecRequest_Start)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_CloseStdin)(nil),
 		(*ExecRequest_Resize)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[28].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[41].OneofWrappers = []any{
 		(*ExecResponse_Started)(nil),
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
 		(*ExecResponse_Failure)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[30].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[43].OneofWrappers = []any{
 		(*AttachRequest_Start)(nil),
 		(*AttachRequest_Stdin)(nil),
 		(*AttachRequest_CloseStdin)(nil),
 		(*AttachRequest_Resize)(nil),
 		(*AttachRequest_Signal)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[32].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[45].OneofWrappers = []any{
 		(*AttachResponse_Attached)(nil),
 		(*AttachResponse_Stdout)(nil),
 		(*AttachResponse_Stderr)(nil),
 		(*AttachResponse_Exit)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[40].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[46].OneofWrappers = []any{
+		(*ConsoleRequest_Start)(nil),
+		(*ConsoleRequest_Input)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[49].OneofWrappers = []any{
+		(*PutFilesRequest_Start)(nil),
+		(*PutFilesRequest_Data)(nil),
+	}
+	file_api_atoll_v1_atoll_proto_msgTypes[72].OneofWrappers = []any{
 		(*PullImageResponse_Transfer)(nil),
 		(*PullImageResponse_Image)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[50].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[82].OneofWrappers = []any{
 		(*PushImageResponse_Transfer)(nil),
 		(*PushImageResponse_Pushed)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[55].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[87].OneofWrappers = []any{
 		(*LoadImagesResponse_Transfer)(nil),
 		(*LoadImagesResponse_Loaded)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[57].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[89].OneofWrappers = []any{
 		(*ImportImageRequest_Start)(nil),
 		(*ImportImageRequest_Data)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[59].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[91].OneofWrappers = []any{
 		(*ImportImageResponse_Transfer)(nil),
 		(*ImportImageResponse_Image)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[67].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[99].OneofWrappers = []any{
 		(*BuildRequest_Start)(nil),
 		(*BuildRequest_Context)(nil),
 		(*BuildRequest_ContextEnd)(nil),
 		(*BuildRequest_Agent)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[72].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[104].OneofWrappers = []any{
 		(*BuildResponse_Status)(nil),
 		(*BuildResponse_Result)(nil),
 		(*BuildResponse_Agent)(nil),
 		(*BuildResponse_Output)(nil),
 		(*BuildResponse_Report)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[85].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[117].OneofWrappers = []any{
 		(*BuildBaseResponse_Line)(nil),
 		(*BuildBaseResponse_Transfer)(nil),
 		(*BuildBaseResponse_Base)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[88].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[120].OneofWrappers = []any{
 		(*BuildKernelResponse_Transfer)(nil),
 		(*BuildKernelResponse_Line)(nil),
 		(*BuildKernelResponse_Kernel)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[101].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[133].OneofWrappers = []any{
 		(*PushKernelResponse_Transfer)(nil),
 		(*PushKernelResponse_Pushed)(nil),
 	}
-	file_api_atoll_v1_atoll_proto_msgTypes[103].OneofWrappers = []any{
+	file_api_atoll_v1_atoll_proto_msgTypes[135].OneofWrappers = []any{
 		(*PullKernelResponse_Transfer)(nil),
 		(*PullKernelResponse_Kernel)(nil),
 	}
@@ -8986,9 +11381,9 @@ func file_api_atoll_v1_atoll_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_atoll_v1_atoll_proto_rawDesc), len(file_api_atoll_v1_atoll_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   124,
+			NumMessages:   157,
 			NumExtensions: 0,
-			NumServices:   6,
+			NumServices:   7,
 		},
 		GoTypes:           file_api_atoll_v1_atoll_proto_goTypes,
 		DependencyIndexes: file_api_atoll_v1_atoll_proto_depIdxs,

@@ -26,6 +26,8 @@ const _ = connect.IsAtLeastVersion1_13_0
 const (
 	// MachineServiceName is the fully-qualified name of the MachineService service.
 	MachineServiceName = "atoll.v1.MachineService"
+	// ProfileServiceName is the fully-qualified name of the ProfileService service.
+	ProfileServiceName = "atoll.v1.ProfileService"
 	// ImageServiceName is the fully-qualified name of the ImageService service.
 	ImageServiceName = "atoll.v1.ImageService"
 	// BuildServiceName is the fully-qualified name of the BuildService service.
@@ -68,6 +70,22 @@ const (
 	MachineServiceExecProcedure = "/atoll.v1.MachineService/Exec"
 	// MachineServiceAttachProcedure is the fully-qualified name of the MachineService's Attach RPC.
 	MachineServiceAttachProcedure = "/atoll.v1.MachineService/Attach"
+	// MachineServiceConsoleProcedure is the fully-qualified name of the MachineService's Console RPC.
+	MachineServiceConsoleProcedure = "/atoll.v1.MachineService/Console"
+	// MachineServicePutFilesProcedure is the fully-qualified name of the MachineService's PutFiles RPC.
+	MachineServicePutFilesProcedure = "/atoll.v1.MachineService/PutFiles"
+	// MachineServiceGetFilesProcedure is the fully-qualified name of the MachineService's GetFiles RPC.
+	MachineServiceGetFilesProcedure = "/atoll.v1.MachineService/GetFiles"
+	// MachineServiceStatFileProcedure is the fully-qualified name of the MachineService's StatFile RPC.
+	MachineServiceStatFileProcedure = "/atoll.v1.MachineService/StatFile"
+	// ProfileServicePutProcedure is the fully-qualified name of the ProfileService's Put RPC.
+	ProfileServicePutProcedure = "/atoll.v1.ProfileService/Put"
+	// ProfileServiceGetProcedure is the fully-qualified name of the ProfileService's Get RPC.
+	ProfileServiceGetProcedure = "/atoll.v1.ProfileService/Get"
+	// ProfileServiceListProcedure is the fully-qualified name of the ProfileService's List RPC.
+	ProfileServiceListProcedure = "/atoll.v1.ProfileService/List"
+	// ProfileServiceRemoveProcedure is the fully-qualified name of the ProfileService's Remove RPC.
+	ProfileServiceRemoveProcedure = "/atoll.v1.ProfileService/Remove"
 	// ImageServicePullProcedure is the fully-qualified name of the ImageService's Pull RPC.
 	ImageServicePullProcedure = "/atoll.v1.ImageService/Pull"
 	// ImageServiceListProcedure is the fully-qualified name of the ImageService's List RPC.
@@ -148,6 +166,13 @@ type MachineServiceClient interface {
 	// Attach joins the entrypoint's terminal or streams; it may be opened before Start, so that nothing is missed.
 	// The first answer is attached; the last is exit.
 	Attach(context.Context) *connect.BidiStreamForClient[v1.AttachRequest, v1.AttachResponse]
+	// Console joins the serial console, raw. One at a time writes; all see the output.
+	Console(context.Context) *connect.BidiStreamForClient[v1.ConsoleRequest, v1.ConsoleResponse]
+	// PutFiles unpacks a tar stream in a running machine. The first message is start.
+	PutFiles(context.Context) *connect.ClientStreamForClient[v1.PutFilesRequest, v1.PutFilesResponse]
+	// GetFiles answers with a tar stream.
+	GetFiles(context.Context, *connect.Request[v1.GetFilesRequest]) (*connect.ServerStreamForClient[v1.GetFilesResponse], error)
+	StatFile(context.Context, *connect.Request[v1.StatFileRequest]) (*connect.Response[v1.StatFileResponse], error)
 }
 
 // NewMachineServiceClient constructs a client for the atoll.v1.MachineService service. By default,
@@ -227,22 +252,50 @@ func NewMachineServiceClient(httpClient connect.HTTPClient, baseURL string, opts
 			connect.WithSchema(machineServiceMethods.ByName("Attach")),
 			connect.WithClientOptions(opts...),
 		),
+		console: connect.NewClient[v1.ConsoleRequest, v1.ConsoleResponse](
+			httpClient,
+			baseURL+MachineServiceConsoleProcedure,
+			connect.WithSchema(machineServiceMethods.ByName("Console")),
+			connect.WithClientOptions(opts...),
+		),
+		putFiles: connect.NewClient[v1.PutFilesRequest, v1.PutFilesResponse](
+			httpClient,
+			baseURL+MachineServicePutFilesProcedure,
+			connect.WithSchema(machineServiceMethods.ByName("PutFiles")),
+			connect.WithClientOptions(opts...),
+		),
+		getFiles: connect.NewClient[v1.GetFilesRequest, v1.GetFilesResponse](
+			httpClient,
+			baseURL+MachineServiceGetFilesProcedure,
+			connect.WithSchema(machineServiceMethods.ByName("GetFiles")),
+			connect.WithClientOptions(opts...),
+		),
+		statFile: connect.NewClient[v1.StatFileRequest, v1.StatFileResponse](
+			httpClient,
+			baseURL+MachineServiceStatFileProcedure,
+			connect.WithSchema(machineServiceMethods.ByName("StatFile")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // machineServiceClient implements MachineServiceClient.
 type machineServiceClient struct {
-	create *connect.Client[v1.CreateMachineRequest, v1.CreateMachineResponse]
-	start  *connect.Client[v1.StartMachineRequest, v1.StartMachineResponse]
-	stop   *connect.Client[v1.StopMachineRequest, v1.StopMachineResponse]
-	kill   *connect.Client[v1.KillMachineRequest, v1.KillMachineResponse]
-	remove *connect.Client[v1.RemoveMachineRequest, v1.RemoveMachineResponse]
-	wait   *connect.Client[v1.WaitMachineRequest, v1.WaitMachineResponse]
-	list   *connect.Client[v1.ListMachinesRequest, v1.ListMachinesResponse]
-	get    *connect.Client[v1.GetMachineRequest, v1.GetMachineResponse]
-	logs   *connect.Client[v1.LogsRequest, v1.LogsResponse]
-	exec   *connect.Client[v1.ExecRequest, v1.ExecResponse]
-	attach *connect.Client[v1.AttachRequest, v1.AttachResponse]
+	create   *connect.Client[v1.CreateMachineRequest, v1.CreateMachineResponse]
+	start    *connect.Client[v1.StartMachineRequest, v1.StartMachineResponse]
+	stop     *connect.Client[v1.StopMachineRequest, v1.StopMachineResponse]
+	kill     *connect.Client[v1.KillMachineRequest, v1.KillMachineResponse]
+	remove   *connect.Client[v1.RemoveMachineRequest, v1.RemoveMachineResponse]
+	wait     *connect.Client[v1.WaitMachineRequest, v1.WaitMachineResponse]
+	list     *connect.Client[v1.ListMachinesRequest, v1.ListMachinesResponse]
+	get      *connect.Client[v1.GetMachineRequest, v1.GetMachineResponse]
+	logs     *connect.Client[v1.LogsRequest, v1.LogsResponse]
+	exec     *connect.Client[v1.ExecRequest, v1.ExecResponse]
+	attach   *connect.Client[v1.AttachRequest, v1.AttachResponse]
+	console  *connect.Client[v1.ConsoleRequest, v1.ConsoleResponse]
+	putFiles *connect.Client[v1.PutFilesRequest, v1.PutFilesResponse]
+	getFiles *connect.Client[v1.GetFilesRequest, v1.GetFilesResponse]
+	statFile *connect.Client[v1.StatFileRequest, v1.StatFileResponse]
 }
 
 // Create calls atoll.v1.MachineService.Create.
@@ -300,6 +353,26 @@ func (c *machineServiceClient) Attach(ctx context.Context) *connect.BidiStreamFo
 	return c.attach.CallBidiStream(ctx)
 }
 
+// Console calls atoll.v1.MachineService.Console.
+func (c *machineServiceClient) Console(ctx context.Context) *connect.BidiStreamForClient[v1.ConsoleRequest, v1.ConsoleResponse] {
+	return c.console.CallBidiStream(ctx)
+}
+
+// PutFiles calls atoll.v1.MachineService.PutFiles.
+func (c *machineServiceClient) PutFiles(ctx context.Context) *connect.ClientStreamForClient[v1.PutFilesRequest, v1.PutFilesResponse] {
+	return c.putFiles.CallClientStream(ctx)
+}
+
+// GetFiles calls atoll.v1.MachineService.GetFiles.
+func (c *machineServiceClient) GetFiles(ctx context.Context, req *connect.Request[v1.GetFilesRequest]) (*connect.ServerStreamForClient[v1.GetFilesResponse], error) {
+	return c.getFiles.CallServerStream(ctx, req)
+}
+
+// StatFile calls atoll.v1.MachineService.StatFile.
+func (c *machineServiceClient) StatFile(ctx context.Context, req *connect.Request[v1.StatFileRequest]) (*connect.Response[v1.StatFileResponse], error) {
+	return c.statFile.CallUnary(ctx, req)
+}
+
 // MachineServiceHandler is an implementation of the atoll.v1.MachineService service.
 type MachineServiceHandler interface {
 	Create(context.Context, *connect.Request[v1.CreateMachineRequest]) (*connect.Response[v1.CreateMachineResponse], error)
@@ -317,6 +390,13 @@ type MachineServiceHandler interface {
 	// Attach joins the entrypoint's terminal or streams; it may be opened before Start, so that nothing is missed.
 	// The first answer is attached; the last is exit.
 	Attach(context.Context, *connect.BidiStream[v1.AttachRequest, v1.AttachResponse]) error
+	// Console joins the serial console, raw. One at a time writes; all see the output.
+	Console(context.Context, *connect.BidiStream[v1.ConsoleRequest, v1.ConsoleResponse]) error
+	// PutFiles unpacks a tar stream in a running machine. The first message is start.
+	PutFiles(context.Context, *connect.ClientStream[v1.PutFilesRequest]) (*connect.Response[v1.PutFilesResponse], error)
+	// GetFiles answers with a tar stream.
+	GetFiles(context.Context, *connect.Request[v1.GetFilesRequest], *connect.ServerStream[v1.GetFilesResponse]) error
+	StatFile(context.Context, *connect.Request[v1.StatFileRequest]) (*connect.Response[v1.StatFileResponse], error)
 }
 
 // NewMachineServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -392,6 +472,30 @@ func NewMachineServiceHandler(svc MachineServiceHandler, opts ...connect.Handler
 		connect.WithSchema(machineServiceMethods.ByName("Attach")),
 		connect.WithHandlerOptions(opts...),
 	)
+	machineServiceConsoleHandler := connect.NewBidiStreamHandler(
+		MachineServiceConsoleProcedure,
+		svc.Console,
+		connect.WithSchema(machineServiceMethods.ByName("Console")),
+		connect.WithHandlerOptions(opts...),
+	)
+	machineServicePutFilesHandler := connect.NewClientStreamHandler(
+		MachineServicePutFilesProcedure,
+		svc.PutFiles,
+		connect.WithSchema(machineServiceMethods.ByName("PutFiles")),
+		connect.WithHandlerOptions(opts...),
+	)
+	machineServiceGetFilesHandler := connect.NewServerStreamHandler(
+		MachineServiceGetFilesProcedure,
+		svc.GetFiles,
+		connect.WithSchema(machineServiceMethods.ByName("GetFiles")),
+		connect.WithHandlerOptions(opts...),
+	)
+	machineServiceStatFileHandler := connect.NewUnaryHandler(
+		MachineServiceStatFileProcedure,
+		svc.StatFile,
+		connect.WithSchema(machineServiceMethods.ByName("StatFile")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/atoll.v1.MachineService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case MachineServiceCreateProcedure:
@@ -416,6 +520,14 @@ func NewMachineServiceHandler(svc MachineServiceHandler, opts ...connect.Handler
 			machineServiceExecHandler.ServeHTTP(w, r)
 		case MachineServiceAttachProcedure:
 			machineServiceAttachHandler.ServeHTTP(w, r)
+		case MachineServiceConsoleProcedure:
+			machineServiceConsoleHandler.ServeHTTP(w, r)
+		case MachineServicePutFilesProcedure:
+			machineServicePutFilesHandler.ServeHTTP(w, r)
+		case MachineServiceGetFilesProcedure:
+			machineServiceGetFilesHandler.ServeHTTP(w, r)
+		case MachineServiceStatFileProcedure:
+			machineServiceStatFileHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -467,6 +579,170 @@ func (UnimplementedMachineServiceHandler) Exec(context.Context, *connect.BidiStr
 
 func (UnimplementedMachineServiceHandler) Attach(context.Context, *connect.BidiStream[v1.AttachRequest, v1.AttachResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.MachineService.Attach is not implemented"))
+}
+
+func (UnimplementedMachineServiceHandler) Console(context.Context, *connect.BidiStream[v1.ConsoleRequest, v1.ConsoleResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.MachineService.Console is not implemented"))
+}
+
+func (UnimplementedMachineServiceHandler) PutFiles(context.Context, *connect.ClientStream[v1.PutFilesRequest]) (*connect.Response[v1.PutFilesResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.MachineService.PutFiles is not implemented"))
+}
+
+func (UnimplementedMachineServiceHandler) GetFiles(context.Context, *connect.Request[v1.GetFilesRequest], *connect.ServerStream[v1.GetFilesResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.MachineService.GetFiles is not implemented"))
+}
+
+func (UnimplementedMachineServiceHandler) StatFile(context.Context, *connect.Request[v1.StatFileRequest]) (*connect.Response[v1.StatFileResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.MachineService.StatFile is not implemented"))
+}
+
+// ProfileServiceClient is a client for the atoll.v1.ProfileService service.
+type ProfileServiceClient interface {
+	Put(context.Context, *connect.Request[v1.PutProfileRequest]) (*connect.Response[v1.PutProfileResponse], error)
+	Get(context.Context, *connect.Request[v1.GetProfileRequest]) (*connect.Response[v1.GetProfileResponse], error)
+	List(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error)
+	Remove(context.Context, *connect.Request[v1.RemoveProfileRequest]) (*connect.Response[v1.RemoveProfileResponse], error)
+}
+
+// NewProfileServiceClient constructs a client for the atoll.v1.ProfileService service. By default,
+// it uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses, and
+// sends uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the connect.WithGRPC()
+// or connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewProfileServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) ProfileServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	profileServiceMethods := v1.File_api_atoll_v1_atoll_proto.Services().ByName("ProfileService").Methods()
+	return &profileServiceClient{
+		put: connect.NewClient[v1.PutProfileRequest, v1.PutProfileResponse](
+			httpClient,
+			baseURL+ProfileServicePutProcedure,
+			connect.WithSchema(profileServiceMethods.ByName("Put")),
+			connect.WithClientOptions(opts...),
+		),
+		get: connect.NewClient[v1.GetProfileRequest, v1.GetProfileResponse](
+			httpClient,
+			baseURL+ProfileServiceGetProcedure,
+			connect.WithSchema(profileServiceMethods.ByName("Get")),
+			connect.WithClientOptions(opts...),
+		),
+		list: connect.NewClient[v1.ListProfilesRequest, v1.ListProfilesResponse](
+			httpClient,
+			baseURL+ProfileServiceListProcedure,
+			connect.WithSchema(profileServiceMethods.ByName("List")),
+			connect.WithClientOptions(opts...),
+		),
+		remove: connect.NewClient[v1.RemoveProfileRequest, v1.RemoveProfileResponse](
+			httpClient,
+			baseURL+ProfileServiceRemoveProcedure,
+			connect.WithSchema(profileServiceMethods.ByName("Remove")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// profileServiceClient implements ProfileServiceClient.
+type profileServiceClient struct {
+	put    *connect.Client[v1.PutProfileRequest, v1.PutProfileResponse]
+	get    *connect.Client[v1.GetProfileRequest, v1.GetProfileResponse]
+	list   *connect.Client[v1.ListProfilesRequest, v1.ListProfilesResponse]
+	remove *connect.Client[v1.RemoveProfileRequest, v1.RemoveProfileResponse]
+}
+
+// Put calls atoll.v1.ProfileService.Put.
+func (c *profileServiceClient) Put(ctx context.Context, req *connect.Request[v1.PutProfileRequest]) (*connect.Response[v1.PutProfileResponse], error) {
+	return c.put.CallUnary(ctx, req)
+}
+
+// Get calls atoll.v1.ProfileService.Get.
+func (c *profileServiceClient) Get(ctx context.Context, req *connect.Request[v1.GetProfileRequest]) (*connect.Response[v1.GetProfileResponse], error) {
+	return c.get.CallUnary(ctx, req)
+}
+
+// List calls atoll.v1.ProfileService.List.
+func (c *profileServiceClient) List(ctx context.Context, req *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error) {
+	return c.list.CallUnary(ctx, req)
+}
+
+// Remove calls atoll.v1.ProfileService.Remove.
+func (c *profileServiceClient) Remove(ctx context.Context, req *connect.Request[v1.RemoveProfileRequest]) (*connect.Response[v1.RemoveProfileResponse], error) {
+	return c.remove.CallUnary(ctx, req)
+}
+
+// ProfileServiceHandler is an implementation of the atoll.v1.ProfileService service.
+type ProfileServiceHandler interface {
+	Put(context.Context, *connect.Request[v1.PutProfileRequest]) (*connect.Response[v1.PutProfileResponse], error)
+	Get(context.Context, *connect.Request[v1.GetProfileRequest]) (*connect.Response[v1.GetProfileResponse], error)
+	List(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error)
+	Remove(context.Context, *connect.Request[v1.RemoveProfileRequest]) (*connect.Response[v1.RemoveProfileResponse], error)
+}
+
+// NewProfileServiceHandler builds an HTTP handler from the service implementation. It returns the
+// path on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewProfileServiceHandler(svc ProfileServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	profileServiceMethods := v1.File_api_atoll_v1_atoll_proto.Services().ByName("ProfileService").Methods()
+	profileServicePutHandler := connect.NewUnaryHandler(
+		ProfileServicePutProcedure,
+		svc.Put,
+		connect.WithSchema(profileServiceMethods.ByName("Put")),
+		connect.WithHandlerOptions(opts...),
+	)
+	profileServiceGetHandler := connect.NewUnaryHandler(
+		ProfileServiceGetProcedure,
+		svc.Get,
+		connect.WithSchema(profileServiceMethods.ByName("Get")),
+		connect.WithHandlerOptions(opts...),
+	)
+	profileServiceListHandler := connect.NewUnaryHandler(
+		ProfileServiceListProcedure,
+		svc.List,
+		connect.WithSchema(profileServiceMethods.ByName("List")),
+		connect.WithHandlerOptions(opts...),
+	)
+	profileServiceRemoveHandler := connect.NewUnaryHandler(
+		ProfileServiceRemoveProcedure,
+		svc.Remove,
+		connect.WithSchema(profileServiceMethods.ByName("Remove")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/atoll.v1.ProfileService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case ProfileServicePutProcedure:
+			profileServicePutHandler.ServeHTTP(w, r)
+		case ProfileServiceGetProcedure:
+			profileServiceGetHandler.ServeHTTP(w, r)
+		case ProfileServiceListProcedure:
+			profileServiceListHandler.ServeHTTP(w, r)
+		case ProfileServiceRemoveProcedure:
+			profileServiceRemoveHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedProfileServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedProfileServiceHandler struct{}
+
+func (UnimplementedProfileServiceHandler) Put(context.Context, *connect.Request[v1.PutProfileRequest]) (*connect.Response[v1.PutProfileResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.ProfileService.Put is not implemented"))
+}
+
+func (UnimplementedProfileServiceHandler) Get(context.Context, *connect.Request[v1.GetProfileRequest]) (*connect.Response[v1.GetProfileResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.ProfileService.Get is not implemented"))
+}
+
+func (UnimplementedProfileServiceHandler) List(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.ProfileService.List is not implemented"))
+}
+
+func (UnimplementedProfileServiceHandler) Remove(context.Context, *connect.Request[v1.RemoveProfileRequest]) (*connect.Response[v1.RemoveProfileResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.ProfileService.Remove is not implemented"))
 }
 
 // ImageServiceClient is a client for the atoll.v1.ImageService service.
