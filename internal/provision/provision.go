@@ -14,7 +14,7 @@ import (
 // Plan is what the guest gets, and what of it concerns the host.
 type Plan struct {
 	*agentv1.Provision
-	Hostname   string   // that a document asks for; the machine's flags beat it
+	Hostname   string // that a document asks for; the machine's flags beat it
 	Hosts      []*agentv1.HostEntry
 	NTPServers []string
 	KernelArgs []string // added to the kernel's command line
