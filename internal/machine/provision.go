@@ -41,8 +41,12 @@ type ProvisionStatus struct {
 	FailedStep string        // of the last that was not finished
 	ExitCode   *int          // of the command that failed
 	Hostname   string        // that a document asked for and got
+	Log        string        // path of what commands and package managers wrote
 	Step       string        `json:"-"` // under way
 }
+
+// stepProvisioning is the step in which a plan is made.
+const stepProvisioning = "provisioning"
 
 // Files of a machine's directory.
 const (
@@ -57,15 +61,13 @@ type kept struct {
 	HostKeys []hostkey.Key
 }
 
-// ProvisionLogPath is where the output of a machine's provisioning goes.
-func (ms *Machines) ProvisionLogPath(m Machine) string {
-	return filepath.Join(ms.Dir, m.ID.Short(), provisionLogFile)
-}
-
 // prepareProvisioning keeps a new machine's request, with host keys of its own. The files are there before the record is.
 func prepareProvisioning(dir string, r provision.Request) error {
 	keys, err := hostkey.Generate()
 	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
 	return writeWhole(filepath.Join(dir, requestFile), kept{r, keys})
@@ -210,6 +212,15 @@ func (s *starting) provision(c *agentv1.Config) {
 	}
 }
 
+// contents are the bytes that travel beside the guest's configuration.
+func (s *starting) contents() []host.Content {
+	var out []host.Content
+	for _, c := range s.plan.Contents() {
+		out = append(out, host.Content(c))
+	}
+	return out
+}
+
 // isEmpty says that the guest need not be told of a plan.
 func isEmpty(p *plan.Plan) bool {
 	return !p.GetFirst() && len(p.GetMounts())+len(p.GetSecrets())+len(p.GetCommands()) == 0
@@ -217,6 +228,9 @@ func isEmpty(p *plan.Plan) bool {
 
 // kernelArgs is a kernel's command line as the plan would have it.
 func kernelArgs(args string, p *plan.Plan) string {
+	if len(p.KernelArgs)+len(p.DropArgs) == 0 {
+		return args
+	}
 	words := slices.DeleteFunc(strings.Fields(args), func(w string) bool { return slices.Contains(p.DropArgs, w) })
 	for _, w := range p.KernelArgs {
 		if !slices.Contains(words, w) {
@@ -242,20 +256,79 @@ func (s *starting) provisioned() error {
 	default:
 		err = writeWhole(path, standing)
 	}
-	s.m.Provisioning = ProvisionStatus{Done: time.Now(), Digest: s.digest, Hostname: s.m.Provisioning.Hostname}
+	s.m.Provisioning = ProvisionStatus{Done: time.Now(), Digest: s.digest, Hostname: s.m.Provisioning.Hostname, Log: s.m.Provisioning.Log}
 	return errors.Join(err, os.RemoveAll(filepath.Join(s.e.dir, spoolDir)))
 }
 
-// provisionFailed tells the record what a failed start was about when it applied the request.
+// isProvisioning says whether a step of a guest's configuration, as its agent names it, is one of provisioning.
+func isProvisioning(step string) bool {
+	switch step {
+	case "early commands", "groups", "users", "directories", "files", "links", "units", "ssh host keys", "timezone", "locale",
+		"certificate authorities", "mounts", "secrets", "packages", "deferred files", "commands":
+		return true
+	}
+	return false
+}
+
+// defaultPatience is how long a step of provisioning may take without a word: a compiler or a slow mirror says nothing for minutes.
+const defaultPatience = 10 * time.Minute
+
+// guestStep takes notice of a step of the guest's configuration that begins.
+func (s *starting) guestStep(name string) {
+	if !isProvisioning(name) {
+		s.patience.Reset(startTimeout)
+		s.provisionStep = ""
+		s.setStep("")
+		return
+	}
+	s.patience.Reset(s.ms.provisionPatience())
+	s.provisionStep = name
+	s.setStep(name)
+}
+
+// guestOutput keeps what a step of the guest's configuration writes.
+func (s *starting) guestOutput(data []byte) {
+	s.patience.Reset(s.ms.provisionPatience())
+	if err := s.log.write(s.provisionStep, data); err != nil {
+		s.ms.Log.Error("writing a provisioning log", "machine", s.m.ID, "err", err)
+	}
+}
+
+func (ms *Machines) provisionPatience() time.Duration {
+	if ms.ProvisionPatience > 0 {
+		return ms.ProvisionPatience
+	}
+	return defaultPatience
+}
+
+// setStep shows the step that is under way to whoever asks for the machine.
+func (s *starting) setStep(name string) {
+	s.e.mu.Lock()
+	defer s.e.mu.Unlock()
+	s.e.m.Provisioning.Step = name
+}
+
+// provisionFailed is the record's status after a failed start.
 func (s *starting) provisionFailed(cause error) ProvisionStatus {
 	p := s.m.Provisioning
-	p.FailedStep, p.ExitCode, p.Step = "", nil, ""
-	if p.Due == DueNothing && s.provisionStep == "" {
-		return p
+	p.FailedStep, p.ExitCode, p.Step = s.provisionStep, nil, ""
+	if s.running == stepProvisioning {
+		p.FailedStep = stepProvisioning
 	}
-	p.FailedStep = s.provisionStep
-	if f := (*host.Failure)(nil); errors.As(cause, &f) {
-		p.ExitCode = exitCodeOfCommand(f)
+	if f := (*host.Failure)(nil); p.FailedStep != "" && errors.As(cause, &f) {
+		p.ExitCode = f.ExitCode
 	}
 	return p
+}
+
+// withOutput adds the end of what the failed step of provisioning wrote.
+func (s *starting) withOutput(cause error) error {
+	if f := (*host.Failure)(nil); errors.As(cause, &f) {
+		cause = &host.Failure{Class: f.Class, Message: f.Message, ExitCode: f.ExitCode} // the step is named already
+	}
+	tail := s.log.tail(s.provisionStep)
+	if tail == "" {
+		return cause
+	}
+	return hint.With(fmt.Errorf("%w; its last lines:\n%s", cause, tail), "see all of it: atoll logs --provisioning %s", s.m.Spec.Name)
 }
