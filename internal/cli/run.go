@@ -48,7 +48,7 @@ not be executed, 127 when it was not found, 125 when Atoll failed.`,
 			return e.run(cmd.Context(), spec, flags.pull, detach)
 		}),
 	}
-	flags = addSpecFlags(cmd)
+	flags = addSpecFlags(e, cmd)
 	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "print the machine's ID and leave it running")
 	return cmd
 }
@@ -81,7 +81,7 @@ func newCreateCmd(e *environment) *cobra.Command {
 			return nil
 		},
 	}
-	flags = addSpecFlags(cmd)
+	flags = addSpecFlags(e, cmd)
 	return cmd
 }
 
@@ -162,7 +162,9 @@ func (e *environment) run(ctx context.Context, spec *atollv1.MachineSpec, pull s
 // start starts the machine. The error of an entrypoint that could not be executed carries its code, 126 or 127, which the
 // machine knows, or, where it is gone already, the attached stream.
 func (e *environment) start(ctx context.Context, c *client.Client, m *atollv1.Machine, attached <-chan outcome) (warnings []string, err error) {
+	stop := e.watchProvisioning(ctx, c, m.GetId(), false)
 	res, err := c.Machines.Start(ctx, connect.NewRequest(&atollv1.StartMachineRequest{Machine: m.GetId()}))
+	stop()
 	if err == nil {
 		return res.Msg.GetWarnings(), nil
 	}

@@ -128,6 +128,8 @@ type machineDetail struct {
 	Network *networkView `json:"network"`
 	VMM     *vmmView     `json:"vmm"`
 	Steps   []stepView   `json:"steps"` // of the last start
+
+	Provisioning provisionStatusView `json:"provisioning"`
 }
 
 type specView struct {
@@ -154,6 +156,8 @@ type specView struct {
 	Verity        bool     `json:"verity"`
 	StopTimeout   string   `json:"stopTimeout"`
 	Init          string   `json:"init"` // auto, agent or image
+
+	Provisioning *provisionView `json:"provisioning"` // null: nothing was asked for
 }
 
 type networkView struct {
@@ -185,7 +189,8 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Remove: s.GetRemove(), Hostname: s.GetHostname(), CPUs: s.GetCpus(), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(),
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
 		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(),
-	}}
+		Provisioning: newProvisionView(s.GetProvisioning()),
+	}, Provisioning: newProvisionStatusView(m.GetProvisioning())}
 	if t := s.GetStopTimeout(); t != nil {
 		d.Spec.StopTimeout = t.AsDuration().String()
 	}

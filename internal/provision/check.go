@@ -108,9 +108,9 @@ func (r *Request) checkUsers(f *faults) {
 				f.add(place, "", "uid %d stands for no user", *u.UID)
 			}
 		}
-		for what, p := range map[string]string{"home": u.Home, "shell": u.Shell} {
+		for _, p := range []string{u.Home, u.Shell} {
 			if p != "" && (!cleanPath(p) || strings.ContainsRune(p, ':')) {
-				f.add(place, "give an absolute path without a colon", "%s %q", what, short(p))
+				f.add(place, "give an absolute path without a colon", "path %q", short(p))
 			}
 		}
 		for _, g := range u.Groups {
