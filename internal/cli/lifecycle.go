@@ -70,7 +70,7 @@ in place of all that was asked for before.`,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: e.completeMachines(0),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			request, err := flags.provisioning(cmd)
+			request, err := flags.provisioning(e, cmd)
 			if err != nil {
 				return err
 			}
@@ -99,7 +99,7 @@ in place of all that was asked for before.`,
 		},
 	}
 	cmd.Flags().BoolVar(&again, "reprovision", false, "set the guest up again, as at its first boot")
-	flags = addProvisionFlags(e, cmd)
+	flags = addProvisionFlags(cmd)
 	return cmd
 }
 

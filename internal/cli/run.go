@@ -38,6 +38,9 @@ not be executed, 127 when it was not found, 125 when Atoll failed.`,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: e.completeImages(1),
 		RunE: guestCode(func(cmd *cobra.Command, args []string) error {
+			if err := e.setFromEnvironment(cmd); err != nil {
+				return err
+			}
 			spec, err := flags.machine(e, cmd, args)
 			if err != nil {
 				return err
@@ -48,7 +51,8 @@ not be executed, 127 when it was not found, 125 when Atoll failed.`,
 			return e.run(cmd.Context(), spec, flags.pull, detach)
 		}),
 	}
-	flags = addSpecFlags(e, cmd)
+	flags = addSpecFlags(cmd)
+	completeBy(cmd, "profile", e.completeProfiles(0))
 	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "print the machine's ID and leave it running")
 	return cmd
 }
@@ -64,6 +68,9 @@ func newCreateCmd(e *environment) *cobra.Command {
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: e.completeImages(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := e.setFromEnvironment(cmd); err != nil {
+				return err
+			}
 			spec, err := flags.machine(e, cmd, args)
 			if err != nil {
 				return err
@@ -81,7 +88,8 @@ func newCreateCmd(e *environment) *cobra.Command {
 			return nil
 		},
 	}
-	flags = addSpecFlags(e, cmd)
+	flags = addSpecFlags(cmd)
+	completeBy(cmd, "profile", e.completeProfiles(0))
 	return cmd
 }
 

@@ -24,7 +24,6 @@ import (
 
 // provisionFlags are the flags of run, create and start that say what is set in the guest at its first boot.
 type provisionFlags struct {
-	env      *environment
 	request  *atollv1.Provisioning
 	userData string
 	ignition string
@@ -39,8 +38,8 @@ type provisionFlags struct {
 // provisionFlagNames are those that addProvisionFlags adds.
 var provisionFlagNames = []string{"user-data", "ignition", "ssh-key", "ssh-host-key", "timezone", "locale", "ntp", "package", "add-user", "file", "secret", "mount"}
 
-func addProvisionFlags(e *environment, cmd *cobra.Command) *provisionFlags {
-	p := &provisionFlags{env: e, request: &atollv1.Provisioning{}}
+func addProvisionFlags(cmd *cobra.Command) *provisionFlags {
+	p := &provisionFlags{request: &atollv1.Provisioning{}}
 	f := cmd.Flags()
 	f.StringVar(&p.userData, "user-data", "", "set the guest up from a `FILE` at the first boot, or - for standard input: a\nscript (#!), #cloud-config, multi-part, Ignition or Butane")
 	f.StringVar(&p.ignition, "ignition", "", "set the guest up from a `FILE` of Ignition (JSON) or Butane (YAML)")
@@ -75,15 +74,15 @@ func (p *provisionFlags) given(cmd *cobra.Command) bool {
 }
 
 // provisioning reads what the flags name here; the daemon checks the rest. nil: nothing was asked for.
-func (p *provisionFlags) provisioning(cmd *cobra.Command) (*atollv1.Provisioning, error) {
+func (p *provisionFlags) provisioning(e *environment, cmd *cobra.Command) (*atollv1.Provisioning, error) {
 	if !p.given(cmd) {
 		return nil, nil
 	}
 	var faults []error
 	var err error
-	p.request.UserData, err = p.document(cmd, "user-data", p.userData)
+	p.request.UserData, err = p.document(e, cmd, "user-data", p.userData)
 	faults = append(faults, err)
-	p.request.Ignition, err = p.document(cmd, "ignition", p.ignition)
+	p.request.Ignition, err = p.document(e, cmd, "ignition", p.ignition)
 	faults = append(faults, err)
 	for _, given := range p.keys {
 		keys, err := publicKeys("--ssh-key", given)
@@ -114,7 +113,7 @@ func (p *provisionFlags) provisioning(cmd *cobra.Command) (*atollv1.Provisioning
 		faults = append(faults, err)
 	}
 	for _, given := range p.secrets {
-		id, value, err := p.env.secret(given)
+		id, value, err := e.secret(given)
 		p.request.Secrets = append(p.request.Secrets, &atollv1.Secret{Name: id, Data: value})
 		faults = append(faults, err)
 	}
@@ -137,7 +136,7 @@ func wrapFlag(flag string, err error) error {
 // maxDocument is what the daemon takes of user-data and of Ignition.
 const maxDocument = 16 << 20
 
-func (p *provisionFlags) document(cmd *cobra.Command, flag, path string) ([]byte, error) {
+func (p *provisionFlags) document(e *environment, cmd *cobra.Command, flag, path string) ([]byte, error) {
 	if !cmd.Flags().Changed(flag) {
 		return nil, nil
 	}
@@ -150,10 +149,10 @@ func (p *provisionFlags) document(cmd *cobra.Command, flag, path string) ([]byte
 	if p.userData == p.ignition {
 		return nil, usagef("--user-data - and --ignition -: both would read standard input")
 	}
-	if _, terminal := ui.Terminal(p.env.Stdin); terminal {
+	if _, terminal := ui.Terminal(e.Stdin); terminal {
 		return nil, hint.With(fmt.Errorf("--%s -: it is not typed at a terminal", flag), "name a file, or redirect the input")
 	}
-	return readAll("--"+flag+" -", p.env.Stdin, maxDocument)
+	return readAll("--"+flag+" -", e.Stdin, maxDocument)
 }
 
 func readFile(flag, path string, most int64) ([]byte, error) {

@@ -85,6 +85,7 @@ type Spec struct {
 	Init          string // InitAuto, InitAgent or InitImage
 	// Provisioning is what is set in the guest at its first boot. Create takes it whole; a record has it redacted.
 	Provisioning provision.Request
+	Profiles     []string // where some of all this came from; for people
 }
 
 // Machine is the record of one machine: spec and status, as stored.
