@@ -33,7 +33,6 @@ import (
 	"github.com/coreos/ignition/v2/config/v3_7_experimental/types"
 	"github.com/coreos/vcontext/path"
 	"github.com/coreos/vcontext/report"
-	"github.com/coreos/vcontext/tree"
 	vyaml "github.com/coreos/vcontext/yaml"
 	"gopkg.in/yaml.v3"
 )
@@ -109,8 +108,8 @@ func translateButane(raw []byte, filesDir string) (document []byte, warnings, fa
 		return nil, nil, []string{"more than one YAML document: what follows the second --- would be ignored"}
 	}
 	root, err := vyaml.UnmarshalToContext(raw)
-	if err != nil {
-		return nil, nil, []string{err.Error()}
+	if err != nil || root == nil {
+		return nil, nil, []string{fmt.Sprintf("no YAML mapping: %v", err)}
 	}
 	t, err := translatorFor(head.Variant, head.Version)
 	if err != nil {
@@ -124,22 +123,29 @@ func translateButane(raw []byte, filesDir string) (document []byte, warnings, fa
 	for i, f := range faults {
 		faults[i] = strings.Replace(f, common.ErrNoFilesDir.Error(), "a local file is embedded by the command that reads the config from a file; here only its text has come", 1)
 	}
-	var sugar report.Report
-	if top, ok := root.(tree.MapNode); ok {
-		for _, key := range []string{"boot_device", "grub"} {
-			if _, ok := top.Children[key]; ok {
-				sugar.AddOnError(path.New("yaml", key), fmt.Errorf("%s is not implemented: a machine's kernel and root disk come from Atoll", key))
-			}
+	var ours report.Report
+	for _, key := range []string{"boot_device", "grub"} {
+		if _, err := root.Get(path.New("yaml", key)); err == nil {
+			ours.AddOnError(path.New("yaml", key), fmt.Errorf("%s is not implemented: a machine's kernel and root disk come from Atoll", key))
 		}
 	}
-	if err == nil && len(sugar.Entries) == 0 {
+	switch {
+	case len(ours.Entries) > 0: // what they stand for is not named too
+	case err != nil:
+		// What is refused is said along with the other faults, as far as it can be read.
+		for _, field := range []string{"disks", "raid", "luks", "filesystems"} {
+			if _, err := root.Get(path.New("yaml", "storage", field)); err == nil {
+				ours.AddOnError(path.New("yaml", "storage", field), noStorage(field))
+			}
+		}
+	default:
 		config, _, err := latest.ParseCompatibleVersion(document)
 		if err != nil {
 			return nil, nil, append(faults, err.Error())
 		}
-		sugar = util.TranslateReportPaths(refusals(config), translate.TranslationSet{})
+		ours = util.TranslateReportPaths(refusals(config), translate.TranslationSet{})
 	}
-	lines(&sugar, root)
-	_, more := sorted(sugar)
+	ours.Correlate(root)
+	_, more := sorted(ours)
 	return document, warnings, append(faults, more...)
 }

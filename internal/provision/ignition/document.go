@@ -1,11 +1,13 @@
 package ignition
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
 	"net/url"
+	"slices"
 	"strings"
 
 	ignerrors "github.com/coreos/ignition/v2/config/shared/errors"
@@ -14,7 +16,6 @@ import (
 	vjson "github.com/coreos/vcontext/json"
 	"github.com/coreos/vcontext/path"
 	"github.com/coreos/vcontext/report"
-	"github.com/coreos/vcontext/tree"
 )
 
 // parse reads one config of either language. Whatever the version, the config comes as the newest one has it.
@@ -38,8 +39,8 @@ func parse(raw []byte) (config types.Config, warnings, faults []string) {
 		}
 	}
 	ours := refusals(config)
-	if root, err := vjson.UnmarshalToContext(raw); err == nil {
-		lines(&ours, root)
+	if root, err := vjson.UnmarshalToContext(raw); err == nil && root != nil {
+		ours.Correlate(root)
 	}
 	_, more := sorted(ours)
 	return config, warnings, append(faults, more...)
@@ -59,7 +60,13 @@ func versionFault(raw []byte, err error) string {
 
 // sorted tells what is fatal in a report. A key that the specification does not know is: its author wanted something with it.
 func sorted(rep report.Report) (warnings, faults []string) {
-	for _, e := range rep.Entries {
+	// The official library goes over maps, in any order.
+	entries := slices.SortedStableFunc(slices.Values(rep.Entries), func(a, b report.Entry) int {
+		aLine, aColumn := a.Marker.Start()
+		bLine, bColumn := b.Marker.Start()
+		return cmp.Or(cmp.Compare(aLine, bLine), cmp.Compare(aColumn, bColumn), strings.Compare(describe(a), describe(b)))
+	})
+	for _, e := range entries {
 		switch {
 		case e.Kind.IsFatal() || strings.HasPrefix(e.Message, "unused key"):
 			faults = append(faults, describe(e))
@@ -90,18 +97,11 @@ func describe(e report.Entry) string {
 // refusals names what the config asks for and Atoll does not do, and values that Ignition lets pass and no guest can have.
 func refusals(c types.Config) report.Report {
 	var r refusal
-	for _, f := range []struct {
-		name    string
-		entries int
-		because string
-	}{
-		{"disks", len(c.Storage.Disks), "a machine's root disk comes from its image"},
-		{"raid", len(c.Storage.Raid), "a machine's root disk comes from its image"},
-		{"luks", len(c.Storage.Luks), "a machine's root disk comes from its image"},
-		{"filesystems", len(c.Storage.Filesystems), "mount with a systemd unit, or with the machine's volumes"},
+	for field, entries := range map[string]int{
+		"disks": len(c.Storage.Disks), "raid": len(c.Storage.Raid), "luks": len(c.Storage.Luks), "filesystems": len(c.Storage.Filesystems),
 	} {
-		if f.entries > 0 {
-			r.add(fmt.Errorf("storage.%s is not implemented: %s", f.name, f.because), "storage", f.name)
+		if entries > 0 {
+			r.add(noStorage(field), "storage", field)
 		}
 	}
 	r.source(c.Ignition.Config.Replace, "ignition", "config", "replace")
@@ -146,6 +146,13 @@ func refusals(c types.Config) report.Report {
 		r.argument(string(a), "kernelArguments", "shouldNotExist", i)
 	}
 	return r.Report
+}
+
+func noStorage(field string) error {
+	if field == "filesystems" {
+		return errors.New("storage.filesystems is not implemented: use the machine's volumes, or mount with a systemd unit")
+	}
+	return fmt.Errorf("storage.%s is not implemented: a machine's root disk comes from its image", field)
 }
 
 type refusal struct{ report.Report }
@@ -208,11 +215,4 @@ func shown(u *url.URL) string {
 		c.RawQuery = "…"
 	}
 	return strings.Replace(c.Redacted(), "?%E2%80%A6", "?…", 1)
-}
-
-// lines gives the entries of a report their places in a document.
-func lines(rep *report.Report, root tree.Node) {
-	if root != nil {
-		rep.Correlate(root)
-	}
 }

@@ -8,7 +8,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/http"
 	"regexp"
@@ -102,9 +101,9 @@ func Apply(ctx context.Context, raw []byte, p *plan.Plan, o Options) error {
 
 // invalid is the error for faults that a person mends in the config.
 func invalid(what string, faults []string) error {
-	err := fmt.Errorf("%s: %w", what, errors.New(faults[0]))
+	err := fmt.Errorf("%s: %s: %w", what, faults[0], errdefs.ErrInvalidArgument)
 	if len(faults) > 1 {
-		err = fmt.Errorf("%s: %d faults:\n  %s", what, len(faults), strings.Join(faults, "\n  "))
+		err = fmt.Errorf("%s: %w: %d faults:\n  %s", what, errdefs.ErrInvalidArgument, len(faults), strings.Join(faults, "\n  "))
 	}
-	return hint.With(fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument), "mend the config; docs/provisioning-ignition.md says what each field does here, and what is not implemented")
+	return hint.With(err, "mend the config; docs/provisioning-ignition.md says what each field does here, and what is not implemented")
 }
