@@ -116,6 +116,12 @@ func translateButane(raw []byte, filesDir string) (document []byte, warnings, fa
 		return nil, nil, []string{err.Error()}
 	}
 	document, rep, err := t(raw, common.TranslateBytesOptions{TranslateOptions: common.TranslateOptions{FilesDir: filesDir}})
+	for i, e := range rep.Entries {
+		// A person has written this file: a key that Butane does not know is a slip. (butane --strict; Ignition itself lets such keys pass.)
+		if strings.HasPrefix(e.Message, "unused key") {
+			rep.Entries[i].Kind = report.Error
+		}
+	}
 	warnings, faults = sorted(rep)
 	if err != nil && len(faults) == 0 {
 		faults = append(faults, err.Error())

@@ -58,7 +58,7 @@ func versionFault(raw []byte, err error) string {
 	return err.Error()
 }
 
-// sorted tells what is fatal in a report. A key that the specification does not know is: its author wanted something with it.
+// sorted tells what is fatal in a report.
 func sorted(rep report.Report) (warnings, faults []string) {
 	// The official library goes over maps, in any order.
 	entries := slices.SortedStableFunc(slices.Values(rep.Entries), func(a, b report.Entry) int {
@@ -67,10 +67,9 @@ func sorted(rep report.Report) (warnings, faults []string) {
 		return cmp.Or(cmp.Compare(aLine, bLine), cmp.Compare(aColumn, bColumn), strings.Compare(describe(a), describe(b)))
 	})
 	for _, e := range entries {
-		switch {
-		case e.Kind.IsFatal() || strings.HasPrefix(e.Message, "unused key"):
+		if e.Kind.IsFatal() {
 			faults = append(faults, describe(e))
-		default:
+		} else {
 			warnings = append(warnings, describe(e))
 		}
 	}
