@@ -1,6 +1,7 @@
 package ignition
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -31,6 +32,9 @@ func parse(raw []byte) (config types.Config, warnings, faults []string) {
 	if err != nil && len(faults) == 0 {
 		faults = append(faults, versionFault(raw, err))
 	}
+	if syntax := (*json.SyntaxError)(nil); errors.As(json.Unmarshal(raw, new(any)), &syntax) {
+		return config, nil, []string{fmt.Sprintf("%s: %v", position(raw, int(syntax.Offset)), syntax)}
+	}
 	if err != nil {
 		// What is refused is said along with the other faults, as far as it can be read.
 		config = types.Config{}
@@ -44,6 +48,12 @@ func parse(raw []byte) (config types.Config, warnings, faults []string) {
 	}
 	_, more := sorted(ours)
 	return config, warnings, append(faults, more...)
+}
+
+// position is where the byte is that ends what could be read. (The library gives up on the last one.)
+func position(raw []byte, end int) string {
+	head := raw[:max(0, min(end, len(raw))-1)]
+	return fmt.Sprintf("line %d col %d", 1+bytes.Count(head, []byte("\n")), len(head)-bytes.LastIndexByte(head, '\n'))
 }
 
 func versionFault(raw []byte, err error) string {

@@ -337,7 +337,7 @@ func take(r io.Reader, res types.Resource, most int64, open func() *spill) (_ co
 	if value(res.Compression) == "gzip" {
 		packed, err := gzip.NewReader(r)
 		if err != nil {
-			return content{}, fmt.Errorf("unpacking it: %w: %w", err, errdefs.ErrDataLoss)
+			return content{}, noGzip(err)
 		}
 		r = packed
 	}
@@ -345,8 +345,10 @@ func take(r io.Reader, res types.Resource, most int64, open func() *spill) (_ co
 	defer func() { err = errors.Join(err, to.close(err != nil)) }()
 	size, err := io.Copy(io.MultiWriter(to, sum), io.LimitReader(r, most+1))
 	switch {
+	case to.err != nil:
+		return content{}, hint.With(fmt.Errorf("keeping it in %s: %w: %w", to.dir, to.err, errdefs.ErrResourceExhausted), "check the free space there")
 	case err != nil:
-		return content{}, fmt.Errorf("reading it: %w: %w", err, errdefs.ErrDataLoss)
+		return content{}, noGzip(err)
 	case size > most:
 		return content{}, hint.With(fmt.Errorf("it has more than the %d bytes that are left to this config: %w", most, errdefs.ErrResourceExhausted), "put large data into the image or on a volume")
 	}
@@ -354,6 +356,10 @@ func take(r io.Reader, res types.Resource, most int64, open func() *spill) (_ co
 		return content{}, hint.With(fmt.Errorf("its hash is %s, and the config wants %s: %w", got, want, errdefs.ErrDataLoss), "mend verification.hash if the source was changed on purpose")
 	}
 	return to.content(size), nil
+}
+
+func noGzip(err error) error {
+	return hint.With(fmt.Errorf("unpacking it: %w: %w", err, errdefs.ErrDataLoss), "compression is for a source that is one whole gzip file")
 }
 
 // verification returns what hashes, and the wanted sum; where nothing is wanted, a hash that nobody asks.
@@ -378,30 +384,36 @@ type spill struct {
 	buf  bytes.Buffer
 	file *os.File
 	none bool // keep nothing
+	err  error
 }
 
-func (s *spill) Write(p []byte) (int, error) {
-	if s.none {
+func (s *spill) Write(p []byte) (n int, err error) {
+	switch {
+	case s.none:
 		return len(p), nil
-	}
-	if s.file != nil {
-		return s.file.Write(p)
-	}
-	if s.buf.Len()+len(p) <= s.most {
+	case s.file == nil && s.buf.Len()+len(p) <= s.most:
 		return s.buf.Write(p)
+	case s.file == nil:
+		s.err = s.open()
 	}
+	if s.err == nil {
+		n, s.err = s.file.Write(p)
+	}
+	return n, s.err
+}
+
+func (s *spill) open() error {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
-		return 0, err
+		return err
 	}
-	var err error
-	if s.file, err = os.CreateTemp(s.dir, "content-"); err != nil { // 0600
-		return 0, err
+	file, err := os.CreateTemp(s.dir, "content-") // 0600
+	if err != nil {
+		return err
 	}
-	if _, err := s.file.Write(s.buf.Bytes()); err != nil {
-		return 0, err
-	}
+	s.file = file
+	_, err = s.file.Write(s.buf.Bytes())
 	s.buf = bytes.Buffer{}
-	return s.file.Write(p)
+	return err
 }
 
 func (s *spill) content(size int64) content {

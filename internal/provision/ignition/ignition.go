@@ -84,13 +84,18 @@ func Check(raw []byte) (warnings []string, err error) {
 
 // Apply fetches what the config refers to and adds what it says to p. After an error p is as before.
 func Apply(ctx context.Context, raw []byte, p *plan.Plan, o Options) error {
-	r := &renderer{fetch: newFetcher(o)}
-	defer r.fetch.close()
+	f := newFetcher(o)
+	defer f.close()
+	return applyWith(ctx, f, raw, p)
+}
+
+func applyWith(ctx context.Context, f *fetcher, raw []byte, p *plan.Plan) error {
+	r := &renderer{fetch: f}
 	config, err := r.whole(ctx, raw)
 	if err != nil {
 		return err
 	}
-	d, err := download(ctx, r.fetch, config)
+	d, err := download(ctx, f, config)
 	if err != nil {
 		return err
 	}

@@ -7,6 +7,8 @@ import (
 	"github.com/containerd/errdefs"
 	latest "github.com/coreos/ignition/v2/config/v3_7_experimental"
 	"github.com/coreos/ignition/v2/config/v3_7_experimental/types"
+
+	"github.com/atollvm/atoll/internal/hint"
 	"github.com/coreos/ignition/v2/config/validate"
 )
 
@@ -94,7 +96,7 @@ func (r *renderer) referred(ctx context.Context, res types.Resource) (types.Conf
 
 func (r *renderer) parse(raw []byte, where string) (types.Config, error) {
 	if r.documents++; r.documents > mostDocuments {
-		return types.Config{}, fmt.Errorf("the config consists of more than %d configs: %w", mostDocuments, errdefs.ErrInvalidArgument)
+		return types.Config{}, hint.With(fmt.Errorf("the config consists of more than %d configs: %w", mostDocuments, errdefs.ErrInvalidArgument), "look for a config that refers to itself")
 	}
 	config, warnings, faults := parse(raw)
 	for _, w := range warnings {
