@@ -175,7 +175,7 @@ func (s *starting) compile(ctx context.Context) (err error) {
 	if err := os.RemoveAll(spool); err != nil {
 		return err
 	}
-	s.plan, err = provision.Compile(ctx, k.Request, provision.Options{HostKeys: k.HostKeys, Spool: spool})
+	s.plan, err = provision.Compile(ctx, k.Request, provision.Options{HostKeys: k.HostKeys, Spool: spool, Transport: s.ms.Fetch})
 	if err != nil {
 		return err
 	}
