@@ -64,7 +64,8 @@ func Run(version string) error {
 	if err := mounts.LoadModules(moduleDir); err != nil {
 		console(err.Error()) // the host may be reached all the same
 	}
-	syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: 1024, Max: 512 << 10}) // as systemd gives its services
+	syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: 1024, Max: 512 << 10})                    // as systemd gives its services
+	syscall.Setrlimit(unix.RLIMIT_NPROC, &syscall.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}) // as Docker has it; the kernel's is by memory
 	a.processes = process.NewSupervisor()
 	go a.obey()
 

@@ -42,18 +42,19 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 		{"modules", func() error { return loadFeatures(c.GetModules()) }},
 		{"root", func() error { return a.mountRoot(c.GetRoot()) }},
 		{"file systems", mounts.System},
+		when(len(c.GetVolumes()) > 0, step{"volumes", func() error { return mounts.Volumes(c.GetVolumes(), c.GetRoot().GetReadOnly()) }}),
+		when(len(c.GetTmpfs()) > 0, step{"tmpfs", func() error { return mounts.Tmpfs(c.GetTmpfs()) }}),
 		{"shares", func() error { return mounts.Shares(c.GetShares()) }},
 		{"control groups", process.SetUpCgroups},
 		{"hostname", func() error { return setHostname(c) }},
 		{"network", func() error { return netconf.Set(c.GetInterfaces()) }},
-		{"read-only root", func() error {
-			if !c.GetRoot().GetReadOnly() {
-				return nil
-			}
-			return mounts.MakeReadOnly()
-		}},
+		when(len(c.GetSysctls()) > 0, step{"sysctls", func() error { return setSysctls(c.GetSysctls()) }}),
+		when(c.GetRoot().GetReadOnly(), step{"read-only root", func() error { return makeReadOnly(c) }}),
 		last,
 	} {
+		if step.do == nil {
+			continue
+		}
 		// The host may go meanwhile; the machine is made all the same, and the next host finds it configured.
 		transport.WriteMsg(host, &agentv1.Progress{Step: step.name, UptimeNanos: int64(uptime())})
 		if err := step.do(); err != nil {
@@ -73,6 +74,14 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 type step struct {
 	name string
 	do   func() error
+}
+
+// when is a step that has nothing to do, and is not even told, unless it is needed.
+func when(needed bool, s step) step {
+	if !needed {
+		return step{}
+	}
+	return s
 }
 
 func failed(step string, err error) *agentv1.Progress {

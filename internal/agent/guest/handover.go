@@ -30,11 +30,12 @@ const (
 
 // successor is the image's init, ready to take PID 1 over.
 type successor struct {
-	path  string
-	argv  []string
-	env   []string
-	slave int
-	hand  *os.File // closed by the exec, which tells the agent beside that it is over
+	path   string
+	argv   []string
+	env    []string
+	limits []process.Limit
+	slave  int
+	hand   *os.File // closed by the exec, which tells the agent beside that it is over
 }
 
 // prepareInit finds the image's init, gives it a console, and starts the agent's next process, which waits for the hand-over.
@@ -89,7 +90,7 @@ func (a *Agent) prepareInit(c *agentv1.Config) (*successor, error) {
 	if err := transport.WriteMsg(ours, &agentv1.Config{Process: p, Hostname: c.GetHostname()}); err != nil {
 		return nil, err
 	}
-	return &successor{path: path, argv: p.GetArgv(), env: env, slave: slave, hand: ours}, nil
+	return &successor{path: path, argv: p.GetArgv(), env: env, limits: limits(p), slave: slave, hand: ours}, nil
 }
 
 // become makes this process, PID 1, the image's init. last is the last thing to do as the agent: the host's next hello, which may
@@ -101,6 +102,9 @@ func (s *successor) become(p *port, last func()) error {
 	last()
 	if p != nil {
 		p.mute()
+	}
+	if err := process.SetLimits(0, s.limits); err != nil {
+		return err
 	}
 	for fd := range 3 {
 		if err := unix.Dup3(s.slave, fd, 0); err != nil {
