@@ -6,7 +6,7 @@ import (
 	"cmp"
 	"crypto/tls"
 	"crypto/x509"
-	"fmt"
+	"log/slog"
 	"net/http"
 	"net/url"
 	"os"
@@ -16,15 +16,15 @@ import (
 )
 
 // fetching makes the requests of documents that machines are provisioned with, through the proxy of the settings and with their
-// certificate authorities.
-func fetching(s config.Settings) (*http.Transport, error) {
+// certificate authorities. One that cannot be read is left out: it must not keep the daemon from starting.
+func fetching(s config.Settings, log *slog.Logger) *http.Transport {
 	t := http.DefaultTransport.(*http.Transport).Clone()
 	p := httpproxy.FromEnvironment()
 	p.HTTPProxy, p.HTTPSProxy, p.NoProxy = cmp.Or(s.Proxy.HTTP, p.HTTPProxy), cmp.Or(s.Proxy.HTTPS, p.HTTPSProxy), cmp.Or(s.Proxy.No, p.NoProxy)
 	proxy := p.ProxyFunc()
 	t.Proxy = func(r *http.Request) (*url.URL, error) { return proxy(r.URL) }
 	if len(s.TLS.CA) == 0 {
-		return t, nil
+		return t
 	}
 	pool, err := x509.SystemCertPool()
 	if err != nil {
@@ -33,10 +33,11 @@ func fetching(s config.Settings) (*http.Transport, error) {
 	for _, path := range s.TLS.CA {
 		pem, err := os.ReadFile(path)
 		if err != nil {
-			return nil, fmt.Errorf("reading a certificate authority: %w", err)
+			log.Error("reading a certificate authority", "path", path, "err", err)
+			continue
 		}
 		pool.AppendCertsFromPEM(pem) // that it holds some is checked with the settings
 	}
 	t.TLSClientConfig = &tls.Config{RootCAs: pool}
-	return t, nil
+	return t
 }
