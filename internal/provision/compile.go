@@ -61,9 +61,6 @@ func Compile(ctx context.Context, r Request, o Options) (*plan.Plan, error) {
 			p.Packages.Names = append(p.Packages.Names, name)
 		}
 	}
-	if p.Packages != nil && len(r.Packages) > 0 {
-		p.Packages.Update = true // an image has no lists of packages, or old ones
-	}
 	return p, r.applyHostKeys(p, o.HostKeys)
 }
 
