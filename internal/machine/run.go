@@ -29,6 +29,7 @@ type run struct {
 	agent     *host.Client  // nil while the channel is down
 	connected chan struct{} // closed while it is up
 	killed    bool          // Atoll ended the VMM
+	synced    time.Time     // when its clock was last compared
 }
 
 func newRun(inst vmm.Instance, e *entry) *run {
@@ -156,7 +157,9 @@ func (ms *Machines) listen(ctx context.Context, e *entry, r *run) {
 			}
 			r.drop()
 		} else {
-			err = r.connect(ctx, e.get().AgentToken)
+			if err = r.connect(ctx, e.get().AgentToken); err == nil {
+				ms.workers.Go(func() { ms.syncClock(ctx, e, r) }) // nobody knows what has been meanwhile
+			}
 		}
 		if err != nil && ctx.Err() == nil {
 			ms.Log.Debug("agent channel broke", "machine", e.get().ID, "err", err)
