@@ -29,6 +29,7 @@ type run struct {
 	agent     *host.Client  // nil while the channel is down
 	connected chan struct{} // closed while it is up
 	killed    bool          // Atoll ended the VMM
+	synced    time.Time     // when its clock was last compared
 }
 
 func newRun(inst vmm.Instance, e *entry) *run {
@@ -68,12 +69,12 @@ func causeOf(ctx context.Context, err error) error {
 	return err
 }
 
-func (r *run) configure(ctx context.Context, c *agentv1.Config, progress func(step string)) error {
+func (r *run) configure(ctx context.Context, c *agentv1.Config, contents []host.Content, tell host.Configuring) error {
 	agent, err := r.client()
 	if err != nil {
 		return err
 	}
-	return agent.Configure(ctx, c, progress)
+	return agent.ConfigureWith(ctx, c, contents, tell)
 }
 
 // client returns the agent, or errdefs.ErrUnavailable while the channel is down.
@@ -156,7 +157,9 @@ func (ms *Machines) listen(ctx context.Context, e *entry, r *run) {
 			}
 			r.drop()
 		} else {
-			err = r.connect(ctx, e.get().AgentToken)
+			if err = r.connect(ctx, e.get().AgentToken); err == nil {
+				ms.workers.Go(func() { ms.syncClock(ctx, e, r) }) // nobody knows what has been meanwhile
+			}
 		}
 		if err != nil && ctx.Err() == nil {
 			ms.Log.Debug("agent channel broke", "machine", e.get().ID, "err", err)
