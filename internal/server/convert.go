@@ -27,6 +27,7 @@ func specFrom(s *atollv1.MachineSpec) (machine.Spec, error) {
 		Labels: s.GetLabels(), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(), StopSignal: s.GetStopSignal(),
 		Verity: s.GetVerity(), Init: s.GetInit(),
 	}
+	guestFrom(s, &spec)
 	if t := s.GetStopTimeout(); t != nil {
 		spec.StopTimeout = t.AsDuration()
 	}
@@ -93,9 +94,11 @@ func machineTo(m machine.Machine) *atollv1.Machine {
 			Vmm: s.VMM, Platform: s.Platform, StopSignal: s.StopSignal, StopTimeout: durationpb.New(s.StopTimeout),
 			Verity: s.Verity, Init: s.Init,
 		},
+		Health: healthTo(&m), ExposedPorts: m.Image.ExposedPorts, Volumes: m.Image.Volumes,
 		CreatedAt: stamp(m.Created), StartedAt: stamp(m.Started), FinishedAt: stamp(m.Finished),
 		Vmm: &atollv1.VMMStatus{Driver: m.VMM.Driver, Accelerator: m.VMM.Accelerator, Pid: int32(m.VMM.PID), Kernel: m.VMM.Kernel, Console: m.VMM.Console},
 	}
+	guestTo(s, out.Spec)
 	for _, st := range m.Steps {
 		out.Steps = append(out.Steps, &atollv1.StepTime{Name: st.Name, Took: durationpb.New(st.Took)})
 	}
