@@ -92,6 +92,7 @@ type machineView struct {
 	Address     string     `json:"address"`
 	Ports       ports      `json:"ports"` // as bound; none unless it runs
 	Labels      labels     `json:"labels"`
+	Health      string     `json:"health"` // starting, healthy or unhealthy; empty: there is no check
 }
 
 // Names is Docker's word for Name in templates.
@@ -104,6 +105,7 @@ func newMachineView(m *atollv1.Machine, now time.Time) machineView {
 		Error: m.GetError(), FailedStep: m.GetFailedStep(),
 		CreatedAt: clock(m.GetCreatedAt()), StartedAt: clockOrNil(m.GetStartedAt()), FinishedAt: clockOrNil(m.GetFinishedAt()),
 		Address: m.GetNetwork().GetAddress(), Ports: ports{}, Labels: m.GetSpec().GetLabels(),
+		Health: m.GetHealth().GetStatus(),
 	}
 	if v.Image == "" {
 		v.Image = m.GetSpec().GetImage()
@@ -128,6 +130,10 @@ type machineDetail struct {
 	Network *networkView `json:"network"`
 	VMM     *vmmView     `json:"vmm"`
 	Steps   []stepView   `json:"steps"` // of the last start
+
+	HealthStatus *healthView `json:"healthStatus"` // null: there is no check
+	ExposedPorts []string    `json:"exposedPorts"` // of the image
+	Volumes      []string    `json:"volumes"`      // that it declares
 }
 
 type specView struct {
@@ -154,6 +160,7 @@ type specView struct {
 	Verity        bool     `json:"verity"`
 	StopTimeout   string   `json:"stopTimeout"`
 	Init          string   `json:"init"` // auto, agent or image
+	guestView
 }
 
 type networkView struct {
@@ -184,8 +191,8 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Env: list(s.GetEnv()), WorkingDir: s.GetWorkingDir(), User: s.GetUser(), TTY: s.GetTty(), Stdin: s.GetStdin(),
 		Remove: s.GetRemove(), Hostname: s.GetHostname(), CPUs: s.GetCpus(), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(),
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
-		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(),
-	}}
+		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(), guestView: newGuestView(s),
+	}, HealthStatus: newHealthView(m.GetHealth()), ExposedPorts: list(m.GetExposedPorts()), Volumes: list(m.GetVolumes())}
 	if t := s.GetStopTimeout(); t != nil {
 		d.Spec.StopTimeout = t.AsDuration().String()
 	}
@@ -231,7 +238,7 @@ func status(m *atollv1.Machine, now time.Time) string {
 	}
 	switch m.GetState() {
 	case atollv1.MachineState_MACHINE_STATE_RUNNING:
-		return "Up" + since(m.GetStartedAt())
+		return "Up" + since(m.GetStartedAt()) + healthNote(m.GetHealth())
 	case atollv1.MachineState_MACHINE_STATE_PAUSED:
 		return "Up" + since(m.GetStartedAt()) + " (Paused)"
 	case atollv1.MachineState_MACHINE_STATE_STOPPED:
