@@ -60,6 +60,7 @@ func addSpecFlags(cmd *cobra.Command) *specFlags {
 	f.StringVar(&s.spec.Init, "init", "", "who is PID 1: agent; image, its own init; auto, the latter where the\nimage runs an init such as /sbin/init (default auto)")
 	s.guest.add(cmd, s.spec)
 	s.health.add(cmd)
+	f.StringArrayVar(&s.spec.Profiles, "profile", nil, "settings of this `NAME` hold where no flag says otherwise; later ones win")
 	complete(cmd, "init", "auto", "agent", "image")
 	complete(cmd, "pull", "always", "missing", "never")
 	complete(cmd, "vmm", "auto", "qemu")

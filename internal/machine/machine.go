@@ -94,6 +94,7 @@ type Spec struct {
 	PublishAll    bool         // every port that the image exposes
 	Health        health.Check // over the image's
 	KernelArgs    []string
+	Profiles      []string // where some of all this came from; for people
 }
 
 // Tmpfs is a file system in memory.
