@@ -48,6 +48,7 @@ type Agent struct {
 	waiting    bool                            // configured without an entrypoint: for Exec and Container
 	containers map[string]*container.Container // by their ids, while they run
 	root       *mounts.Root
+	language   string // a locale, or empty
 	entrypoint *entrypoint
 	reason     agentv1.GoingDown_Reason // why the machine will go down, once that is known
 	events     events

@@ -87,7 +87,7 @@ func (a *Agent) prepareInit(c *agentv1.Config) (*successor, error) {
 	}
 	theirs.Close()
 	null.Close()
-	if err := transport.WriteMsg(ours, &agentv1.Config{Process: p, Hostname: c.GetHostname()}); err != nil {
+	if err := transport.WriteMsg(ours, &agentv1.Config{Process: p, Hostname: c.GetHostname(), Provision: &agentv1.Provision{Locale: c.GetProvision().GetLocale()}}); err != nil {
 		return nil, err
 	}
 	return &successor{path: path, argv: p.GetArgv(), env: env, limits: limits(p), slave: slave, hand: ours}, nil
@@ -136,6 +136,7 @@ func Beside(version string) error {
 	a.entrypoint = &entrypoint{Process: init, stdin: newStdinQueue(init)}
 	a.init = &imageInit{stopSignal: c.GetProcess().GetStopSignal()}
 	a.configured = true
+	a.setLanguage(c)
 	a.events.add(&agentv1.Event{Kind: &agentv1.Event_Started{Started: &agentv1.EntrypointStarted{Pid: 1}}})
 	go a.copyConsole(init.Stdout)
 
