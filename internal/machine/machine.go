@@ -82,6 +82,7 @@ type Spec struct {
 	StopTimeout   time.Duration
 	Verity        bool   // root disks must verify
 	Init          string // InitAuto, InitAgent or InitImage
+	Metadata      Metadata
 }
 
 // Machine is the record of one machine: spec and status, as stored.
@@ -188,15 +189,17 @@ type Networks interface {
 }
 
 // endpoint is the machine's NIC as the network sees it.
-func (m *Machine) endpoint() network.Endpoint {
+func (m *Machine) endpoint(n network.Network) (network.Endpoint, error) {
+	document, err := m.document(n)
 	return network.Endpoint{
-		ID:      m.ID.Short(),
-		Name:    m.Spec.Name,
-		Aliases: aliases(m),
-		MAC:     m.Lease.MAC,
-		Address: m.Lease.Address,
-		Ports:   m.Spec.Ports,
-	}
+		ID:       m.ID.Short(),
+		Name:     m.Spec.Name,
+		Aliases:  aliases(m),
+		MAC:      m.Lease.MAC,
+		Address:  m.Lease.Address,
+		Ports:    m.Spec.Ports,
+		Metadata: document,
+	}, err
 }
 
 func aliases(m *Machine) []string {
