@@ -83,6 +83,7 @@ type Spec struct {
 	Verity        bool   // root disks must verify
 	Init          string // InitAuto, InitAgent or InitImage
 	Metadata      Metadata
+	Profiles      []string // where some of all this came from; for people
 }
 
 // Machine is the record of one machine: spec and status, as stored.
