@@ -60,8 +60,10 @@ func addSpecFlags(cmd *cobra.Command) *specFlags {
 	f.StringVar(&s.spec.Init, "init", "", "who is PID 1: agent; image, its own init; auto, the latter where the\nimage runs an init such as /sbin/init (default auto)")
 	s.guest.add(cmd, s.spec)
 	s.health.add(cmd)
+	f.Var(metadataValue{&s.spec.Metadata}, "metadata", "what 169.254.169.254 tells the guest about its machine: off; v2, to who has\na token; v1, to all that can reach it there (default v2)")
 	f.StringArrayVar(&s.spec.Profiles, "profile", nil, "settings of this `NAME` hold where no flag says otherwise; later ones win")
 	complete(cmd, "init", "auto", "agent", "image")
+	complete(cmd, "metadata", "off", "v2", "v1")
 	complete(cmd, "pull", "always", "missing", "never")
 	complete(cmd, "vmm", "auto", "qemu")
 	return s

@@ -94,6 +94,7 @@ type Spec struct {
 	PublishAll    bool         // every port that the image exposes
 	Health        health.Check // over the image's
 	KernelArgs    []string
+	Metadata      Metadata
 	Profiles      []string // where some of all this came from; for people
 }
 
@@ -229,15 +230,17 @@ type Networks interface {
 }
 
 // endpoint is the machine's NIC as the network sees it.
-func (m *Machine) endpoint() network.Endpoint {
+func (m *Machine) endpoint(n network.Network) (network.Endpoint, error) {
+	document, err := m.document(n)
 	return network.Endpoint{
-		ID:      m.ID.Short(),
-		Name:    m.Spec.Name,
-		Aliases: aliases(m),
-		MAC:     m.Lease.MAC,
-		Address: m.Lease.Address,
-		Ports:   m.ports(),
-	}
+		ID:       m.ID.Short(),
+		Name:     m.Spec.Name,
+		Aliases:  aliases(m),
+		MAC:      m.Lease.MAC,
+		Address:  m.Lease.Address,
+		Ports:    m.ports(),
+		Metadata: document,
+	}, err
 }
 
 func aliases(m *Machine) []string {

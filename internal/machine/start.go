@@ -230,7 +230,11 @@ func (s *starting) attachNetwork(ctx context.Context) error {
 	}
 	s.net, s.m.Lease = n, lease
 	s.undo = append(s.undo, func(ctx context.Context) error { return d.Detach(ctx, n, s.m.ID.Short()) })
-	a, err := d.Attach(ctx, n, s.m.endpoint())
+	ep, err := s.m.endpoint(n)
+	if err != nil {
+		return err
+	}
+	a, err := d.Attach(ctx, n, ep)
 	if err != nil {
 		return err
 	}
