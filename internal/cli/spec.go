@@ -56,6 +56,7 @@ func addSpecFlags(cmd *cobra.Command) *specFlags {
 	f.StringVar(&s.spec.StopSignal, "stop-signal", "", "signal that asks the entrypoint to end (default: the image's, else TERM)")
 	f.Var(&s.stopTimeout, "stop-timeout", "time to end before it is killed, such as 30 or 1m30s (default 10s)")
 	f.StringVar(&s.spec.Init, "init", "", "who is PID 1: agent; image, its own init; auto, the latter where the\nimage runs an init such as /sbin/init (default auto)")
+	addDiskFlags(cmd, s.spec)
 	complete(cmd, "init", "auto", "agent", "image")
 	complete(cmd, "pull", "always", "missing", "never")
 	complete(cmd, "vmm", "auto", "qemu")
@@ -65,7 +66,12 @@ func addSpecFlags(cmd *cobra.Command) *specFlags {
 // machine returns the spec that the flags and the arguments after them ask for.
 func (s *specFlags) machine(e *environment, cmd *cobra.Command, args []string) (*atollv1.MachineSpec, error) {
 	spec := s.spec
-	spec.Image, spec.Command = args[0], args[1:]
+	if len(args) > 0 {
+		spec.Image, spec.Command = args[0], args[1:]
+	}
+	if err := resolveDisk(spec); err != nil {
+		return nil, err
+	}
 	switch s.pull {
 	case "always", "missing", "never":
 	default:

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/atollvm/atoll/internal/agent/transport"
+	"github.com/atollvm/atoll/internal/diskimage"
 	"github.com/atollvm/atoll/internal/network"
 	"github.com/atollvm/atoll/internal/vmm"
 	"github.com/opencontainers/go-digest"
@@ -82,6 +83,8 @@ type Spec struct {
 	StopTimeout   time.Duration
 	Verity        bool   // root disks must verify
 	Init          string // InitAuto, InitAgent or InitImage
+	Disk          string // path of a disk image that boots in the place of an image
+	Firmware      string // with Disk: vmm.BIOS or vmm.UEFI
 }
 
 // Machine is the record of one machine: spec and status, as stored.
@@ -95,6 +98,7 @@ type Machine struct {
 	Error      string
 	FailedStep string
 	Image      Image
+	Disk       *diskimage.Image // of Spec.Disk, as it was at create
 	Created    time.Time
 	Started    time.Time
 	Finished   time.Time

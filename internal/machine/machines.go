@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/atollvm/atoll/internal/diskimage"
 	"github.com/atollvm/atoll/internal/event"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/machine/outlog"
@@ -149,24 +150,18 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (Machine, error) {
 	if !chosen {
 		s.Name = madeUpName()
 	}
-	patient := s.StopTimeout == 0
+	patient, sized := s.StopTimeout == 0, s.DiskBytes != 0
 	s = s.withDefaults()
 	if err := s.validate(); err != nil {
 		return Machine{}, fmt.Errorf("creating machine: %w", err)
 	}
 	release := ms.Images.Hold() // until the record names the image as in use
 	defer release()
-	img, err := ms.Images.Find(ctx, s.Image, s.Platform)
+	img, disk, err := ms.bootable(ctx, &s, sized)
 	if err != nil {
 		return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
 	}
-	if _, err := argv(s, img); err != nil {
-		return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
-	}
-	if err := checkInit(s, img); err != nil {
-		return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
-	}
-	if patient && imageInit(s, img) {
+	if patient && (disk != nil || imageInit(s, img)) {
 		s.StopTimeout = DefaultInitStopTimeout
 	}
 	if s.Kernel != "" {
@@ -179,7 +174,7 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (Machine, error) {
 			return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
 		}
 	}
-	m := Machine{ID: newID(), Host: ms.Host, Spec: s, State: Created, Image: img, Created: time.Now()}
+	m := Machine{ID: newID(), Host: ms.Host, Spec: s, State: Created, Image: img, Disk: disk, Created: time.Now()}
 
 	ms.mu.Lock()
 	defer ms.mu.Unlock()
@@ -202,6 +197,22 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (Machine, error) {
 	}
 	ms.publish(&m, "create", nil)
 	return m, nil
+}
+
+// bootable finds what a machine that is to be made will boot: an image or, where the spec asks for one, a disk image.
+func (ms *Machines) bootable(ctx context.Context, s *Spec, sized bool) (Image, *diskimage.Image, error) {
+	if s.Disk != "" {
+		disk, err := openDisk(s, sized)
+		return Image{}, disk, err
+	}
+	img, err := ms.Images.Find(ctx, s.Image, s.Platform)
+	if err == nil {
+		_, err = argv(*s, img)
+	}
+	if err == nil {
+		err = checkInit(*s, img)
+	}
+	return img, nil, err
 }
 
 // Get returns the machine of that name, ID or unambiguous ID prefix.
@@ -310,7 +321,7 @@ func (ms *Machines) commitLocked(e *entry, action string, change func(m *Machine
 }
 
 func (ms *Machines) publish(m *Machine, action string, more map[string]string) {
-	a := map[string]string{"name": m.Spec.Name, "image": m.Spec.Image}
+	a := map[string]string{"name": m.Spec.Name, "image": first(m.Spec.Image, m.Spec.Disk)}
 	if action == "die" {
 		a["exitCode"], a["reason"] = fmt.Sprint(m.ExitCode), string(m.Reason)
 	}

@@ -51,6 +51,9 @@ func (s Spec) withDefaults() Spec {
 	if s.StopTimeout == 0 {
 		s.StopTimeout = DefaultStopTimeout
 	}
+	if s.Disk != "" && s.Firmware == "" && s.Kernel == "" {
+		s.Firmware = defaultFirmware()
+	}
 	if s.Init == "" {
 		s.Init = InitAuto
 	}
@@ -73,7 +76,11 @@ func (s Spec) validate() error {
 	} else if !hostnameForm.MatchString(s.Hostname) {
 		fault("a hostname has letters, digits, '-' and '.', at most 64", "hostname %q", shorten(s.Hostname))
 	}
-	if s.Image == "" {
+	if s.Disk != "" {
+		s.checkDisk(fault)
+	} else if s.Firmware != "" {
+		fault("give a --disk, or leave out --firmware", "firmware is only for disk images")
+	} else if s.Image == "" {
 		fault("name the image to run: atoll run IMAGE", "no image")
 	}
 	if s.CPUs < 1 || s.CPUs > 4*runtime.NumCPU() {

@@ -101,7 +101,7 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 		return e.get(), warnings, fmt.Errorf("starting machine %q: %w", m.Spec.Name, err)
 	}
 	s.m.Steps = []StepTime{{"record", time.Since(began)}}
-	err = s.all(ctx, []step{
+	steps := []step{
 		{"kernel", s.findKernel},
 		{"root disk", s.makeRoot},
 		{"scratch disk", s.makeScratch},
@@ -110,7 +110,11 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 		{"agent", s.connectAgent},
 		{"verity", s.verify},
 		{"guest", s.configureGuest},
-	})
+	}
+	if m.ownSystem() {
+		steps = s.diskSteps(driver)
+	}
+	err = s.all(ctx, steps)
 	e.mu.Lock()
 	if err == nil {
 		err = ctx.Err() // a kill came with the last step
@@ -247,6 +251,9 @@ func (s *starting) startVMM(ctx context.Context, d vmm.Driver) error {
 }
 
 func (s *starting) spec() vmm.Spec {
+	if s.m.ownSystem() {
+		return s.diskSpec()
+	}
 	var disks []vmm.Disk
 	for _, d := range slices.Backward(s.root) { // the topmost first, as the agent joins them
 		disks = append(disks, vmm.Disk{Path: d.Path, ReadOnly: true})

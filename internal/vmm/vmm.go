@@ -45,6 +45,8 @@ type Kernel struct {
 	Args      string // the kernel's own part of the command line; the driver adds what its machine type needs
 	// NeedsACPI: the kernel cannot find virtio-mmio devices from its command line (Debian's kernels).
 	NeedsACPI bool
+	// BuiltIn: it reaches a disk without modules.
+	BuiltIn bool
 	// ACPI: the kernel can find them by ACPI, which has room for more.
 	ACPI bool
 }
