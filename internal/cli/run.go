@@ -44,6 +44,9 @@ the output.`,
 		Args:              bootArgs,
 		ValidArgsFunction: e.completeImages(1),
 		RunE: guestCode(func(cmd *cobra.Command, args []string) error {
+			if err := e.setFromEnvironment(cmd); err != nil {
+				return err
+			}
 			spec, err := flags.machine(e, cmd, args)
 			if err != nil {
 				return err
@@ -55,6 +58,7 @@ the output.`,
 		}),
 	}
 	flags = addSpecFlags(cmd)
+	completeBy(cmd, "profile", e.completeProfiles(0))
 	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "print the machine's ID and leave it running")
 	return cmd
 }
@@ -70,6 +74,9 @@ func newCreateCmd(e *environment) *cobra.Command {
 		Args:              bootArgs,
 		ValidArgsFunction: e.completeImages(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := e.setFromEnvironment(cmd); err != nil {
+				return err
+			}
 			spec, err := flags.machine(e, cmd, args)
 			if err != nil {
 				return err
@@ -88,6 +95,7 @@ func newCreateCmd(e *environment) *cobra.Command {
 		},
 	}
 	flags = addSpecFlags(cmd)
+	completeBy(cmd, "profile", e.completeProfiles(0))
 	return cmd
 }
 

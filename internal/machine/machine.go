@@ -83,6 +83,7 @@ type Spec struct {
 	StopTimeout   time.Duration
 	Verity        bool   // root disks must verify
 	Init          string // InitAuto, InitAgent or InitImage
+	Profiles      []string // where some of all this came from; for people
 	Disk          string // path of a disk image that boots in the place of an image
 	Firmware      string // with Disk: vmm.BIOS or vmm.UEFI
 }
