@@ -81,11 +81,11 @@ type Spec struct {
 	Platform      string
 	StopSignal    string
 	StopTimeout   time.Duration
-	Verity        bool   // root disks must verify
-	Init          string // InitAuto, InitAgent or InitImage
+	Verity        bool     // root disks must verify
+	Init          string   // InitAuto, InitAgent or InitImage
 	Profiles      []string // where some of all this came from; for people
-	Disk          string // path of a disk image that boots in the place of an image
-	Firmware      string // with Disk: vmm.BIOS or vmm.UEFI
+	Disk          string   // path of a disk image that boots in the place of an image
+	Firmware      string   // with Disk: vmm.BIOS or vmm.UEFI
 }
 
 // Machine is the record of one machine: spec and status, as stored.
