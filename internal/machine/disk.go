@@ -2,7 +2,6 @@ package machine
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -137,20 +136,39 @@ func (s *starting) makeOverlay(context.Context) error {
 // makeSeed writes what the image's cloud-init is told. The disk is there at every boot, as cloud-init looks at it to tell a first boot
 // from others.
 func (s *starting) makeSeed(context.Context) error {
-	return diskimage.WriteSeed(filepath.Join(s.e.dir, seedFile), seedLabel, s.seed())
-}
-
-// seed is the files of cloud-init's NoCloud. JSON is YAML as well.
-func (s *starting) seed() map[string][]byte {
-	meta, err := json.Marshal(map[string]any{"instance-id": s.m.instanceID(), "local-hostname": s.m.Spec.Hostname})
-	if err != nil {
-		panic(err) // strings only
+	var k kept
+	if err := readWhole(filepath.Join(s.e.dir, requestFile), &k); err != nil {
+		return err
 	}
-	return map[string][]byte{"meta-data": meta, "user-data": nil}
+	p := &s.m.Provisioning
+	if p.Due == DueAgain {
+		p.Rounds++
+	}
+	var err error
+	if s.digest, err = digestOf(k.Request); err != nil {
+		return err
+	}
+	files, err := k.Request.NoCloud(s.m.instanceID(), s.m.Spec.Hostname)
+	if err != nil {
+		return err
+	}
+	return diskimage.WriteSeed(filepath.Join(s.e.dir, seedFile), seedLabel, files)
 }
 
-// instanceID is by what cloud-init tells whether it has seen this machine before.
-func (m *Machine) instanceID() string { return "i-" + string(m.ID) }
+// instanceID is by what cloud-init tells whether it has seen this machine before: with another one it takes the boot for a first one.
+func (m *Machine) instanceID() string {
+	id := "i-" + string(m.ID)
+	if n := m.Provisioning.Rounds; n > 0 {
+		id += fmt.Sprintf("-%d", n)
+	}
+	return id
+}
+
+// diskProvisioned is the record's new status. The guest has been told; what it makes of that it does not say.
+func (s *starting) diskProvisioned() {
+	p := &s.m.Provisioning
+	p.Due, p.Done, p.Digest, p.FailedStep, p.ExitCode = DueNothing, time.Now(), s.digest, "", nil
+}
 
 func (s *starting) diskSpec() vmm.Spec {
 	id := string(s.m.ID)

@@ -12,6 +12,7 @@ import (
 	"github.com/atollvm/atoll/internal/agent/transport"
 	"github.com/atollvm/atoll/internal/diskimage"
 	"github.com/atollvm/atoll/internal/network"
+	"github.com/atollvm/atoll/internal/provision"
 	"github.com/atollvm/atoll/internal/vmm"
 	"github.com/opencontainers/go-digest"
 )
@@ -81,11 +82,13 @@ type Spec struct {
 	Platform      string
 	StopSignal    string
 	StopTimeout   time.Duration
-	Verity        bool     // root disks must verify
-	Init          string   // InitAuto, InitAgent or InitImage
-	Profiles      []string // where some of all this came from; for people
-	Disk          string   // path of a disk image that boots in the place of an image
-	Firmware      string   // with Disk: vmm.BIOS or vmm.UEFI
+	Verity        bool   // root disks must verify
+	Init          string // InitAuto, InitAgent or InitImage
+	// Provisioning is what is set in the guest at its first boot. Create takes it whole; a record has it redacted.
+	Provisioning provision.Request
+	Profiles     []string // where some of all this came from; for people
+	Disk         string   // path of a disk image that boots in the place of an image
+	Firmware     string   // with Disk: vmm.BIOS or vmm.UEFI
 }
 
 // Machine is the record of one machine: spec and status, as stored.
@@ -110,6 +113,8 @@ type Machine struct {
 	Last       *LastWord       // what the agent of this run said before it went down
 	AgentToken transport.Token // reopens the agent's channel
 	HostBoot   string          // the host's boot ID at the last start
+
+	Provisioning ProvisionStatus
 }
 
 // LastWord is why a guest goes down, in its agent's words.

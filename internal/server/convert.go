@@ -27,6 +27,7 @@ func specFrom(s *atollv1.MachineSpec) (machine.Spec, error) {
 		Labels: s.GetLabels(), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(), StopSignal: s.GetStopSignal(),
 		Verity: s.GetVerity(), Init: s.GetInit(), Profiles: s.GetProfiles(), Disk: s.GetDisk(), Firmware: s.GetFirmware(),
 	}
+	spec.Provisioning = requestFrom(s.GetProvisioning())
 	if t := s.GetStopTimeout(); t != nil {
 		spec.StopTimeout = t.AsDuration()
 	}
@@ -96,6 +97,7 @@ func machineTo(m machine.Machine) *atollv1.Machine {
 		CreatedAt: stamp(m.Created), StartedAt: stamp(m.Started), FinishedAt: stamp(m.Finished),
 		Vmm: &atollv1.VMMStatus{Driver: m.VMM.Driver, Accelerator: m.VMM.Accelerator, Pid: int32(m.VMM.PID), Kernel: m.VMM.Kernel, Console: m.VMM.Console},
 	}
+	out.Spec.Provisioning, out.Provisioning = provisioningTo(s.Provisioning), provisionStatusTo(m)
 	if s.Disk != "" {
 		out.ImageRef = s.Disk
 	}
