@@ -10,8 +10,10 @@ import (
 	"time"
 
 	"github.com/atollvm/atoll/internal/agent/transport"
+	"github.com/atollvm/atoll/internal/diskimage"
 	"github.com/atollvm/atoll/internal/health"
 	"github.com/atollvm/atoll/internal/network"
+	"github.com/atollvm/atoll/internal/provision"
 	"github.com/atollvm/atoll/internal/vmm"
 	"github.com/opencontainers/go-digest"
 )
@@ -95,7 +97,11 @@ type Spec struct {
 	Health        health.Check // over the image's
 	KernelArgs    []string
 	Metadata      Metadata
-	Profiles      []string // where some of all this came from; for people
+	// Provisioning is what is set in the guest at its first boot. Create takes it whole; a record has it redacted.
+	Provisioning provision.Request
+	Profiles     []string // where some of all this came from; for people
+	Disk         string   // path of a disk image that boots in the place of an image
+	Firmware     string   // with Disk: vmm.BIOS or vmm.UEFI
 }
 
 // Tmpfs is a file system in memory.
@@ -130,6 +136,7 @@ type Machine struct {
 	Error      string
 	FailedStep string
 	Image      Image
+	Disk       *diskimage.Image // of Spec.Disk, as it was at create
 	Created    time.Time
 	Started    time.Time
 	Finished   time.Time
@@ -141,6 +148,8 @@ type Machine struct {
 	AgentToken transport.Token // reopens the agent's channel
 	HostBoot   string          // the host's boot ID at the last start
 	Health     *health.State   // nil: there is no check. The state is replaced, not changed
+
+	Provisioning ProvisionStatus
 }
 
 // LastWord is why a guest goes down, in its agent's words.
