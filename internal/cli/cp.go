@@ -202,7 +202,14 @@ func (c *copying) put(ctx context.Context, cancel func(), src string, dst copyEn
 		return stream.Send(&atollv1.PutFilesRequest{Kind: &atollv1.PutFilesRequest_Data{Data: b}})
 	}}
 	w := bufio.NewWriterSize(show.writer(sending), archiveChunk)
-	if err := errors.Join(write(w), w.Flush()); err != nil && !sending.failed {
+	written := make(chan error, 1)
+	go func() { written <- errors.Join(write(w), w.Flush()) }() // cannot be waited for: a read of standard input may have no end
+	select {
+	case err = <-written:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if err != nil && !sending.failed {
 		cancel() // the machine must not take what it has for the whole
 		return err
 	}
