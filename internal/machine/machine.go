@@ -82,6 +82,7 @@ type Spec struct {
 	StopTimeout   time.Duration
 	Verity        bool   // root disks must verify
 	Init          string // InitAuto, InitAgent or InitImage
+	Profiles      []string // where some of all this came from; for people
 }
 
 // Machine is the record of one machine: spec and status, as stored.

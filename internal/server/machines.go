@@ -24,7 +24,11 @@ type machines struct {
 }
 
 func (s *machines) Create(ctx context.Context, req *connect.Request[atollv1.CreateMachineRequest]) (*connect.Response[atollv1.CreateMachineResponse], error) {
-	spec, err := specFrom(req.Msg.GetSpec())
+	asked, err := s.Profiles.Apply(req.Msg.GetSpec())
+	if err != nil {
+		return nil, err
+	}
+	spec, err := specFrom(asked)
 	if err != nil {
 		return nil, err
 	}
