@@ -147,6 +147,12 @@ func (a *Agent) serve(s net.Conn) {
 		a.acceptIn(s, k.Accept)
 	case *agentv1.Request_Stdin:
 		a.stdin(s)
+	case *agentv1.Request_StatFile:
+		a.statFile(s, k.StatFile)
+	case *agentv1.Request_GetFiles:
+		a.getFiles(s, k.GetFiles)
+	case *agentv1.Request_PutFiles:
+		a.putFiles(s, k.PutFiles)
 	case *agentv1.Request_Signal:
 		transport.WriteMsg(s, &agentv1.SignalReply{Error: words(a.signal(k.Signal.GetName()))})
 	case *agentv1.Request_Shutdown:
