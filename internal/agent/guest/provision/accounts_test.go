@@ -12,13 +12,13 @@ import (
 // accountsRoot has what a distribution's image has.
 func accountsRoot(t *testing.T, more map[string]string) string {
 	files := map[string]string{
-		"etc/passwd":     "root:x:0:0:root:/root:/bin/bash\n# a comment\ndaemon:x:1:1::/:/sbin/nologin\nold:x:1003:1003:Old:/home/old:/bin/sh\n+nis::::::\n",
-		"etc/group":      "root:x:0:\nwheel:x:10:root,old\nusers:x:100:\ndocker:x:998:\nold:x:1003:\n",
-		"etc/shadow":     "root:*:19000:0:99999:7:::\ndaemon:*:19000::::::\nold:$6$old:19000:0:99999:7:::\n",
-		"etc/gshadow":    "root:*::\nwheel:*::root,old\ndocker:!::\nold:!::\n",
-		"etc/subuid":     "old:100000:65536\n",
-		"etc/subgid":     "",
-		"etc/login.defs": "# comment\nUID_MIN 1000\nPASS_MIN_DAYS\t0\nPASS_MAX_DAYS 99999\nPASS_WARN_AGE 7\nHOME_MODE 0700\n",
+		"etc/passwd":        "root:x:0:0:root:/root:/bin/bash\n# a comment\ndaemon:x:1:1::/:/sbin/nologin\nold:x:1003:1003:Old:/home/old:/bin/sh\n+nis::::::\n",
+		"etc/group":         "root:x:0:\nwheel:x:10:root,old\nusers:x:100:\ndocker:x:998:\nold:x:1003:\n",
+		"etc/shadow":        "root:*:19000:0:99999:7:::\ndaemon:*:19000::::::\nold:$6$old:19000:0:99999:7:::\n",
+		"etc/gshadow":       "root:*::\nwheel:*::root,old\ndocker:!::\nold:!::\n",
+		"etc/subuid":        "old:100000:65536\n",
+		"etc/subgid":        "",
+		"etc/login.defs":    "# comment\nUID_MIN 1000\nPASS_MIN_DAYS\t0\nPASS_MAX_DAYS 99999\nPASS_WARN_AGE 7\nHOME_MODE 0700\n",
 		"etc/skel/.profile": "PATH\n", "etc/skel/bin/x": "x", "etc/skel/link": "→.profile", "bin/bash": "",
 	}
 	for name, data := range more {
@@ -56,7 +56,7 @@ func TestUsers(t *testing.T) {
 	for name, want := range map[string]string{
 		"etc/passwd": "root:x:0:0:root:/root:/bin/bash\n# a comment\ndaemon:x:1:1::/:/sbin/nologin\nold:x:1500:1003:New:/home/old:/bin/sh\n+nis::::::\n" +
 			"ann:x:1004:1004:Ann Ü:/home/ann:/bin/bash\nb.o:x:1020:1020::/home/b.o:/bin/bash\nsvc:x:999:2000::/var/svc:/sbin/nologin\nlocked:x:1021:100::/home/locked:/bin/bash\n",
-		"etc/group": "root:x:0:\nwheel:x:10:root,ann\nusers:x:100:\ndocker:x:998:old\nold:x:1003:\nteam:x:2000:ann\nsys:x:997:\nfree:x:2001:\nann:x:1004:\nb.o:x:1020:\n",
+		"etc/group":   "root:x:0:\nwheel:x:10:root,ann\nusers:x:100:\ndocker:x:998:old\nold:x:1003:\nteam:x:2000:ann\nsys:x:997:\nfree:x:2001:\nann:x:1004:\nb.o:x:1020:\n",
 		"etc/gshadow": "root:*::\nwheel:*::root,ann\ndocker:!::old\nold:!::\nteam:!::ann\nsys:!::\nfree:$1$x::\nann:!::\nb.o:!::\n",
 		"etc/shadow": "root:*:19000:0:99999:7:::\ndaemon:*:19000::::::\nold:!$6$old:19000:0:99999:7:::\nann:$6$a$b/.:DAYS:0:99999:7:::\n" +
 			"b.o:*:DAYS:0:99999:7:::\nsvc:*:DAYS::::::\nlocked:!$6$x:DAYS:0:99999:7:::\n",

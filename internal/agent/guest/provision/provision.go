@@ -57,7 +57,8 @@ type Provisioner struct {
 	contents *contentStream
 	done     map[node]string // the paths of directories, files and links, by what they are in the root
 	deferred []deferredFile
-	again    []part // what waits for the packages
+	again    []part // what the packages may make possible
+	late     bool   // they are there
 }
 
 type part struct {
@@ -139,7 +140,8 @@ func (r *Provisioner) Late() error {
 	}); err != nil {
 		return err
 	}
-	if err := r.run(r.again); err != nil { // what the packages may have made possible
+	r.late = true
+	if err := r.run(r.again); err != nil {
 		return err
 	}
 	if err := r.run([]part{
