@@ -65,6 +65,8 @@ func fakeDaemon(mode string) int {
 
 // fake is a daemon that works, with machines that are functions. What an entrypoint or an exec's argv does is in guest.
 type fake struct {
+	atollv1connect.UnimplementedMachineServiceHandler // what no test here asks for
+
 	mu          sync.Mutex // guards the rest
 	machines    []*fakeMachine
 	images      []*atollv1.Image
@@ -83,6 +85,7 @@ type fake struct {
 	events      *atollv1.EventsRequest
 	checks      []*atollv1.Check
 	stop        chan struct{}
+	restarted   *atollv1.StartMachineRequest // the last that was to reprovision
 	sizes       []*atollv1.Size
 }
 
@@ -223,6 +226,9 @@ func (f *fake) Start(_ context.Context, r *connect.Request[atollv1.StartMachineR
 	m, err := f.find(r.Msg.GetMachine())
 	if err != nil {
 		return nil, err
+	}
+	if r.Msg.GetReprovision() {
+		f.set(m, func() { f.restarted = r.Msg })
 	}
 	if len(m.Argv) > 0 && !slices.Contains([]string{"echo", "warn", "cat", "exit", "sleep"}, m.Argv[0]) {
 		code, failure := guest(m.Argv, nil, nil)

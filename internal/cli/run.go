@@ -38,6 +38,9 @@ not be executed, 127 when it was not found, 125 when Atoll failed.`,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: e.completeImages(1),
 		RunE: guestCode(func(cmd *cobra.Command, args []string) error {
+			if err := e.setFromEnvironment(cmd); err != nil {
+				return err
+			}
 			spec, err := flags.machine(e, cmd, args)
 			if err != nil {
 				return err
@@ -49,6 +52,7 @@ not be executed, 127 when it was not found, 125 when Atoll failed.`,
 		}),
 	}
 	flags = addSpecFlags(cmd)
+	completeBy(cmd, "profile", e.completeProfiles(0))
 	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "print the machine's ID and leave it running")
 	return cmd
 }
@@ -64,6 +68,9 @@ func newCreateCmd(e *environment) *cobra.Command {
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: e.completeImages(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := e.setFromEnvironment(cmd); err != nil {
+				return err
+			}
 			spec, err := flags.machine(e, cmd, args)
 			if err != nil {
 				return err
@@ -82,6 +89,7 @@ func newCreateCmd(e *environment) *cobra.Command {
 		},
 	}
 	flags = addSpecFlags(cmd)
+	completeBy(cmd, "profile", e.completeProfiles(0))
 	return cmd
 }
 
@@ -162,7 +170,9 @@ func (e *environment) run(ctx context.Context, spec *atollv1.MachineSpec, pull s
 // start starts the machine. The error of an entrypoint that could not be executed carries its code, 126 or 127, which the
 // machine knows, or, where it is gone already, the attached stream.
 func (e *environment) start(ctx context.Context, c *client.Client, m *atollv1.Machine, attached <-chan outcome) (warnings []string, err error) {
+	stop := e.watchProvisioning(ctx, c, m.GetId(), false)
 	res, err := c.Machines.Start(ctx, connect.NewRequest(&atollv1.StartMachineRequest{Machine: m.GetId()}))
+	stop()
 	if err == nil {
 		return res.Msg.GetWarnings(), nil
 	}

@@ -26,6 +26,7 @@ type specFlags struct {
 	ports       []string
 	stopTimeout seconds
 	pull        string
+	provision   *provisionFlags
 }
 
 func addSpecFlags(cmd *cobra.Command) *specFlags {
@@ -56,6 +57,8 @@ func addSpecFlags(cmd *cobra.Command) *specFlags {
 	f.StringVar(&s.spec.StopSignal, "stop-signal", "", "signal that asks the entrypoint to end (default: the image's, else TERM)")
 	f.Var(&s.stopTimeout, "stop-timeout", "time to end before it is killed, such as 30 or 1m30s (default 10s)")
 	f.StringVar(&s.spec.Init, "init", "", "who is PID 1: agent; image, its own init; auto, the latter where the\nimage runs an init such as /sbin/init (default auto)")
+	s.provision = addProvisionFlags(cmd)
+	f.StringArrayVar(&s.spec.Profiles, "profile", nil, "settings of this `NAME` hold where no flag says otherwise; later ones win")
 	complete(cmd, "init", "auto", "agent", "image")
 	complete(cmd, "pull", "always", "missing", "never")
 	complete(cmd, "vmm", "auto", "qemu")
@@ -84,6 +87,8 @@ func (s *specFlags) machine(e *environment, cmd *cobra.Command, args []string) (
 		}
 	}
 	var faults []error
+	provisioning, err := s.provision.provisioning(e, cmd)
+	spec.Provisioning, faults = provisioning, append(faults, err)
 	for _, file := range s.envFiles {
 		lines, err := kvfile.Parse(file, e.LookupEnv)
 		if err != nil {

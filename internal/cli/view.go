@@ -12,6 +12,7 @@ import (
 
 	"github.com/distribution/reference"
 	"github.com/docker/go-units"
+	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
@@ -128,6 +129,8 @@ type machineDetail struct {
 	Network *networkView `json:"network"`
 	VMM     *vmmView     `json:"vmm"`
 	Steps   []stepView   `json:"steps"` // of the last start
+
+	Provisioning provisionStatusView `json:"provisioning"`
 }
 
 type specView struct {
@@ -154,6 +157,9 @@ type specView struct {
 	Verity        bool     `json:"verity"`
 	StopTimeout   string   `json:"stopTimeout"`
 	Init          string   `json:"init"` // auto, agent or image
+	Profiles      []string `json:"profiles"`
+
+	Provisioning *provisionView `json:"provisioning"` // null: nothing was asked for
 }
 
 type networkView struct {
@@ -184,8 +190,9 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Env: list(s.GetEnv()), WorkingDir: s.GetWorkingDir(), User: s.GetUser(), TTY: s.GetTty(), Stdin: s.GetStdin(),
 		Remove: s.GetRemove(), Hostname: s.GetHostname(), CPUs: s.GetCpus(), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(),
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
-		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(),
+		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(), Profiles: list(s.GetProfiles()),
 	}}
+	d.Spec.Provisioning, d.Provisioning = newProvisionView(s.GetProvisioning()), newProvisionStatusView(m.GetProvisioning())
 	if t := s.GetStopTimeout(); t != nil {
 		d.Spec.StopTimeout = t.AsDuration().String()
 	}
@@ -431,6 +438,26 @@ func newKernelView(k *atollv1.Kernel) kernelView {
 		k.GetName(), k.GetVersion(), k.GetDigest(), k.GetArchitecture(), k.GetSource(), k.GetArgs(), k.GetSizeBytes(), k.GetDefault(),
 		clock(k.GetCreatedAt()), k.GetPath(), list(k.GetModules()), k.GetConfigDigest(),
 	}
+}
+
+type profileView struct {
+	Name      string         `json:"name"`
+	Source    string         `json:"source"`
+	Spec      map[string]any `json:"spec"` // as protobuf's JSON
+	CreatedAt time.Time      `json:"createdAt"`
+	UpdatedAt time.Time      `json:"updatedAt"`
+}
+
+func newProfileView(p *atollv1.Profile) (profileView, error) {
+	v := profileView{p.GetName(), string(p.GetSource()), nil, clock(p.GetCreatedAt()), clock(p.GetUpdatedAt())}
+	spec, err := protojson.Marshal(p.GetSpec())
+	if err == nil {
+		err = json.Unmarshal(spec, &v.Spec)
+	}
+	if err != nil {
+		return v, fmt.Errorf("profile %q: %w", v.Name, err)
+	}
+	return v, nil
 }
 
 type eventView struct {

@@ -14,6 +14,7 @@ import (
 	"connectrpc.com/connect"
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
 	"github.com/atollvm/atoll/api/atoll/v1/atollv1connect"
+	"github.com/atollvm/atoll/internal/machine"
 	"github.com/atollvm/atoll/internal/machine/outlog"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
@@ -24,19 +25,29 @@ type machines struct {
 }
 
 func (s *machines) Create(ctx context.Context, req *connect.Request[atollv1.CreateMachineRequest]) (*connect.Response[atollv1.CreateMachineResponse], error) {
-	spec, err := specFrom(req.Msg.GetSpec())
+	asked, err := s.Profiles.Apply(req.Msg.GetSpec())
 	if err != nil {
 		return nil, err
 	}
-	m, err := s.Machines.Create(ctx, spec)
+	spec, err := specFrom(asked)
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&atollv1.CreateMachineResponse{Machine: machineTo(m)}), nil
+	m, warnings, err := s.Machines.Create(ctx, spec)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&atollv1.CreateMachineResponse{Machine: machineTo(m), Warnings: warnings}), nil
 }
 
 func (s *machines) Start(ctx context.Context, req *connect.Request[atollv1.StartMachineRequest]) (*connect.Response[atollv1.StartMachineResponse], error) {
-	m, warnings, err := s.Machines.Start(ctx, req.Msg.GetMachine())
+	start := s.Machines.Start
+	if req.Msg.GetReprovision() {
+		start = func(ctx context.Context, name string) (machine.Machine, []string, error) {
+			return s.Machines.Reprovision(ctx, name, requestOrNil(req.Msg.GetProvisioning()))
+		}
+	}
+	m, warnings, err := start(ctx, req.Msg.GetMachine())
 	if err != nil {
 		return nil, err
 	}
@@ -100,6 +111,9 @@ func (s *machines) Get(_ context.Context, req *connect.Request[atollv1.GetMachin
 func (s *machines) Logs(ctx context.Context, req *connect.Request[atollv1.LogsRequest], out *connect.ServerStream[atollv1.LogsResponse]) error {
 	if req.Msg.GetBoot() {
 		return s.bootLog(ctx, req.Msg, out)
+	}
+	if req.Msg.GetProvisioning() {
+		return s.provisionLog(req.Msg, out)
 	}
 	r, err := s.Machines.Logs(req.Msg.GetMachine())
 	if err != nil {

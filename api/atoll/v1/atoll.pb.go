@@ -278,7 +278,7 @@ type MachineSpec struct {
 	Disk          string                 `protobuf:"bytes,38,opt,name=disk,proto3" json:"disk,omitempty"`                                  // boot this disk image (qcow2 or raw) of the daemon's host, instead of an image
 	Firmware      string                 `protobuf:"bytes,39,opt,name=firmware,proto3" json:"firmware,omitempty"`                          // with disk: bios (default) or uefi
 	Metadata      *Metadata              `protobuf:"bytes,40,opt,name=metadata,proto3" json:"metadata,omitempty"`
-	Profiles      []string               `protobuf:"bytes,41,rep,name=profiles,proto3" json:"profiles,omitempty"`                             // their settings hold where this spec has none; later ones win
+	Profiles      []string               `protobuf:"bytes,41,rep,name=profiles,proto3" json:"profiles,omitempty"`                             // their settings hold where this spec has none; later ones win. Lists are joined, but for command, entrypoint and DNS
 	LogMaxBytes   int64                  `protobuf:"varint,42,opt,name=log_max_bytes,json=logMaxBytes,proto3" json:"log_max_bytes,omitempty"` // of one file of the entrypoint's output; default 10 MiB
 	LogMaxFiles   uint32                 `protobuf:"varint,43,opt,name=log_max_files,json=logMaxFiles,proto3" json:"log_max_files,omitempty"` // default 2
 	unknownFields protoimpl.UnknownFields
@@ -933,6 +933,7 @@ type Provisioning struct {
 	Files             []*File                `protobuf:"bytes,10,rep,name=files,proto3" json:"files,omitempty"`
 	Mounts            []*FileSystemMount     `protobuf:"bytes,11,rep,name=mounts,proto3" json:"mounts,omitempty"`
 	Secrets           []*Secret              `protobuf:"bytes,12,rep,name=secrets,proto3" json:"secrets,omitempty"`
+	Withheld          []string               `protobuf:"bytes,13,rep,name=withheld,proto3" json:"withheld,omitempty"` // of Get and List: what was given and is left out, as userData or secrets.NAME
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -1047,6 +1048,13 @@ func (x *Provisioning) GetMounts() []*FileSystemMount {
 func (x *Provisioning) GetSecrets() []*Secret {
 	if x != nil {
 		return x.Secrets
+	}
+	return nil
+}
+
+func (x *Provisioning) GetWithheld() []string {
+	if x != nil {
+		return x.Withheld
 	}
 	return nil
 }
@@ -1754,6 +1762,8 @@ type ProvisioningStatus struct {
 	FailedStep    string                 `protobuf:"bytes,3,opt,name=failed_step,json=failedStep,proto3" json:"failed_step,omitempty"`
 	ExitCode      *int32                 `protobuf:"varint,4,opt,name=exit_code,json=exitCode,proto3,oneof" json:"exit_code,omitempty"` // of the command that failed, or 0
 	Log           string                 `protobuf:"bytes,5,opt,name=log,proto3" json:"log,omitempty"`                                  // path of the output of commands and of the package manager
+	Step          string                 `protobuf:"bytes,6,opt,name=step,proto3" json:"step,omitempty"`                                // under way now, while the machine is starting
+	Due           bool                   `protobuf:"varint,7,opt,name=due,proto3" json:"due,omitempty"`                                 // the next start applies it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1821,6 +1831,20 @@ func (x *ProvisioningStatus) GetLog() string {
 		return x.Log
 	}
 	return ""
+}
+
+func (x *ProvisioningStatus) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *ProvisioningStatus) GetDue() bool {
+	if x != nil {
+		return x.Due
+	}
+	return false
 }
 
 type NetworkStatus struct {
@@ -4314,9 +4338,10 @@ func (x *StatFileResponse) GetLinkTarget() string {
 type Profile struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Source        []byte                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"` // YAML, as it was written
+	Source        []byte                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"` // YAML, as it was written; empty: it never was
 	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
 	UpdatedAt     *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=updated_at,json=updatedAt,proto3" json:"updated_at,omitempty"`
+	Spec          *MachineSpec           `protobuf:"bytes,5,opt,name=spec,proto3" json:"spec,omitempty"` // what it sets
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4379,10 +4404,18 @@ func (x *Profile) GetUpdatedAt() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Profile) GetSpec() *MachineSpec {
+	if x != nil {
+		return x.Spec
+	}
+	return nil
+}
+
 type PutProfileRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Source        []byte                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	Spec          *MachineSpec           `protobuf:"bytes,5,opt,name=spec,proto3" json:"spec,omitempty"`         // without name, image and command
 	Create        bool                   `protobuf:"varint,3,opt,name=create,proto3" json:"create,omitempty"`    // fails where it is there already
 	Replaces      []byte                 `protobuf:"bytes,4,opt,name=replaces,proto3" json:"replaces,omitempty"` // not empty: fails where the source is not this any more
 	unknownFields protoimpl.UnknownFields
@@ -4429,6 +4462,13 @@ func (x *PutProfileRequest) GetName() string {
 func (x *PutProfileRequest) GetSource() []byte {
 	if x != nil {
 		return x.Source
+	}
+	return nil
+}
+
+func (x *PutProfileRequest) GetSpec() *MachineSpec {
+	if x != nil {
+		return x.Spec
 	}
 	return nil
 }
@@ -10147,7 +10187,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\aretries\x18\x06 \x01(\rR\aretries\"6\n" +
 	"\bMetadata\x12\x1a\n" +
 	"\bdisabled\x18\x01 \x01(\bR\bdisabled\x12\x0e\n" +
-	"\x02v1\x18\x02 \x01(\bR\x02v1\"\xb7\x03\n" +
+	"\x02v1\x18\x02 \x01(\bR\x02v1\"\xd3\x03\n" +
 	"\fProvisioning\x12$\n" +
 	"\x05users\x18\x01 \x03(\v2\x0e.atoll.v1.UserR\x05users\x12.\n" +
 	"\x13ssh_authorized_keys\x18\x02 \x03(\tR\x11sshAuthorizedKeys\x12\"\n" +
@@ -10162,7 +10202,8 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05files\x18\n" +
 	" \x03(\v2\x0e.atoll.v1.FileR\x05files\x121\n" +
 	"\x06mounts\x18\v \x03(\v2\x19.atoll.v1.FileSystemMountR\x06mounts\x12*\n" +
-	"\asecrets\x18\f \x03(\v2\x10.atoll.v1.SecretR\asecrets\"\xe4\x01\n" +
+	"\asecrets\x18\f \x03(\v2\x10.atoll.v1.SecretR\asecrets\x12\x1a\n" +
+	"\bwithheld\x18\r \x03(\tR\bwithheld\"\xe4\x01\n" +
 	"\x04User\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x15\n" +
 	"\x03uid\x18\x02 \x01(\rH\x00R\x03uid\x88\x01\x01\x12\x12\n" +
@@ -10228,14 +10269,16 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05start\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05start\x12,\n" +
 	"\x03end\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x03end\x12\x1b\n" +
 	"\texit_code\x18\x03 \x01(\x05R\bexitCode\x12\x16\n" +
-	"\x06output\x18\x04 \x01(\tR\x06output\"\xc4\x01\n" +
+	"\x06output\x18\x04 \x01(\tR\x06output\"\xea\x01\n" +
 	"\x12ProvisioningStatus\x123\n" +
 	"\adone_at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x06doneAt\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x1f\n" +
 	"\vfailed_step\x18\x03 \x01(\tR\n" +
 	"failedStep\x12 \n" +
 	"\texit_code\x18\x04 \x01(\x05H\x00R\bexitCode\x88\x01\x01\x12\x10\n" +
-	"\x03log\x18\x05 \x01(\tR\x03logB\f\n" +
+	"\x03log\x18\x05 \x01(\tR\x03log\x12\x12\n" +
+	"\x04step\x18\x06 \x01(\tR\x04step\x12\x10\n" +
+	"\x03due\x18\a \x01(\bR\x03dueB\f\n" +
 	"\n" +
 	"_exit_code\"\x96\x01\n" +
 	"\rNetworkStatus\x12\x12\n" +
@@ -10390,17 +10433,19 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\vmodified_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"modifiedAt\x12\x1f\n" +
 	"\vlink_target\x18\x05 \x01(\tR\n" +
-	"linkTarget\"\xab\x01\n" +
+	"linkTarget\"\xd6\x01\n" +
 	"\aProfile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06source\x18\x02 \x01(\fR\x06source\x129\n" +
 	"\n" +
 	"created_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x129\n" +
 	"\n" +
-	"updated_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\"s\n" +
+	"updated_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\x12)\n" +
+	"\x04spec\x18\x05 \x01(\v2\x15.atoll.v1.MachineSpecR\x04spec\"\x9e\x01\n" +
 	"\x11PutProfileRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
-	"\x06source\x18\x02 \x01(\fR\x06source\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\fR\x06source\x12)\n" +
+	"\x04spec\x18\x05 \x01(\v2\x15.atoll.v1.MachineSpecR\x04spec\x12\x16\n" +
 	"\x06create\x18\x03 \x01(\bR\x06create\x12\x1a\n" +
 	"\breplaces\x18\x04 \x01(\fR\breplaces\"A\n" +
 	"\x12PutProfileResponse\x12+\n" +
@@ -11148,174 +11193,176 @@ var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	161, // 57: atoll.v1.StatFileResponse.modified_at:type_name -> google.protobuf.Timestamp
 	161, // 58: atoll.v1.Profile.created_at:type_name -> google.protobuf.Timestamp
 	161, // 59: atoll.v1.Profile.updated_at:type_name -> google.protobuf.Timestamp
-	59,  // 60: atoll.v1.PutProfileResponse.profile:type_name -> atoll.v1.Profile
-	59,  // 61: atoll.v1.GetProfileResponse.profile:type_name -> atoll.v1.Profile
-	59,  // 62: atoll.v1.ListProfilesResponse.profiles:type_name -> atoll.v1.Profile
-	161, // 63: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
-	72,  // 64: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
-	69,  // 65: atoll.v1.Image.variants:type_name -> atoll.v1.ImageVariant
-	70,  // 66: atoll.v1.Image.referrers:type_name -> atoll.v1.ImageReferrer
-	71,  // 67: atoll.v1.Image.root_disks:type_name -> atoll.v1.RootDisk
-	74,  // 68: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
-	68,  // 69: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
-	68,  // 70: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
-	68,  // 71: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
-	74,  // 72: atoll.v1.PushImageResponse.transfer:type_name -> atoll.v1.Transfer
-	86,  // 73: atoll.v1.PushImageResponse.pushed:type_name -> atoll.v1.PushedImage
-	74,  // 74: atoll.v1.LoadImagesResponse.transfer:type_name -> atoll.v1.Transfer
-	91,  // 75: atoll.v1.LoadImagesResponse.loaded:type_name -> atoll.v1.LoadedImage
-	93,  // 76: atoll.v1.ImportImageRequest.start:type_name -> atoll.v1.ImportStart
-	74,  // 77: atoll.v1.ImportImageResponse.transfer:type_name -> atoll.v1.Transfer
-	68,  // 78: atoll.v1.ImportImageResponse.image:type_name -> atoll.v1.Image
-	97,  // 79: atoll.v1.ImageHistoryResponse.steps:type_name -> atoll.v1.ImageStep
-	161, // 80: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
-	103, // 81: atoll.v1.BuildRequest.start:type_name -> atoll.v1.BuildStart
-	106, // 82: atoll.v1.BuildRequest.agent:type_name -> atoll.v1.AgentData
-	152, // 83: atoll.v1.BuildStart.build_args:type_name -> atoll.v1.BuildStart.BuildArgsEntry
-	153, // 84: atoll.v1.BuildStart.labels:type_name -> atoll.v1.BuildStart.LabelsEntry
-	154, // 85: atoll.v1.BuildStart.build_contexts:type_name -> atoll.v1.BuildStart.BuildContextsEntry
-	155, // 86: atoll.v1.BuildStart.secrets:type_name -> atoll.v1.BuildStart.SecretsEntry
-	104, // 87: atoll.v1.BuildStart.cache_to:type_name -> atoll.v1.CacheOption
-	104, // 88: atoll.v1.BuildStart.cache_from:type_name -> atoll.v1.CacheOption
-	105, // 89: atoll.v1.BuildStart.outputs:type_name -> atoll.v1.BuildOutput
-	160, // 90: atoll.v1.BuildStart.timeout:type_name -> google.protobuf.Duration
-	156, // 91: atoll.v1.CacheOption.attributes:type_name -> atoll.v1.CacheOption.AttributesEntry
-	157, // 92: atoll.v1.BuildOutput.attributes:type_name -> atoll.v1.BuildOutput.AttributesEntry
-	110, // 93: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
-	106, // 94: atoll.v1.BuildResponse.agent:type_name -> atoll.v1.AgentData
-	108, // 95: atoll.v1.BuildResponse.output:type_name -> atoll.v1.OutputData
-	109, // 96: atoll.v1.BuildResponse.report:type_name -> atoll.v1.BuildReport
-	160, // 97: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
-	160, // 98: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
-	158, // 99: atoll.v1.BuildResult.metadata:type_name -> atoll.v1.BuildResult.MetadataEntry
-	113, // 100: atoll.v1.BuildDiskUsageResponse.records:type_name -> atoll.v1.BuildCacheRecord
-	161, // 101: atoll.v1.BuildCacheRecord.created_at:type_name -> google.protobuf.Timestamp
-	161, // 102: atoll.v1.BuildCacheRecord.last_used_at:type_name -> google.protobuf.Timestamp
-	160, // 103: atoll.v1.PruneBuildRequest.unused_for:type_name -> google.protobuf.Duration
-	113, // 104: atoll.v1.PruneBuildResponse.records:type_name -> atoll.v1.BuildCacheRecord
-	161, // 105: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
-	116, // 106: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
-	74,  // 107: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
-	116, // 108: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
-	161, // 109: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
-	74,  // 110: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	121, // 111: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	121, // 112: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	121, // 113: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
-	121, // 114: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	74,  // 115: atoll.v1.PushKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	137, // 116: atoll.v1.PushKernelResponse.pushed:type_name -> atoll.v1.PushedKernel
-	74,  // 117: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	121, // 118: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	99,  // 119: atoll.v1.PruneSystemResponse.images:type_name -> atoll.v1.PruneImagesResponse
-	161, // 120: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	161, // 121: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
-	159, // 122: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
-	147, // 123: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
-	2,   // 124: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
-	23,  // 125: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
-	25,  // 126: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
-	27,  // 127: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
-	29,  // 128: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
-	31,  // 129: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
-	33,  // 130: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
-	35,  // 131: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
-	37,  // 132: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
-	39,  // 133: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
-	42,  // 134: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
-	46,  // 135: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
-	49,  // 136: atoll.v1.MachineService.Console:input_type -> atoll.v1.ConsoleRequest
-	52,  // 137: atoll.v1.MachineService.PutFiles:input_type -> atoll.v1.PutFilesRequest
-	55,  // 138: atoll.v1.MachineService.GetFiles:input_type -> atoll.v1.GetFilesRequest
-	57,  // 139: atoll.v1.MachineService.StatFile:input_type -> atoll.v1.StatFileRequest
-	60,  // 140: atoll.v1.ProfileService.Put:input_type -> atoll.v1.PutProfileRequest
-	62,  // 141: atoll.v1.ProfileService.Get:input_type -> atoll.v1.GetProfileRequest
-	64,  // 142: atoll.v1.ProfileService.List:input_type -> atoll.v1.ListProfilesRequest
-	66,  // 143: atoll.v1.ProfileService.Remove:input_type -> atoll.v1.RemoveProfileRequest
-	73,  // 144: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
-	76,  // 145: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
-	78,  // 146: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
-	80,  // 147: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
-	82,  // 148: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
-	84,  // 149: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
-	87,  // 150: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
-	89,  // 151: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
-	92,  // 152: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
-	95,  // 153: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
-	98,  // 154: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
-	100, // 155: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
-	102, // 156: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
-	111, // 157: atoll.v1.BuildService.DiskUsage:input_type -> atoll.v1.BuildDiskUsageRequest
-	114, // 158: atoll.v1.BuildService.Prune:input_type -> atoll.v1.PruneBuildRequest
-	117, // 159: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
-	119, // 160: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
-	130, // 161: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
-	132, // 162: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
-	134, // 163: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
-	128, // 164: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
-	122, // 165: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
-	124, // 166: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
-	126, // 167: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
-	135, // 168: atoll.v1.KernelService.Push:input_type -> atoll.v1.PushKernelRequest
-	141, // 169: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
-	143, // 170: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
-	145, // 171: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
-	148, // 172: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
-	139, // 173: atoll.v1.SystemService.Prune:input_type -> atoll.v1.PruneSystemRequest
-	24,  // 174: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
-	26,  // 175: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
-	28,  // 176: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
-	30,  // 177: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
-	32,  // 178: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
-	34,  // 179: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
-	36,  // 180: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
-	38,  // 181: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
-	40,  // 182: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
-	44,  // 183: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
-	48,  // 184: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
-	51,  // 185: atoll.v1.MachineService.Console:output_type -> atoll.v1.ConsoleResponse
-	54,  // 186: atoll.v1.MachineService.PutFiles:output_type -> atoll.v1.PutFilesResponse
-	56,  // 187: atoll.v1.MachineService.GetFiles:output_type -> atoll.v1.GetFilesResponse
-	58,  // 188: atoll.v1.MachineService.StatFile:output_type -> atoll.v1.StatFileResponse
-	61,  // 189: atoll.v1.ProfileService.Put:output_type -> atoll.v1.PutProfileResponse
-	63,  // 190: atoll.v1.ProfileService.Get:output_type -> atoll.v1.GetProfileResponse
-	65,  // 191: atoll.v1.ProfileService.List:output_type -> atoll.v1.ListProfilesResponse
-	67,  // 192: atoll.v1.ProfileService.Remove:output_type -> atoll.v1.RemoveProfileResponse
-	75,  // 193: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
-	77,  // 194: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
-	79,  // 195: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
-	81,  // 196: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
-	83,  // 197: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
-	85,  // 198: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
-	88,  // 199: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
-	90,  // 200: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
-	94,  // 201: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
-	96,  // 202: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
-	99,  // 203: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
-	101, // 204: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
-	107, // 205: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
-	112, // 206: atoll.v1.BuildService.DiskUsage:output_type -> atoll.v1.BuildDiskUsageResponse
-	115, // 207: atoll.v1.BuildService.Prune:output_type -> atoll.v1.PruneBuildResponse
-	118, // 208: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
-	120, // 209: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
-	131, // 210: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
-	133, // 211: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
-	138, // 212: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
-	129, // 213: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
-	123, // 214: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
-	125, // 215: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
-	127, // 216: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
-	136, // 217: atoll.v1.KernelService.Push:output_type -> atoll.v1.PushKernelResponse
-	142, // 218: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
-	144, // 219: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
-	146, // 220: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
-	149, // 221: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
-	140, // 222: atoll.v1.SystemService.Prune:output_type -> atoll.v1.PruneSystemResponse
-	174, // [174:223] is the sub-list for method output_type
-	125, // [125:174] is the sub-list for method input_type
-	125, // [125:125] is the sub-list for extension type_name
-	125, // [125:125] is the sub-list for extension extendee
-	0,   // [0:125] is the sub-list for field type_name
+	4,   // 60: atoll.v1.Profile.spec:type_name -> atoll.v1.MachineSpec
+	4,   // 61: atoll.v1.PutProfileRequest.spec:type_name -> atoll.v1.MachineSpec
+	59,  // 62: atoll.v1.PutProfileResponse.profile:type_name -> atoll.v1.Profile
+	59,  // 63: atoll.v1.GetProfileResponse.profile:type_name -> atoll.v1.Profile
+	59,  // 64: atoll.v1.ListProfilesResponse.profiles:type_name -> atoll.v1.Profile
+	161, // 65: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	72,  // 66: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
+	69,  // 67: atoll.v1.Image.variants:type_name -> atoll.v1.ImageVariant
+	70,  // 68: atoll.v1.Image.referrers:type_name -> atoll.v1.ImageReferrer
+	71,  // 69: atoll.v1.Image.root_disks:type_name -> atoll.v1.RootDisk
+	74,  // 70: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
+	68,  // 71: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
+	68,  // 72: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
+	68,  // 73: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
+	74,  // 74: atoll.v1.PushImageResponse.transfer:type_name -> atoll.v1.Transfer
+	86,  // 75: atoll.v1.PushImageResponse.pushed:type_name -> atoll.v1.PushedImage
+	74,  // 76: atoll.v1.LoadImagesResponse.transfer:type_name -> atoll.v1.Transfer
+	91,  // 77: atoll.v1.LoadImagesResponse.loaded:type_name -> atoll.v1.LoadedImage
+	93,  // 78: atoll.v1.ImportImageRequest.start:type_name -> atoll.v1.ImportStart
+	74,  // 79: atoll.v1.ImportImageResponse.transfer:type_name -> atoll.v1.Transfer
+	68,  // 80: atoll.v1.ImportImageResponse.image:type_name -> atoll.v1.Image
+	97,  // 81: atoll.v1.ImageHistoryResponse.steps:type_name -> atoll.v1.ImageStep
+	161, // 82: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
+	103, // 83: atoll.v1.BuildRequest.start:type_name -> atoll.v1.BuildStart
+	106, // 84: atoll.v1.BuildRequest.agent:type_name -> atoll.v1.AgentData
+	152, // 85: atoll.v1.BuildStart.build_args:type_name -> atoll.v1.BuildStart.BuildArgsEntry
+	153, // 86: atoll.v1.BuildStart.labels:type_name -> atoll.v1.BuildStart.LabelsEntry
+	154, // 87: atoll.v1.BuildStart.build_contexts:type_name -> atoll.v1.BuildStart.BuildContextsEntry
+	155, // 88: atoll.v1.BuildStart.secrets:type_name -> atoll.v1.BuildStart.SecretsEntry
+	104, // 89: atoll.v1.BuildStart.cache_to:type_name -> atoll.v1.CacheOption
+	104, // 90: atoll.v1.BuildStart.cache_from:type_name -> atoll.v1.CacheOption
+	105, // 91: atoll.v1.BuildStart.outputs:type_name -> atoll.v1.BuildOutput
+	160, // 92: atoll.v1.BuildStart.timeout:type_name -> google.protobuf.Duration
+	156, // 93: atoll.v1.CacheOption.attributes:type_name -> atoll.v1.CacheOption.AttributesEntry
+	157, // 94: atoll.v1.BuildOutput.attributes:type_name -> atoll.v1.BuildOutput.AttributesEntry
+	110, // 95: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
+	106, // 96: atoll.v1.BuildResponse.agent:type_name -> atoll.v1.AgentData
+	108, // 97: atoll.v1.BuildResponse.output:type_name -> atoll.v1.OutputData
+	109, // 98: atoll.v1.BuildResponse.report:type_name -> atoll.v1.BuildReport
+	160, // 99: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
+	160, // 100: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
+	158, // 101: atoll.v1.BuildResult.metadata:type_name -> atoll.v1.BuildResult.MetadataEntry
+	113, // 102: atoll.v1.BuildDiskUsageResponse.records:type_name -> atoll.v1.BuildCacheRecord
+	161, // 103: atoll.v1.BuildCacheRecord.created_at:type_name -> google.protobuf.Timestamp
+	161, // 104: atoll.v1.BuildCacheRecord.last_used_at:type_name -> google.protobuf.Timestamp
+	160, // 105: atoll.v1.PruneBuildRequest.unused_for:type_name -> google.protobuf.Duration
+	113, // 106: atoll.v1.PruneBuildResponse.records:type_name -> atoll.v1.BuildCacheRecord
+	161, // 107: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
+	116, // 108: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
+	74,  // 109: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
+	116, // 110: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
+	161, // 111: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
+	74,  // 112: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	121, // 113: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	121, // 114: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	121, // 115: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
+	121, // 116: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	74,  // 117: atoll.v1.PushKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	137, // 118: atoll.v1.PushKernelResponse.pushed:type_name -> atoll.v1.PushedKernel
+	74,  // 119: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	121, // 120: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	99,  // 121: atoll.v1.PruneSystemResponse.images:type_name -> atoll.v1.PruneImagesResponse
+	161, // 122: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	161, // 123: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
+	159, // 124: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
+	147, // 125: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
+	2,   // 126: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
+	23,  // 127: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
+	25,  // 128: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
+	27,  // 129: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
+	29,  // 130: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
+	31,  // 131: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
+	33,  // 132: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
+	35,  // 133: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
+	37,  // 134: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
+	39,  // 135: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
+	42,  // 136: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
+	46,  // 137: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
+	49,  // 138: atoll.v1.MachineService.Console:input_type -> atoll.v1.ConsoleRequest
+	52,  // 139: atoll.v1.MachineService.PutFiles:input_type -> atoll.v1.PutFilesRequest
+	55,  // 140: atoll.v1.MachineService.GetFiles:input_type -> atoll.v1.GetFilesRequest
+	57,  // 141: atoll.v1.MachineService.StatFile:input_type -> atoll.v1.StatFileRequest
+	60,  // 142: atoll.v1.ProfileService.Put:input_type -> atoll.v1.PutProfileRequest
+	62,  // 143: atoll.v1.ProfileService.Get:input_type -> atoll.v1.GetProfileRequest
+	64,  // 144: atoll.v1.ProfileService.List:input_type -> atoll.v1.ListProfilesRequest
+	66,  // 145: atoll.v1.ProfileService.Remove:input_type -> atoll.v1.RemoveProfileRequest
+	73,  // 146: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
+	76,  // 147: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
+	78,  // 148: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
+	80,  // 149: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
+	82,  // 150: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
+	84,  // 151: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
+	87,  // 152: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
+	89,  // 153: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
+	92,  // 154: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
+	95,  // 155: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
+	98,  // 156: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
+	100, // 157: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
+	102, // 158: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
+	111, // 159: atoll.v1.BuildService.DiskUsage:input_type -> atoll.v1.BuildDiskUsageRequest
+	114, // 160: atoll.v1.BuildService.Prune:input_type -> atoll.v1.PruneBuildRequest
+	117, // 161: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
+	119, // 162: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
+	130, // 163: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
+	132, // 164: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
+	134, // 165: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
+	128, // 166: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
+	122, // 167: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
+	124, // 168: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
+	126, // 169: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
+	135, // 170: atoll.v1.KernelService.Push:input_type -> atoll.v1.PushKernelRequest
+	141, // 171: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
+	143, // 172: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
+	145, // 173: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
+	148, // 174: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
+	139, // 175: atoll.v1.SystemService.Prune:input_type -> atoll.v1.PruneSystemRequest
+	24,  // 176: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
+	26,  // 177: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
+	28,  // 178: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
+	30,  // 179: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
+	32,  // 180: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
+	34,  // 181: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
+	36,  // 182: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
+	38,  // 183: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
+	40,  // 184: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
+	44,  // 185: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
+	48,  // 186: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
+	51,  // 187: atoll.v1.MachineService.Console:output_type -> atoll.v1.ConsoleResponse
+	54,  // 188: atoll.v1.MachineService.PutFiles:output_type -> atoll.v1.PutFilesResponse
+	56,  // 189: atoll.v1.MachineService.GetFiles:output_type -> atoll.v1.GetFilesResponse
+	58,  // 190: atoll.v1.MachineService.StatFile:output_type -> atoll.v1.StatFileResponse
+	61,  // 191: atoll.v1.ProfileService.Put:output_type -> atoll.v1.PutProfileResponse
+	63,  // 192: atoll.v1.ProfileService.Get:output_type -> atoll.v1.GetProfileResponse
+	65,  // 193: atoll.v1.ProfileService.List:output_type -> atoll.v1.ListProfilesResponse
+	67,  // 194: atoll.v1.ProfileService.Remove:output_type -> atoll.v1.RemoveProfileResponse
+	75,  // 195: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
+	77,  // 196: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
+	79,  // 197: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
+	81,  // 198: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
+	83,  // 199: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
+	85,  // 200: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
+	88,  // 201: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
+	90,  // 202: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
+	94,  // 203: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
+	96,  // 204: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
+	99,  // 205: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
+	101, // 206: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
+	107, // 207: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
+	112, // 208: atoll.v1.BuildService.DiskUsage:output_type -> atoll.v1.BuildDiskUsageResponse
+	115, // 209: atoll.v1.BuildService.Prune:output_type -> atoll.v1.PruneBuildResponse
+	118, // 210: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
+	120, // 211: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
+	131, // 212: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
+	133, // 213: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
+	138, // 214: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
+	129, // 215: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
+	123, // 216: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
+	125, // 217: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
+	127, // 218: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
+	136, // 219: atoll.v1.KernelService.Push:output_type -> atoll.v1.PushKernelResponse
+	142, // 220: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
+	144, // 221: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
+	146, // 222: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
+	149, // 223: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
+	140, // 224: atoll.v1.SystemService.Prune:output_type -> atoll.v1.PruneSystemResponse
+	176, // [176:225] is the sub-list for method output_type
+	127, // [127:176] is the sub-list for method input_type
+	127, // [127:127] is the sub-list for extension type_name
+	127, // [127:127] is the sub-list for extension extendee
+	0,   // [0:127] is the sub-list for field type_name
 }
 
 func init() { file_api_atoll_v1_atoll_proto_init() }
