@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"sort"
@@ -35,6 +36,8 @@ type Options struct {
 	Networks Networks
 	Events   *event.Bus
 	Log      *slog.Logger
+	// Fetch makes the requests of documents that refer to others; nil: Go's default.
+	Fetch *http.Transport
 	// ProvisionPatience is how long a step of provisioning may take without a word; 0: 10 min.
 	ProvisionPatience time.Duration
 }
