@@ -77,6 +77,7 @@ func (ms *Machines) recoverOne(ctx context.Context, e *entry) bool {
 		return false
 	}
 	r := newRun(inst, e)
+	r.foreign = true
 	e.log.Resume()
 	e.mu.Lock()
 	e.run = r

@@ -26,10 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	protocol  = 1
-	moduleDir = "/lib/modules/atoll"
-)
+const moduleDir = "/lib/modules/atoll"
 
 // Agent is the state of the guest.
 type Agent struct {
@@ -167,7 +164,7 @@ func (a *Agent) hello() *agentv1.HelloReply {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return &agentv1.HelloReply{
-		Protocol: protocol, AgentVersion: a.version, Configured: a.configured, State: a.events.last(),
+		Protocol: transport.Protocol, AgentVersion: a.version, Configured: a.configured, State: a.events.last(),
 		BootId: strings.TrimSpace(string(boot)), StartUptimeNanos: int64(a.started), UptimeNanos: int64(uptime()),
 	}
 }
