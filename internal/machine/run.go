@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
@@ -26,6 +27,8 @@ type run struct {
 
 	drained chan struct{} // closed when the entrypoint's output is complete
 	foreign bool          // an earlier daemon started the VMM: its agent may speak another version
+	modules *modulesOf    // what the guest's kernel may ask for; nil: nothing
+	serving sync.WaitGroup
 
 	// guarded by e.mu
 	refused   error         // the agent speaks a version that cannot be worked with
@@ -68,6 +71,9 @@ func (r *run) connect(ctx context.Context, token transport.Token) error {
 	defer r.e.mu.Unlock()
 	r.agent = agent
 	close(r.connected)
+	if r.modules != nil {
+		r.serving.Go(func() { r.modules.serve(agent) })
+	}
 	return nil
 }
 
@@ -148,6 +154,7 @@ func (r *run) drop() {
 	r.e.mu.Unlock()
 	if agent != nil {
 		agent.Close()
+		r.serving.Wait()
 	}
 }
 

@@ -42,6 +42,8 @@ func since2(req *agentv1.Request) string {
 	switch k := req.GetKind().(type) {
 	case *agentv1.Request_PutFiles, *agentv1.Request_GetFiles, *agentv1.Request_StatFile:
 		return "copying files"
+	case *agentv1.Request_Modules:
+		return "kernel modules"
 	case *agentv1.Request_SyncTime:
 		return "setting its clock"
 	case *agentv1.Request_Exec:
