@@ -35,6 +35,7 @@ type Client struct {
 	Build    atollv1connect.BuildServiceClient
 	Bases    atollv1connect.BaseServiceClient
 	Kernels  atollv1connect.KernelServiceClient
+	Profiles atollv1connect.ProfileServiceClient
 	System   atollv1connect.SystemServiceClient
 
 	transport *http.Transport
@@ -65,6 +66,7 @@ func New(host string) (*Client, error) {
 		Build:     atollv1connect.NewBuildServiceClient(h, base, errs),
 		Bases:     atollv1connect.NewBaseServiceClient(h, base, errs),
 		Kernels:   atollv1connect.NewKernelServiceClient(h, base, errs),
+		Profiles:  atollv1connect.NewProfileServiceClient(h, base, errs),
 		System:    atollv1connect.NewSystemServiceClient(h, base, errs),
 		transport: transport,
 	}, nil

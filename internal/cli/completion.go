@@ -58,6 +58,19 @@ func (e *environment) completeKernels(n int) completer {
 	})
 }
 
+func (e *environment) completeProfiles(n int) completer {
+	return e.completeFrom(n, func(ctx context.Context, c *client.Client) (names []string) {
+		res, err := c.Profiles.List(ctx, connect.NewRequest(&atollv1.ListProfilesRequest{}))
+		if err != nil {
+			return nil
+		}
+		for _, p := range res.Msg.GetProfiles() {
+			names = append(names, p.GetName())
+		}
+		return names
+	})
+}
+
 // completeFrom asks a daemon that runs; a Tab starts none.
 func (e *environment) completeFrom(n int, names func(context.Context, *client.Client) []string) completer {
 	return func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
@@ -77,7 +90,11 @@ func (e *environment) completeFrom(n int, names func(context.Context, *client.Cl
 
 // complete offers fixed values for a flag.
 func complete(cmd *cobra.Command, flag string, values ...string) {
-	if err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)); err != nil {
+	completeBy(cmd, flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
+}
+
+func completeBy(cmd *cobra.Command, flag string, values completer) {
+	if err := cmd.RegisterFlagCompletionFunc(flag, values); err != nil {
 		panic(err) // the flag does not exist: a mistake in this package
 	}
 }

@@ -65,6 +65,8 @@ func fakeDaemon(mode string) int {
 
 // fake is a daemon that works, with machines that are functions. What an entrypoint or an exec's argv does is in guest.
 type fake struct {
+	atollv1connect.UnimplementedMachineServiceHandler // what no test here asks for
+
 	mu          sync.Mutex // guards the rest
 	machines    []*fakeMachine
 	images      []*atollv1.Image

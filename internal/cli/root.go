@@ -41,7 +41,7 @@ command needs it. ATOLL_HOST or --host choose another daemon.`
 	add(images,
 		newBuildCmd(e), newBuilderCmd(e), newImageCmd(e), newImagesCmd(e), newPullCmd(e), newPushCmd(e), newTagCmd(e), newRmiCmd(e),
 		newSaveCmd(e), newLoadCmd(e), newImportCmd(e), newHistoryCmd(e), newLoginCmd(e), newLogoutCmd(e), newBaseCmd(e), newKernelCmd(e))
-	add(other, newEventsCmd(e), newDoctorCmd(e), newSystemCmd(e), newVersionCmd(e))
+	add(other, newProfileCmd(e), newEventsCmd(e), newDoctorCmd(e), newSystemCmd(e), newVersionCmd(e))
 	root.AddCommand(e.Extra...)
 	e.markRunning(root)
 	return root

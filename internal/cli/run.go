@@ -38,6 +38,9 @@ not be executed, 127 when it was not found, 125 when Atoll failed.`,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: e.completeImages(1),
 		RunE: guestCode(func(cmd *cobra.Command, args []string) error {
+			if err := e.setFromEnvironment(cmd); err != nil {
+				return err
+			}
 			spec, err := flags.machine(e, cmd, args)
 			if err != nil {
 				return err
@@ -49,6 +52,7 @@ not be executed, 127 when it was not found, 125 when Atoll failed.`,
 		}),
 	}
 	flags = addSpecFlags(cmd)
+	completeBy(cmd, "profile", e.completeProfiles(0))
 	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "print the machine's ID and leave it running")
 	return cmd
 }
@@ -64,6 +68,9 @@ func newCreateCmd(e *environment) *cobra.Command {
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: e.completeImages(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := e.setFromEnvironment(cmd); err != nil {
+				return err
+			}
 			spec, err := flags.machine(e, cmd, args)
 			if err != nil {
 				return err
@@ -82,6 +89,7 @@ func newCreateCmd(e *environment) *cobra.Command {
 		},
 	}
 	flags = addSpecFlags(cmd)
+	completeBy(cmd, "profile", e.completeProfiles(0))
 	return cmd
 }
 

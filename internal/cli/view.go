@@ -12,6 +12,7 @@ import (
 
 	"github.com/distribution/reference"
 	"github.com/docker/go-units"
+	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
@@ -92,6 +93,7 @@ type machineView struct {
 	Address     string     `json:"address"`
 	Ports       ports      `json:"ports"` // as bound; none unless it runs
 	Labels      labels     `json:"labels"`
+	Health      string     `json:"health"` // starting, healthy or unhealthy; empty: there is no check
 }
 
 // Names is Docker's word for Name in templates.
@@ -104,6 +106,7 @@ func newMachineView(m *atollv1.Machine, now time.Time) machineView {
 		Error: m.GetError(), FailedStep: m.GetFailedStep(),
 		CreatedAt: clock(m.GetCreatedAt()), StartedAt: clockOrNil(m.GetStartedAt()), FinishedAt: clockOrNil(m.GetFinishedAt()),
 		Address: m.GetNetwork().GetAddress(), Ports: ports{}, Labels: m.GetSpec().GetLabels(),
+		Health: m.GetHealth().GetStatus(),
 	}
 	if v.Image == "" {
 		v.Image = m.GetSpec().GetImage()
@@ -128,6 +131,10 @@ type machineDetail struct {
 	Network *networkView `json:"network"`
 	VMM     *vmmView     `json:"vmm"`
 	Steps   []stepView   `json:"steps"` // of the last start
+
+	HealthStatus *healthView `json:"healthStatus"` // null: there is no check
+	ExposedPorts []string    `json:"exposedPorts"` // of the image
+	Volumes      []string    `json:"volumes"`      // that it declares
 }
 
 type specView struct {
@@ -154,6 +161,8 @@ type specView struct {
 	Verity        bool     `json:"verity"`
 	StopTimeout   string   `json:"stopTimeout"`
 	Init          string   `json:"init"` // auto, agent or image
+	guestView
+	Profiles []string `json:"profiles"`
 }
 
 type networkView struct {
@@ -184,8 +193,9 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Env: list(s.GetEnv()), WorkingDir: s.GetWorkingDir(), User: s.GetUser(), TTY: s.GetTty(), Stdin: s.GetStdin(),
 		Remove: s.GetRemove(), Hostname: s.GetHostname(), CPUs: s.GetCpus(), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(),
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
-		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(),
-	}}
+		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(), guestView: newGuestView(s),
+		Profiles: list(s.GetProfiles()),
+	}, HealthStatus: newHealthView(m.GetHealth()), ExposedPorts: list(m.GetExposedPorts()), Volumes: list(m.GetVolumes())}
 	if t := s.GetStopTimeout(); t != nil {
 		d.Spec.StopTimeout = t.AsDuration().String()
 	}
@@ -231,7 +241,7 @@ func status(m *atollv1.Machine, now time.Time) string {
 	}
 	switch m.GetState() {
 	case atollv1.MachineState_MACHINE_STATE_RUNNING:
-		return "Up" + since(m.GetStartedAt())
+		return "Up" + since(m.GetStartedAt()) + healthNote(m.GetHealth())
 	case atollv1.MachineState_MACHINE_STATE_PAUSED:
 		return "Up" + since(m.GetStartedAt()) + " (Paused)"
 	case atollv1.MachineState_MACHINE_STATE_STOPPED:
@@ -431,6 +441,26 @@ func newKernelView(k *atollv1.Kernel) kernelView {
 		k.GetName(), k.GetVersion(), k.GetDigest(), k.GetArchitecture(), k.GetSource(), k.GetArgs(), k.GetSizeBytes(), k.GetDefault(),
 		clock(k.GetCreatedAt()), k.GetPath(), list(k.GetModules()), k.GetConfigDigest(),
 	}
+}
+
+type profileView struct {
+	Name      string         `json:"name"`
+	Source    string         `json:"source"`
+	Spec      map[string]any `json:"spec"` // as protobuf's JSON
+	CreatedAt time.Time      `json:"createdAt"`
+	UpdatedAt time.Time      `json:"updatedAt"`
+}
+
+func newProfileView(p *atollv1.Profile) (profileView, error) {
+	v := profileView{p.GetName(), string(p.GetSource()), nil, clock(p.GetCreatedAt()), clock(p.GetUpdatedAt())}
+	spec, err := protojson.Marshal(p.GetSpec())
+	if err == nil {
+		err = json.Unmarshal(spec, &v.Spec)
+	}
+	if err != nil {
+		return v, fmt.Errorf("profile %q: %w", v.Name, err)
+	}
+	return v, nil
 }
 
 type eventView struct {

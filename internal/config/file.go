@@ -27,6 +27,7 @@ type Settings struct {
 	Proxy      Proxy               `toml:"proxy"`
 	TLS        TLS                 `toml:"tls"`
 	Build      Build               `toml:"build"`
+	Machine    Machine             `toml:"machine"` // what holds for machines that say nothing else
 }
 
 // Registry is how one registry is reached.
@@ -67,6 +68,16 @@ type Build struct {
 	Isolation string   `toml:"isolation"` // where RUN steps run: host (the default) or vm
 	VMCPUs    int      `toml:"vmCPUs"`    // of a build's VM; 0: as many as the host has
 	VMMemory  Bytes    `toml:"vmMemory"`  // of a build's VM, as "4G"; 0: a quarter of the host's, 2G at most
+}
+
+// Machine is what machines get that say nothing else, neither themselves nor by a profile.
+type Machine struct {
+	CPUs     int      `toml:"cpus"`
+	Memory   Bytes    `toml:"memory"`
+	DiskSize Bytes    `toml:"diskSize"`
+	Kernel   string   `toml:"kernel"`
+	Network  string   `toml:"network"`
+	Profiles []string `toml:"profiles"` // for machines that name none
 }
 
 // minVMMemory is what a build's VM boots with and has something left for a step.
@@ -156,6 +167,9 @@ func (s Settings) check() error {
 	}
 	if i := s.Build.Isolation; i != "" && i != "host" && i != "vm" {
 		faults = append(faults, fmt.Errorf("build: isolation %q: give host or vm", i))
+	}
+	if s.Machine.CPUs < 0 {
+		faults = append(faults, fmt.Errorf("machine: cpus %d: give 1 or more", s.Machine.CPUs))
 	}
 	if s.Build.VMCPUs < 0 {
 		faults = append(faults, fmt.Errorf("build: vmCPUs %d: give 1 or more", s.Build.VMCPUs))

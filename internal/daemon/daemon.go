@@ -30,6 +30,7 @@ import (
 	"github.com/atollvm/atoll/internal/machine"
 	"github.com/atollvm/atoll/internal/network"
 	"github.com/atollvm/atoll/internal/network/user"
+	"github.com/atollvm/atoll/internal/profile"
 	"github.com/atollvm/atoll/internal/rootdisk"
 	"github.com/atollvm/atoll/internal/server"
 	"github.com/atollvm/atoll/internal/state"
@@ -102,6 +103,7 @@ type system struct {
 	userNet  *user.Driver
 	qemu     *qemu.Driver
 	machines *machine.Machines
+	profiles *profile.Store
 }
 
 func assemble(c Config, db *state.DB) (*system, error) {
@@ -142,6 +144,9 @@ func assemble(c Config, db *state.DB) (*system, error) {
 	}
 	s.qemu = qemu.New(qemu.Options{Dir: at("qemu"), Log: c.Log})
 
+	if s.profiles, err = profile.Open(db, defaultSpec(c.Settings.Machine)); err != nil {
+		return nil, err
+	}
 	hostID, err := hostID(db)
 	if err != nil {
 		return nil, err
@@ -189,7 +194,7 @@ func (s *system) serve(ctx context.Context, c Config) error {
 	protocols.SetUnencryptedHTTP2(true)
 	door := &http.Server{
 		Handler: server.Handler(server.Options{
-			Machines: s.machines, Images: s.images, Disks: &disksOf{s}, Builds: s.builder, Isolation: c.Settings.Build.Isolation, Bases: s.bases, Kernels: s.kernels,
+			Machines: s.machines, Images: s.images, Disks: &disksOf{s}, Builds: s.builder, Isolation: c.Settings.Build.Isolation, Bases: s.bases, Kernels: s.kernels, Profiles: s.profiles,
 			Doctor: func(ctx context.Context) []server.Check { return s.doctor(ctx, c) }, Events: s.events, Shutdown: stop, Log: c.Log,
 			Version: server.Version{Version: c.Version, Commit: c.Commit, Home: c.Home},
 		}),

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/atollvm/atoll/internal/agent/transport"
+	"github.com/atollvm/atoll/internal/health"
 	"github.com/atollvm/atoll/internal/network"
 	"github.com/atollvm/atoll/internal/vmm"
 	"github.com/opencontainers/go-digest"
@@ -82,7 +83,40 @@ type Spec struct {
 	StopTimeout   time.Duration
 	Verity        bool   // root disks must verify
 	Init          string // InitAuto, InitAgent or InitImage
+	ReadOnly      bool   // the root
+	Tmpfs         []Tmpfs
+	Ulimits       []Ulimit
+	Sysctls       map[string]string
+	AddHosts      []HostEntry
+	DNS           []string // servers, instead of the network's
+	DNSSearch     []string
+	DNSOptions    []string
+	PublishAll    bool         // every port that the image exposes
+	Health        health.Check // over the image's
+	KernelArgs    []string
+	Profiles      []string // where some of all this came from; for people
 }
+
+// Tmpfs is a file system in memory.
+type Tmpfs struct {
+	Path    string
+	Options string // as size=64m,exec; Docker's defaults hold beside them
+}
+
+// Ulimit is a resource limit of the entrypoint and of what Exec runs.
+type Ulimit struct {
+	Name       string // as nofile
+	Soft, Hard int64  // -1: unlimited
+}
+
+// HostEntry is a line of /etc/hosts.
+type HostEntry struct {
+	Address string // or HostGateway
+	Names   []string
+}
+
+// HostGateway stands for an address by which a machine reaches its host.
+const HostGateway = "host-gateway"
 
 // Machine is the record of one machine: spec and status, as stored.
 type Machine struct {
@@ -105,6 +139,7 @@ type Machine struct {
 	Last       *LastWord       // what the agent of this run said before it went down
 	AgentToken transport.Token // reopens the agent's channel
 	HostBoot   string          // the host's boot ID at the last start
+	Health     *health.State   // nil: there is no check. The state is replaced, not changed
 }
 
 // LastWord is why a guest goes down, in its agent's words.
@@ -139,6 +174,12 @@ type Image struct {
 	WorkingDir string
 	User       string
 	StopSignal string
+
+	ExposedPorts []string // as 80/tcp
+	Volumes      []string
+	Labels       map[string]string
+	Shell        []string // for lines such as that of a health check
+	Health       health.Check
 }
 
 // Images finds local images.
@@ -204,7 +245,7 @@ func (m *Machine) endpoint() network.Endpoint {
 		Aliases: aliases(m),
 		MAC:     m.Lease.MAC,
 		Address: m.Lease.Address,
-		Ports:   m.Spec.Ports,
+		Ports:   m.ports(),
 	}
 }
 

@@ -57,6 +57,7 @@ type entry struct {
 
 	mu      sync.Mutex // guards the rest
 	m       Machine
+	unsaved bool          // m has a state of health that its record has not
 	run     *run          // while a VMM runs
 	changed chan struct{} // closed and replaced at every commit
 	gone    bool
@@ -138,7 +139,7 @@ func (ms *Machines) Close() error {
 	defer ms.mu.Unlock()
 	var errs []error
 	for _, e := range ms.byID {
-		errs = append(errs, e.log.Close())
+		errs = append(errs, ms.saveHealth(e), e.log.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -163,9 +164,10 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (Machine, error) {
 	if _, err := argv(s, img); err != nil {
 		return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
 	}
-	if err := checkInit(s, img); err != nil {
+	if err := errors.Join(checkInit(s, img), checkExposed(s, img)); err != nil {
 		return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
 	}
+	s.Labels = withImageLabels(s.Labels, img.Labels)
 	if patient && imageInit(s, img) {
 		s.StopTimeout = DefaultInitStopTimeout
 	}
@@ -300,6 +302,7 @@ func (ms *Machines) commitLocked(e *entry, action string, change func(m *Machine
 	var err error
 	if !e.gone {
 		err = ms.records.Put(string(e.m.ID), e.m)
+		e.unsaved = e.unsaved && err != nil
 	}
 	if action != "" {
 		ms.publish(&e.m, action, nil)
@@ -313,6 +316,9 @@ func (ms *Machines) publish(m *Machine, action string, more map[string]string) {
 	a := map[string]string{"name": m.Spec.Name, "image": m.Spec.Image}
 	if action == "die" {
 		a["exitCode"], a["reason"] = fmt.Sprint(m.ExitCode), string(m.Reason)
+	}
+	if status, ok := strings.CutPrefix(action, "health_status: "); ok {
+		a["healthStatus"] = status
 	}
 	for k, v := range more {
 		a[k] = v

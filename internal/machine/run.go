@@ -169,6 +169,7 @@ func (ms *Machines) supervise(e *entry, r *run) {
 		ctx, cancel := context.WithCancel(ms.life)
 		defer cancel()
 		ms.workers.Go(func() { ms.listen(ctx, e, r) })
+		ms.watchHealth(ctx, e, r)
 		select {
 		case <-r.inst.Done():
 			cancel()
@@ -343,6 +344,7 @@ func (ms *Machines) finish(e *entry, reason Reason, code int, detail string) {
 			m.State = Failed
 		}
 		m.VMM.PID, m.Ports = 0, nil
+		m.Health = m.Health.Stopped()
 	})
 	e.mu.Unlock()
 	if err != nil {

@@ -119,6 +119,7 @@ func (s Spec) validate() error {
 	if s.StopTimeout < 0 {
 		fault("give a time from 0 on", "stop timeout %s", s.StopTimeout)
 	}
+	s.validateGuest(fault)
 	for i, p := range s.Ports {
 		for _, q := range s.Ports[:i] {
 			if p.HostPort != 0 && p.HostPort == q.HostPort && p.Protocol == q.Protocol && p.HostAddress == q.HostAddress {

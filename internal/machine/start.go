@@ -8,11 +8,13 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/host"
 	"github.com/atollvm/atoll/internal/agent/transport"
+	"github.com/atollvm/atoll/internal/health"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/network"
 	"github.com/atollvm/atoll/internal/vmm"
@@ -92,7 +94,7 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 	err = ms.commit(e, "", func(m *Machine) {
 		m.State, m.Reason, m.ExitCode, m.Error, m.FailedStep = Starting, "", 0, "", ""
 		m.Started, m.Finished, m.Steps, m.Ports = time.Time{}, time.Time{}, nil, nil
-		m.AgentToken, m.HostBoot, m.Last = token, ms.BootID, nil
+		m.AgentToken, m.HostBoot, m.Last, m.Health = token, ms.BootID, nil, nil
 		m.VMM = VMMStatus{Driver: driver.Name(), Accelerator: caps.Accelerator, Console: filepath.Join(e.dir, vmm.ConsoleFile)}
 		s.m = *m
 	})
@@ -124,6 +126,9 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 	err = ms.commitLocked(e, "start", func(m *Machine) {
 		m.State, m.Started, m.Steps, m.Lease, m.Ports = Running, time.Now(), s.m.Steps, s.m.Lease, s.m.Ports
 		m.VMM = s.m.VMM
+		if m.healthArgv() != nil {
+			m.Health = &health.State{Status: health.Starting}
+		}
 	})
 	e.mu.Unlock()
 	if err != nil {
@@ -156,6 +161,7 @@ func (s *starting) all(ctx context.Context, steps []step) error {
 
 func (s *starting) findKernel(ctx context.Context) error {
 	k, name, err := s.ms.Kernels.Boot(ctx, s.m.Spec.Kernel, s.features()...)
+	k.Args = strings.TrimSpace(strings.Join(append([]string{k.Args}, s.m.Spec.KernelArgs...), " "))
 	s.kernel, s.m.VMM.Kernel = k, name
 	return err
 }
@@ -314,8 +320,13 @@ func (s *starting) config() (*agentv1.Config, error) {
 			Tty:        sp.TTY,
 			Stdin:      sp.Stdin,
 			StopSignal: first(sp.StopSignal, img.StopSignal),
+			Rlimits:    rlimits(sp.Ulimits),
 		},
+		Volumes: img.Volumes,
+		Tmpfs:   tmpfsConfig(sp.Tmpfs),
+		Sysctls: sp.Sysctls,
 	}
+	c.Root.ReadOnly = sp.ReadOnly
 	if s.m.imageInit() {
 		c.Init, c.Process.Env = true, initEnvironment(c.Process.Env, sp.TTY)
 		c.Modules = append(c.Modules, initModules)
@@ -327,7 +338,7 @@ func (s *starting) config() (*agentv1.Config, error) {
 		}}
 		c.Hosts = []*agentv1.HostEntry{{Address: s.m.Lease.Address.String(), Names: []string{sp.Hostname, sp.Name}}}
 	}
-	return c, nil
+	return c, s.addNames(c)
 }
 
 // rootConfig names the disks in the order of spec.

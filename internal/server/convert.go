@@ -25,8 +25,9 @@ func specFrom(s *atollv1.MachineSpec) (machine.Spec, error) {
 		Env: s.GetEnv(), WorkingDir: s.GetWorkingDir(), User: s.GetUser(), TTY: s.GetTty(), Stdin: s.GetStdin(), Remove: s.GetRemove(),
 		Hostname: s.GetHostname(), CPUs: int(s.GetCpus()), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(), Ports: ports,
 		Labels: s.GetLabels(), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(), StopSignal: s.GetStopSignal(),
-		Verity: s.GetVerity(), Init: s.GetInit(),
+		Verity: s.GetVerity(), Init: s.GetInit(), Profiles: s.GetProfiles(),
 	}
+	guestFrom(s, &spec)
 	if t := s.GetStopTimeout(); t != nil {
 		spec.StopTimeout = t.AsDuration()
 	}
@@ -91,11 +92,13 @@ func machineTo(m machine.Machine) *atollv1.Machine {
 			WorkingDir: s.WorkingDir, User: s.User, Tty: s.TTY, Stdin: s.Stdin, Remove: s.Remove, Hostname: s.Hostname, Cpus: uint32(s.CPUs),
 			MemoryBytes: s.MemoryBytes, DiskBytes: s.DiskBytes, Ports: portsTo(s.Ports), Labels: s.Labels, Network: s.Network, Kernel: s.Kernel,
 			Vmm: s.VMM, Platform: s.Platform, StopSignal: s.StopSignal, StopTimeout: durationpb.New(s.StopTimeout),
-			Verity: s.Verity, Init: s.Init,
+			Verity: s.Verity, Init: s.Init, Profiles: s.Profiles,
 		},
+		Health: healthTo(&m), ExposedPorts: m.Image.ExposedPorts, Volumes: m.Image.Volumes,
 		CreatedAt: stamp(m.Created), StartedAt: stamp(m.Started), FinishedAt: stamp(m.Finished),
 		Vmm: &atollv1.VMMStatus{Driver: m.VMM.Driver, Accelerator: m.VMM.Accelerator, Pid: int32(m.VMM.PID), Kernel: m.VMM.Kernel, Console: m.VMM.Console},
 	}
+	guestTo(s, out.Spec)
 	for _, st := range m.Steps {
 		out.Steps = append(out.Steps, &atollv1.StepTime{Name: st.Name, Took: durationpb.New(st.Took)})
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/atollvm/atoll/internal/image"
 	"github.com/atollvm/atoll/internal/kernel"
 	"github.com/atollvm/atoll/internal/machine"
+	"github.com/atollvm/atoll/internal/profile"
 	"github.com/atollvm/atoll/internal/rootdisk"
 	"github.com/atollvm/atoll/internal/rpcerr"
 	"github.com/opencontainers/go-digest"
@@ -41,6 +42,7 @@ type Options struct {
 	Isolation string
 	Bases     *base.Builder
 	Kernels   *kernel.Store
+	Profiles  *profile.Store
 	Doctor    func(ctx context.Context) []Check
 	Events    *event.Bus
 	Version   Version
@@ -91,6 +93,7 @@ func Handler(o Options) http.Handler {
 	mux.Handle(atollv1connect.NewBuildServiceHandler(&builds{o}, errs))
 	mux.Handle(atollv1connect.NewBaseServiceHandler(&bases{o}, errs))
 	mux.Handle(atollv1connect.NewKernelServiceHandler(&kernels{o}, errs))
+	mux.Handle(atollv1connect.NewProfileServiceHandler(&profiles{o}, errs))
 	mux.Handle(atollv1connect.NewSystemServiceHandler(&system{o}, errs))
 	return mux
 }
