@@ -42,6 +42,7 @@ type ProvisionStatus struct {
 	ExitCode   *int          // of the command that failed
 	Hostname   string        // that a document asked for and got
 	Log        string        // path of what commands and package managers wrote
+	Rounds     int           // how often it was applied again to a system without an agent
 	Step       string        `json:"-"` // under way
 }
 
@@ -131,7 +132,12 @@ func (ms *Machines) Reprovision(ctx context.Context, name string, r *provision.R
 		return fail(err)
 	}
 	if r != nil {
-		if warnings, err = r.Check(); err != nil {
+		if m.ownSystem() {
+			err = r.CheckNoCloud()
+		} else {
+			warnings, err = r.Check()
+		}
+		if err != nil {
 			return fail(err)
 		}
 		k.Request = *r
@@ -243,6 +249,10 @@ func kernelArgs(args string, p *plan.Plan) string {
 // provisioned keeps what later boots need, once the guest has carried the plan out, and gives the record's new status.
 func (s *starting) provisioned() error {
 	if s.m.Provisioning.Due == DueNothing {
+		return nil
+	}
+	if s.m.ownSystem() {
+		s.diskProvisioned()
 		return nil
 	}
 	standing, err := provision.StandingOf(s.plan)

@@ -84,7 +84,11 @@ func (a *Agent) prepareInit(c *agentv1.Config) (*successor, error) {
 			attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, fd
 		}
 	}
-	if _, err := syscall.ForkExec("/proc/self/exe", []string{BesideName}, attr); err != nil {
+	pid, err := syscall.ForkExec("/proc/self/exe", []string{BesideName}, attr)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.passModprobe(pid); err != nil {
 		return nil, err
 	}
 	theirs.Close()

@@ -363,6 +363,7 @@ func FuzzCheck(f *testing.F) {
 	f.Add([]byte(`{"ignition": {"version": "3.4.0", "config": {"merge": [{"source": "data:,%7B%7D"}]}}, "storage": {"files": [{"path": "/a", "contents": {"source": "data:;base64,YQ==", "compression": "gzip"}}]}}`))
 	f.Add([]byte("variant: fcos\nversion: 1.5.0\nstorage:\n  files:\n  - path: /a\n    contents: {inline: x}\n"))
 	f.Add([]byte("variant: flatcar\nversion: 1.1.0\na: &a [*a]\n"))
+	f.Add([]byte("variant: fcos\nversion: 1.6.0\nstorage:\n  disks: [{device: /dev/a, partitions: [{label: root}, null]}]\n  luks: [{name: a, clevis: {tang: [{url: x}]}}]\n  filesystems: [{device: a, path: /a, format: ext4, with_mount_unit: true}]\n  trees: [{local: a}]\n  links: [{path: /a, target: b, hard: true}]\nboot_device: {mirror: {devices: [a, b]}, luks: {tpm2: true}}\ngrub: {users: [{name: a, password_hash: b}]}\npasswd: {users: [null]}\nsystemd: {units: [{name: a, dropins: [null]}]}\n"))
 	f.Add([]byte(`{"ignition": {"version": "3.7.0-experimental"}, "passwd": {"users": [{"name": "a"}]}, "systemd": {"units": [{"name": "a.service", "contents": "[a]"}]}}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		warnings, err := Check(raw)
