@@ -104,7 +104,7 @@ func TestSyncTime(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if (got - ahead).Abs() > 40*time.Millisecond || (<-corrected+got).Abs() != 0 {
+	if (got-ahead).Abs() > 40*time.Millisecond || (<-corrected+got).Abs() != 0 {
 		t.Errorf("ahead by %v, want %v", got, ahead)
 	}
 	ahead = 30 * time.Millisecond // less than the doubt

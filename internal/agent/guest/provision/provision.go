@@ -117,13 +117,17 @@ func (r *Provisioner) Files() error {
 	if !r.GetFirst() {
 		return nil
 	}
-	return r.run([]part{
+	if err := r.run([]part{
 		{"groups", len(r.GetGroups()) > 0, r.groups},
 		{"users", len(r.GetUsers()) > 0, r.users},
 		{"directories", len(r.GetDirectories()) > 0, r.directories},
 		{"files", len(r.GetFiles()) > 0, r.files},
 		{"links", len(r.GetLinks()) > 0, r.links},
 		{"units", len(r.GetUnits()) > 0, r.units},
+	}); err != nil {
+		return err
+	}
+	return r.run([]part{
 		{"ssh host keys", len(r.GetSshHostKeys()) > 0 && (r.root.isDir(sshDir) || r.wantsPackages()), r.sshHostKeys},
 		{"timezone", r.GetTimezone() != "", r.timezone},
 		{"locale", r.GetLocale() != "", r.locale},
