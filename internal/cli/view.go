@@ -158,6 +158,8 @@ type specView struct {
 	StopTimeout   string   `json:"stopTimeout"`
 	Init          string   `json:"init"` // auto, agent or image
 	Profiles      []string `json:"profiles"`
+	Disk          string   `json:"disk"`     // a disk image in the place of an image
+	Firmware      string   `json:"firmware"` // that boots it: bios, uefi, or none
 
 	Provisioning *provisionView `json:"provisioning"` // null: nothing was asked for
 }
@@ -191,6 +193,7 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Remove: s.GetRemove(), Hostname: s.GetHostname(), CPUs: s.GetCpus(), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(),
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
 		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(), Profiles: list(s.GetProfiles()),
+		Disk: s.GetDisk(), Firmware: s.GetFirmware(),
 	}}
 	d.Spec.Provisioning, d.Provisioning = newProvisionView(s.GetProvisioning()), newProvisionStatusView(m.GetProvisioning())
 	if t := s.GetStopTimeout(); t != nil {
