@@ -19,6 +19,7 @@ import (
 	"github.com/atollvm/atoll/internal/cli/ui"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/provision/hostkey"
+	"github.com/atollvm/atoll/internal/provision/ignition"
 	"github.com/atollvm/atoll/internal/provision/zone"
 )
 
@@ -141,7 +142,14 @@ func (p *provisionFlags) document(e *environment, cmd *cobra.Command, flag, path
 		return nil, nil
 	}
 	if path != "-" {
-		return readFile("--"+flag, path, maxDocument)
+		data, err := readFile("--"+flag, path, maxDocument)
+		if err != nil || !ignition.IsButane(data) {
+			return data, err
+		}
+		// Here, as files that it embeds are here.
+		data, warnings, err := ignition.Translate(data, filepath.Dir(path))
+		ui.Warnings(e.Stderr, warnings)
+		return data, wrapFlag("--"+flag+" "+path, err)
 	}
 	if stdin := cmd.Flags().Lookup("interactive"); stdin != nil && stdin.Changed {
 		return nil, usagef("--%s - and --interactive: both would read standard input", flag)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"sort"
@@ -35,6 +36,8 @@ type Options struct {
 	Networks Networks
 	Events   *event.Bus
 	Log      *slog.Logger
+	// Fetch makes the requests of documents that refer to others; nil: Go's default.
+	Fetch *http.Transport
 	// ProvisionPatience is how long a step of provisioning may take without a word; 0: 10 min.
 	ProvisionPatience time.Duration
 }
@@ -60,6 +63,7 @@ type entry struct {
 
 	mu      sync.Mutex // guards the rest
 	m       Machine
+	unsaved bool          // m has a state of health that its record has not
 	run     *run          // while a VMM runs
 	changed chan struct{} // closed and replaced at every commit
 	gone    bool
@@ -169,7 +173,7 @@ func (ms *Machines) Close() error {
 	defer ms.mu.Unlock()
 	var errs []error
 	for _, e := range ms.byID {
-		errs = append(errs, e.log.Close())
+		errs = append(errs, ms.saveHealth(e), e.log.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -198,6 +202,7 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (m Machine, warnings []s
 	if err != nil {
 		return Machine{}, nil, fmt.Errorf("creating machine %q: %w", s.Name, err)
 	}
+	s.Labels = withImageLabels(s.Labels, img.Labels)
 	if patient && (disk != nil || imageInit(s, img)) {
 		s.StopTimeout = DefaultInitStopTimeout
 	}
@@ -257,7 +262,7 @@ func (ms *Machines) bootable(ctx context.Context, s *Spec, sized bool) (Image, *
 		_, err = argv(*s, img)
 	}
 	if err == nil {
-		err = checkInit(*s, img)
+		err = errors.Join(checkInit(*s, img), checkExposed(*s, img))
 	}
 	return img, nil, err
 }
@@ -358,6 +363,7 @@ func (ms *Machines) commitLocked(e *entry, action string, change func(m *Machine
 	var err error
 	if !e.gone {
 		err = ms.records.Put(string(e.m.ID), e.m)
+		e.unsaved = e.unsaved && err != nil
 	}
 	if action != "" {
 		ms.publish(&e.m, action, nil)
@@ -371,6 +377,9 @@ func (ms *Machines) publish(m *Machine, action string, more map[string]string) {
 	a := map[string]string{"name": m.Spec.Name, "image": first(m.Spec.Image, m.Spec.Disk)}
 	if action == "die" {
 		a["exitCode"], a["reason"] = fmt.Sprint(m.ExitCode), string(m.Reason)
+	}
+	if status, ok := strings.CutPrefix(action, "health_status: "); ok {
+		a["healthStatus"] = status
 	}
 	for k, v := range more {
 		a[k] = v

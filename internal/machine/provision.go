@@ -181,7 +181,7 @@ func (s *starting) compile(ctx context.Context) (err error) {
 	if err := os.RemoveAll(spool); err != nil {
 		return err
 	}
-	s.plan, err = provision.Compile(ctx, k.Request, provision.Options{HostKeys: k.HostKeys, Spool: spool})
+	s.plan, err = provision.Compile(ctx, k.Request, provision.Options{HostKeys: k.HostKeys, Spool: spool, Transport: s.ms.Fetch})
 	if err != nil {
 		return err
 	}
@@ -270,22 +270,16 @@ func (s *starting) provisioned() error {
 	return errors.Join(err, os.RemoveAll(filepath.Join(s.e.dir, spoolDir)))
 }
 
-// isProvisioning says whether a step of a guest's configuration, as its agent names it, is one of provisioning.
-func isProvisioning(step string) bool {
-	switch step {
-	case "early commands", "groups", "users", "directories", "files", "links", "units", "ssh host keys", "timezone", "locale",
-		"certificate authorities", "mounts", "secrets", "packages", "deferred files", "commands":
-		return true
-	}
-	return false
-}
+// guestProvisioning is how the names of the guest's steps begin that are provisioning's.
+const guestProvisioning = "provisioning: "
 
 // defaultPatience is how long a step of provisioning may take without a word: a compiler or a slow mirror says nothing for minutes.
 const defaultPatience = 10 * time.Minute
 
 // guestStep takes notice of a step of the guest's configuration that begins.
 func (s *starting) guestStep(name string) {
-	if !isProvisioning(name) {
+	name, ok := strings.CutPrefix(name, guestProvisioning)
+	if !ok {
 		s.patience.Reset(startTimeout)
 		s.provisionStep = ""
 		s.setStep("")

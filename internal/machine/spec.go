@@ -127,9 +127,13 @@ func (s Spec) validate() error {
 	if s.Network == NoNetwork && len(s.Ports) > 0 {
 		fault("leave out --network none or -p", "ports cannot be published without a network")
 	}
+	if s.Metadata.Disabled && s.Metadata.V1 {
+		fault("use --metadata off or --metadata v1", "the metadata service is to be off and to answer without a token")
+	}
 	if s.StopTimeout < 0 {
 		fault("give a time from 0 on", "stop timeout %s", s.StopTimeout)
 	}
+	s.validateGuest(fault)
 	for i, p := range s.Ports {
 		for _, q := range s.Ports[:i] {
 			if p.HostPort != 0 && p.HostPort == q.HostPort && p.Protocol == q.Protocol && p.HostAddress == q.HostAddress {

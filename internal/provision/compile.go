@@ -3,6 +3,7 @@ package provision
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"slices"
 	"strconv"
 
@@ -17,6 +18,8 @@ import (
 type Options struct {
 	HostKeys []hostkey.Key // those generated for the machine
 	Spool    string        // a directory for what documents fetch; it must last until the plan is carried out
+	// Transport makes the requests, with the host's proxy and certificate authorities; nil: Go's default.
+	Transport *http.Transport
 }
 
 // Compile makes the plan of a request that Check has passed. Documents come first and what flags say after them, so that flags win. It may
@@ -58,9 +61,6 @@ func Compile(ctx context.Context, r Request, o Options) (*plan.Plan, error) {
 			p.Packages.Names = append(p.Packages.Names, name)
 		}
 	}
-	if p.Packages != nil && len(r.Packages) > 0 {
-		p.Packages.Update = true // an image has no lists of packages, or old ones
-	}
 	return p, r.applyHostKeys(p, o.HostKeys)
 }
 
@@ -77,7 +77,7 @@ func (r *Request) applyDocuments(ctx context.Context, p *plan.Plan, o Options) e
 	switch kindOf(r.UserData) {
 	case script:
 		p.Commands = append(p.Commands, &agentv1.Command{Name: "user-data", Script: r.UserData})
-	case ignition:
+	case ignitionOrButane:
 		err = applyIgnition(ctx, r.UserData, p, o)
 	default:
 		err = applyCloudConfig(ctx, r.UserData, p)

@@ -2,10 +2,10 @@ package provision
 
 import (
 	"bytes"
-	"encoding/json"
 	"fmt"
 
 	"github.com/atollvm/atoll/internal/hint"
+	"github.com/atollvm/atoll/internal/provision/ignition"
 	"github.com/containerd/errdefs"
 )
 
@@ -16,7 +16,7 @@ const (
 	unknown   kind = iota
 	script         // begins with #!
 	cloudInit      // what cloud-init reads but scripts: cloud-config, multi-part, gzip, #include
-	ignition       // Ignition's JSON or Butane's YAML
+	ignitionOrButane
 )
 
 // kindOf tells languages apart by how a document begins, as cloud-init does.
@@ -34,24 +34,10 @@ func kindOf(doc []byte) kind {
 		return script
 	case begins("\x1f\x8b", "#cloud-config", "#include", "content-type:", "mime-version:", "#cloud-boothook", "#part-handler", "## template:", "#upstart-job"):
 		return cloudInit
-	case isIgnition(doc):
-		return ignition
+	case ignition.Is(doc):
+		return ignitionOrButane
 	}
 	return unknown
-}
-
-// isIgnition looks for Ignition's own object in JSON, and in YAML for the variant by which Butane begins.
-func isIgnition(doc []byte) bool {
-	if trimmed := bytes.TrimSpace(doc); bytes.HasPrefix(trimmed, []byte("{")) {
-		var top map[string]json.RawMessage
-		return json.Unmarshal(trimmed, &top) == nil && top["ignition"] != nil
-	}
-	for line := range bytes.Lines(doc) {
-		if bytes.HasPrefix(line, []byte("variant:")) {
-			return true
-		}
-	}
-	return false
 }
 
 func (r *Request) checkDocuments(f *faults) (warnings []string) {
@@ -65,11 +51,11 @@ func (r *Request) checkDocuments(f *faults) (warnings []string) {
 	if len(r.Ignition) > MaxDocument {
 		f.add("ignition", "", "it has %d bytes, more than %d", len(r.Ignition), MaxDocument)
 	} else if r.Ignition != nil {
-		more, err := checkIgnition(r.Ignition)
+		more, err := ignition.Check(r.Ignition)
 		warnings = append(warnings, more...)
 		f.wrap("ignition", err)
 	}
-	if r.Ignition != nil && kindOf(r.UserData) == ignition {
+	if r.Ignition != nil && kindOf(r.UserData) == ignitionOrButane {
 		f.add("user-data", "give one of the two", "it is an Ignition config, and there is another one")
 	}
 	return warnings
@@ -85,8 +71,8 @@ func checkUserData(doc []byte) ([]string, error) {
 		return nil, nil
 	case cloudInit:
 		return nil, checkCloudConfig(doc)
-	case ignition:
-		return checkIgnition(doc)
+	case ignitionOrButane:
+		return ignition.Check(doc)
 	}
 	first, _, _ := bytes.Cut(doc, []byte("\n"))
 	err := fmt.Errorf("its first line %q is of no language that is known here: %w", short(string(first)), errdefs.ErrInvalidArgument)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 
+	"github.com/atollvm/atoll/internal/provision/ignition"
 	"github.com/atollvm/atoll/internal/provision/plan"
 	"github.com/containerd/errdefs"
 )
@@ -18,11 +19,6 @@ func applyCloudConfig(_ context.Context, doc []byte, _ *plan.Plan) error {
 	return checkCloudConfig(doc)
 }
 
-func checkIgnition([]byte) ([]string, error) {
-	return nil, fmt.Errorf("configs of Ignition and Butane are not understood yet: %w", errdefs.ErrNotImplemented)
-}
-
-func applyIgnition(_ context.Context, doc []byte, _ *plan.Plan, _ Options) error {
-	_, err := checkIgnition(doc)
-	return err
+func applyIgnition(ctx context.Context, doc []byte, p *plan.Plan, o Options) error {
+	return ignition.Apply(ctx, doc, p, ignition.Options{Transport: o.Transport, Spool: o.Spool})
 }

@@ -58,12 +58,40 @@ func loadModule(path string) error {
 	return nil
 }
 
+// LoadedModules returns the names of the modules that the kernel has.
+func LoadedModules() []string {
+	data, _ := os.ReadFile("/proc/modules")
+	var names []string
+	for line := range strings.Lines(string(data)) {
+		name, _, _ := strings.Cut(line, " ")
+		names = append(names, name)
+	}
+	return names
+}
+
+// ModuleDevices makes the devices whose opening loads their module, as kmod's static nodes are.
+func ModuleDevices() {
+	for _, d := range []struct {
+		path  string
+		mode  uint32
+		minor uint32
+	}{{"/dev/fuse", 0o666, 229}, {"/dev/net/tun", 0o666, 200}, {"/dev/loop-control", 0o660, 237}} {
+		os.Mkdir(filepath.Dir(d.path), 0o755)
+		if unix.Mknod(d.path, unix.S_IFCHR|d.mode, int(unix.Mkdev(10, d.minor))) == nil {
+			os.Chmod(d.path, os.FileMode(d.mode))
+		}
+	}
+}
+
 // Root is the mounted root.
 type Root struct {
 	scratch int // its mount, which no path leads to after Switch; -1 when it is a tmpfs
 }
 
-const newRoot = "/newroot"
+const (
+	newRoot = "/newroot"
+	shm     = "/dev/shm"
+)
 
 // Mount joins the root disks and the scratch disk by overlayfs.
 func Mount(r *agentv1.Root) (*Root, error) {
@@ -199,7 +227,7 @@ func System() error {
 		options  string
 	}{
 		{"devpts", "/dev/pts", safe, "mode=0620,gid=5,ptmxmode=0666"},
-		{"tmpfs", "/dev/shm", safe | unix.MS_NODEV, "mode=1777"},
+		{"tmpfs", shm, safe | unix.MS_NODEV, "mode=1777"},
 		{"mqueue", "/dev/mqueue", safe | unix.MS_NODEV, ""},
 		{"cgroup2", "/sys/fs/cgroup", safe | unix.MS_NODEV, ""},
 	} {
@@ -256,9 +284,9 @@ func Forget() {
 	_ = os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
 }
 
-// MakeReadOnly forbids writing to the root.
+// MakeReadOnly forbids writing to the root; what else is mounted, also of the root's own file system, stays as it is.
 func MakeReadOnly() error {
-	return unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
+	return unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")
 }
 
 // Down brings all that was written to the disks and leaves the scratch disk clean. All other processes have ended.
@@ -267,7 +295,7 @@ func (r *Root) Down() error {
 	if r.scratch < 0 {
 		return nil
 	}
-	if err := MakeReadOnly(); err != nil {
+	if err := unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil { // the file system, wherever it is mounted
 		return fmt.Errorf("making the root read-only: %w", err)
 	}
 	if err := unix.Mount("", fdPath(r.scratch), "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
