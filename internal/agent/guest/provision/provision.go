@@ -59,6 +59,7 @@ type Provisioner struct {
 	deferred []deferredFile
 	again    []part // what the packages may make possible
 	late     bool   // they are there
+	changed  bool   // the root is not as the image has it any more
 }
 
 type part struct {
@@ -116,14 +117,18 @@ func (r *Provisioner) Files() error {
 	if !r.GetFirst() {
 		return nil
 	}
-	return r.run([]part{
+	if err := r.run([]part{
 		{"groups", len(r.GetGroups()) > 0, r.groups},
 		{"users", len(r.GetUsers()) > 0, r.users},
 		{"directories", len(r.GetDirectories()) > 0, r.directories},
 		{"files", len(r.GetFiles()) > 0, r.files},
 		{"links", len(r.GetLinks()) > 0, r.links},
 		{"units", len(r.GetUnits()) > 0, r.units},
-		{"ssh host keys", len(r.GetSshHostKeys()) > 0, r.sshHostKeys},
+	}); err != nil {
+		return err
+	}
+	return r.run([]part{
+		{"ssh host keys", len(r.GetSshHostKeys()) > 0 && (r.root.isDir(sshDir) || r.wantsPackages()), r.sshHostKeys},
 		{"timezone", r.GetTimezone() != "", r.timezone},
 		{"locale", r.GetLocale() != "", r.locale},
 		{"certificate authorities", len(r.GetCaCertificates()) > 0, r.authorities},
@@ -150,7 +155,7 @@ func (r *Provisioner) Late() error {
 	if err := r.commands(r.wants); err != nil {
 		return err
 	}
-	if !r.GetFirst() {
+	if !r.GetFirst() || !r.changed {
 		return nil
 	}
 	// The host notes that the first boot was finished: then the disk must hold what it did.
@@ -170,6 +175,7 @@ func (r *Provisioner) run(parts []part) error {
 		if !p.needed {
 			continue
 		}
+		r.changed = true
 		r.o.Step(p.name)
 		if err := p.do(); err != nil {
 			return err
