@@ -73,7 +73,7 @@ func translatorFor(variant, version string) (translator, error) {
 func Translate(raw []byte, filesDir string) (ignition []byte, warnings []string, err error) {
 	ignition, warnings, faults := translateButane(raw, filesDir)
 	if len(faults) > 0 {
-		return nil, nil, invalid("Butane config", faults)
+		return nil, nil, invalid("the Butane config", faults)
 	}
 	// Whoever gets the Ignition config says of it what the library says of both.
 	_, again, _ := parse(ignition)
