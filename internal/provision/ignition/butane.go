@@ -133,7 +133,7 @@ func translateButane(raw []byte, filesDir string) (document []byte, warnings, fa
 		faults = append(faults, err.Error())
 	}
 	for i, f := range faults {
-		faults[i] = strings.Replace(f, common.ErrNoFilesDir.Error(), "a local file is embedded by the command that reads the config from a file; here only its text has come", 1)
+		faults[i] = strings.Replace(f, common.ErrNoFilesDir.Error(), "local files are embedded when atoll is given the config by its file's name; here only its text has come", 1)
 	}
 	var ours report.Report
 	for _, key := range []string{"boot_device", "grub"} {
