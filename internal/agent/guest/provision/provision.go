@@ -109,7 +109,7 @@ func Apply(p *agentv1.Provision, o Options) error {
 
 // Early runs the commands that come before everything else, without a network.
 func (r *Provisioner) Early() error {
-	return r.run([]part{{"early commands", slices.ContainsFunc(r.GetCommands(), r.wantsEarly), func() error { return r.commands(r.wantsEarly) }}})
+	return r.commands(r.wantsEarly)
 }
 
 // Files does what changes files, and needs no network.
@@ -149,10 +149,10 @@ func (r *Provisioner) Late() error {
 	if err := r.run(r.again); err != nil {
 		return err
 	}
-	if err := r.run([]part{
-		{"deferred files", len(r.deferred) > 0, r.deferredFiles},
-		{"commands", slices.ContainsFunc(r.GetCommands(), r.wants), func() error { return r.commands(r.wants) }},
-	}); err != nil {
+	if err := r.run([]part{{"deferred files", len(r.deferred) > 0, r.deferredFiles}}); err != nil {
+		return err
+	}
+	if err := r.commands(r.wants); err != nil {
 		return err
 	}
 	if !r.GetFirst() || !r.changed {

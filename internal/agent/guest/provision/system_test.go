@@ -207,7 +207,7 @@ func TestCommands(t *testing.T) {
 	if got, want := said.String(), "early\na b $HOME -x\n/run/atoll/script one\n700\n700\n"; !strings.HasPrefix(got, want) || !strings.Contains(got, "700\n`b`\n") || !strings.HasSuffix(got, "ignored: exit code 3\n") {
 		t.Errorf("got %q", got)
 	}
-	if got := strings.Join(steps, "|"); got != "early commands|command early|files|commands|command argv|command script|command hash-bang|command ignored" {
+	if got := strings.Join(steps, "|"); got != "command early|files|command argv|command script|command hash-bang|command ignored" {
 		t.Errorf("steps %s", got)
 	}
 	wantLooks(t, root, map[string]string{"run/atoll": "none", "run": "dir 0755 0:0"})
