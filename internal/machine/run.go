@@ -38,6 +38,7 @@ type run struct {
 	agent     *host.Client  // nil while the channel is down
 	connected chan struct{} // closed while it is up
 	killed    bool          // Atoll ended the VMM
+	synced    time.Time     // when its clock was last compared
 }
 
 func newRun(inst vmm.Instance, e *entry) *run {
@@ -210,7 +211,9 @@ func (ms *Machines) listen(ctx context.Context, e *entry, r *run) {
 			}
 			r.drop()
 		} else {
-			err = r.connect(ctx, e.get().AgentToken)
+			if err = r.connect(ctx, e.get().AgentToken); err == nil {
+				ms.workers.Go(func() { ms.syncClock(ctx, e, r) }) // nobody knows what has been meanwhile
+			}
 		}
 		if errdefs.IsFailedPrecondition(err) && ctx.Err() == nil {
 			ms.Log.Warn("a machine's agent cannot be worked with until the machine is restarted", "machine", e.get().ID, "err", err)

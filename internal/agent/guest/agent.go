@@ -157,6 +157,8 @@ func (a *Agent) serve(s net.Conn) {
 		a.putFiles(s, k.PutFiles)
 	case *agentv1.Request_Signal:
 		transport.WriteMsg(s, &agentv1.SignalReply{Error: words(a.signal(k.Signal.GetName()))})
+	case *agentv1.Request_SyncTime:
+		transport.WriteMsg(s, syncTime(k.SyncTime))
 	case *agentv1.Request_Shutdown:
 		err := a.shutdown(k.Shutdown, func() { transport.WriteMsg(s, &agentv1.ShutdownReply{}) })
 		if err != nil {

@@ -1,17 +1,19 @@
 package guest
 
 import (
+	"context"
 	"errors"
 	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/guest/mounts"
 	"github.com/atollvm/atoll/internal/agent/guest/process"
+	"github.com/atollvm/atoll/internal/agent/guest/timekeeping"
 	"github.com/atollvm/atoll/internal/agent/transport"
 	"golang.org/x/sys/unix"
 )
@@ -91,7 +93,7 @@ func (a *Agent) prepareInit(c *agentv1.Config) (*successor, error) {
 	}
 	theirs.Close()
 	null.Close()
-	if err := transport.WriteMsg(ours, &agentv1.Config{Process: p, Hostname: c.GetHostname(), Provision: &agentv1.Provision{Locale: c.GetProvision().GetLocale()}}); err != nil {
+	if err := transport.WriteMsg(ours, &agentv1.Config{Process: p, Hostname: c.GetHostname(), NtpServers: c.GetNtpServers(), Provision: &agentv1.Provision{Locale: c.GetProvision().GetLocale()}}); err != nil {
 		return nil, err
 	}
 	return &successor{path: path, argv: p.GetArgv(), env: env, limits: limits(p), slave: slave, hand: ours}, nil
@@ -118,9 +120,9 @@ func (s *successor) become(p *port, last func()) error {
 	return &os.PathError{Op: "exec", Path: s.path, Err: syscall.Exec(s.path, s.argv, s.env)}
 }
 
-// Beside is the agent's life in a process beside the image's init. It returns only when it cannot reach the host.
-func Beside(version string) error {
-	a := &Agent{version: version, started: uptime(), output: newRing(ringSize), log: console}
+// Beside is the agent's life in a process beside the image's init, with the arguments that it was started with. It returns only when it cannot
+// reach the host.
+func Beside(version string, args []string) error {
 	hand := os.NewFile(fdHandOver, "hand-over")
 	c := &agentv1.Config{}
 	if err := transport.ReadMsg(hand, c); err != nil {
@@ -130,12 +132,24 @@ func Beside(version string) error {
 		return err
 	}
 	hand.Close()
-	// Whoever ends all processes, as sysvinit and busybox do on their way down, means the others first.
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGPIPE, syscall.SIGALRM)
-	for _, fd := range []int{fdMaster, fdSlave, fdPort} {
-		unix.CloseOnExec(fd)
+	life := 0
+	if len(args) > 1 {
+		life, _ = strconv.Atoi(args[1])
 	}
+	if life == 0 {
+		return keep(c)
+	}
+	return beside(version, c, life)
+}
+
+// beside serves the host, for the first time or again after this process's predecessor was killed.
+func beside(version string, c *agentv1.Config, life int) error {
+	a := &Agent{version: version, started: uptime(), output: newRing(ringSize), log: console}
+	a.output.seq = uint64(life-1) << 32 // above what a predecessor has sent
+	ignoreEnd()
+	closeOnExec()
 	a.processes = process.NewSupervisor()
+	a.processes.Unprotected()
 	init := a.processes.Adopt(1, os.NewFile(fdMaster, "console"))
 	a.entrypoint = &entrypoint{Process: init, stdin: newStdinQueue(init)}
 	a.init = &imageInit{stopSignal: c.GetProcess().GetStopSignal()}
@@ -143,14 +157,21 @@ func Beside(version string) error {
 	a.setLanguage(c)
 	a.events.add(&agentv1.Event{Kind: &agentv1.Event_Started{Started: &agentv1.EntrypointStarted{Pid: 1}}})
 	go a.copyConsole(init.Stdout)
+	if servers := c.GetNtpServers(); len(servers) > 0 {
+		go timekeeping.Follow(context.Background(), servers, a.log)
+	}
 
 	vsock := make(chan error, 1)
 	go func() { vsock <- transport.ServeVsock(a.accept) }()
 	var st unix.Stat_t
-	if err := unix.Fstat(fdPort, &st); err != nil {
+	if err := unix.Fstat(fdPort, &st); err == nil {
+		return transport.Serve(&port{File: os.NewFile(fdPort, portName)}, a.accept)
+	}
+	p, err := openPort() // the keeper has closed its own, so that the host sees this process die
+	if err != nil {
 		return errors.Join(err, <-vsock)
 	}
-	return transport.Serve(&port{File: os.NewFile(fdPort, portName)}, a.accept)
+	return transport.Serve(p, a.accept)
 }
 
 // copyConsole takes what is written to the console, for ever. A getty hangs the terminal up, with everybody who has it open: then the
@@ -200,8 +221,13 @@ func (i *imageInit) askDown(a *Agent, name string) error {
 	case base == "busybox":
 		return ask("SIGUSR2")
 	}
-	// sysvinit, OpenRC's own, runit, …: they have no signal in common, but the command.
-	p, err := a.processes.Start(process.Spec{Argv: []string{"poweroff"}, Dir: "/", Cgroup: process.CgroupRoot + "/poweroff"})
+	// sysvinit, runit, …: they have no signal in common, but the command. OpenRC's own has another, and Debian has both beside each other.
+	command := []string{"poweroff"}
+	if filepath.Base(exe) == "openrc-init" {
+		command = []string{"openrc-shutdown", "--poweroff", "now"}
+	}
+	spareFromSendsigs()
+	p, err := a.processes.Start(process.Spec{Argv: command, Dir: "/", Cgroup: process.CgroupRoot + "/poweroff"})
 	if err != nil {
 		return err
 	}

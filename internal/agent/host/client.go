@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -265,6 +266,44 @@ func (c *Client) Shutdown(ctx context.Context, signal string, grace time.Duratio
 		return fmt.Errorf("shutting the guest down: %w", err)
 	}
 	return nil
+}
+
+// SyncTime brings the guest's clock to the host's and returns how far it was ahead. What is less than the time that an answer takes, or
+// than precise, is left alone.
+func (c *Client) SyncTime(ctx context.Context, precise time.Duration) (ahead time.Duration, err error) {
+	const tries = 3
+	ask := func(req *agentv1.SyncTime) (*agentv1.SyncTimeReply, error) {
+		reply := &agentv1.SyncTimeReply{}
+		err := c.ask(ctx, &agentv1.Request{Kind: &agentv1.Request_SyncTime{SyncTime: req}}, reply)
+		if err == nil && reply.GetError() != "" {
+			err = errors.New(printable(reply.GetError()))
+		}
+		if err != nil {
+			err = fmt.Errorf("setting the guest's clock: %w", err)
+		}
+		return reply, err
+	}
+	doubt := time.Duration(math.MaxInt64)
+	for range tries {
+		sent := time.Now()
+		reply, err := ask(&agentv1.SyncTime{UnixNanos: sent.UnixNano()})
+		if err != nil {
+			return 0, err
+		}
+		// It was read somewhere between the two: in the middle, give or take as much.
+		half := time.Since(sent) / 2
+		if half < doubt {
+			doubt, ahead = half, time.Duration(reply.GetOffsetNanos())-half
+		}
+		if doubt < precise {
+			break
+		}
+	}
+	if ahead.Abs() <= max(doubt, precise) {
+		return ahead, nil
+	}
+	_, err = ask(&agentv1.SyncTime{UnixNanos: time.Now().UnixNano(), CorrectNanos: int64(-ahead)})
+	return ahead, err
 }
 
 // violation ends the session of a guest that breaks the protocol.

@@ -202,6 +202,14 @@ systemd:
 		t.Errorf("unit %q", u)
 	}
 
+	// A warning is for the one who gets the result to say, with which it comes again.
+	special := []byte("variant: fcos\nversion: 1.6.0\nstorage:\n  directories:\n  - {path: /a, mode: 02755}\n")
+	got, warnings, err = Translate(special, "")
+	again, againErr := Check(got)
+	if err != nil || againErr != nil || len(warnings) != 0 || len(again) != 1 {
+		t.Errorf("%q, %v, then %q, %v", warnings, err, again, againErr)
+	}
+
 	outside := []byte("variant: fcos\nversion: 1.5.0\nstorage:\n  files:\n  - path: /a\n    contents: {local: ../secret}\n")
 	if _, _, err := Translate(outside, filepath.Join(dir, "tree")); err == nil {
 		t.Error("a file outside of the directory was embedded")
@@ -329,7 +337,7 @@ func TestApplyFails(t *testing.T) {
 			f := newFetcher(Options{Spool: spool})
 			f.patience, f.left = 300*time.Millisecond, 500_000
 			err := applyWith(context.Background(), f, c.doc, p)
-			if err == nil || !c.class(err) || hint.Of(err) == "" && !errdefs.IsNotFound(err) {
+			if err == nil || !c.class(err) || hint.Of(err) == "" {
 				t.Fatalf("%v, hint %q", err, hint.Of(err))
 			}
 			for _, want := range c.want {
