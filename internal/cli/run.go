@@ -170,7 +170,9 @@ func (e *environment) run(ctx context.Context, spec *atollv1.MachineSpec, pull s
 // start starts the machine. The error of an entrypoint that could not be executed carries its code, 126 or 127, which the
 // machine knows, or, where it is gone already, the attached stream.
 func (e *environment) start(ctx context.Context, c *client.Client, m *atollv1.Machine, attached <-chan outcome) (warnings []string, err error) {
+	stop := e.watchProvisioning(ctx, c, m.GetId(), false)
 	res, err := c.Machines.Start(ctx, connect.NewRequest(&atollv1.StartMachineRequest{Machine: m.GetId()}))
+	stop()
 	if err == nil {
 		return res.Msg.GetWarnings(), nil
 	}

@@ -26,6 +26,7 @@ type specFlags struct {
 	ports       []string
 	stopTimeout seconds
 	pull        string
+	provision   *provisionFlags
 }
 
 func addSpecFlags(cmd *cobra.Command) *specFlags {
@@ -57,6 +58,7 @@ func addSpecFlags(cmd *cobra.Command) *specFlags {
 	f.Var(&s.stopTimeout, "stop-timeout", "time to end before it is killed, such as 30 or 1m30s (default 10s)")
 	f.StringVar(&s.spec.Init, "init", "", "who is PID 1: agent; image, its own init; auto, the latter where the\nimage runs an init such as /sbin/init (default auto)")
 	f.Var(metadataValue{&s.spec.Metadata}, "metadata", "what 169.254.169.254 tells the guest about its machine: off; v2, to who has\na token; v1, to all that can reach it there (default v2)")
+	s.provision = addProvisionFlags(cmd)
 	f.StringArrayVar(&s.spec.Profiles, "profile", nil, "settings of this `NAME` hold where no flag says otherwise; later ones win")
 	complete(cmd, "init", "auto", "agent", "image")
 	complete(cmd, "metadata", "off", "v2", "v1")
@@ -87,6 +89,8 @@ func (s *specFlags) machine(e *environment, cmd *cobra.Command, args []string) (
 		}
 	}
 	var faults []error
+	provisioning, err := s.provision.provisioning(e, cmd)
+	spec.Provisioning, faults = provisioning, append(faults, err)
 	for _, file := range s.envFiles {
 		lines, err := kvfile.Parse(file, e.LookupEnv)
 		if err != nil {

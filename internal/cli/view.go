@@ -129,6 +129,8 @@ type machineDetail struct {
 	Network *networkView `json:"network"`
 	VMM     *vmmView     `json:"vmm"`
 	Steps   []stepView   `json:"steps"` // of the last start
+
+	Provisioning provisionStatusView `json:"provisioning"`
 }
 
 type specView struct {
@@ -156,6 +158,8 @@ type specView struct {
 	StopTimeout   string   `json:"stopTimeout"`
 	Init          string   `json:"init"` // auto, agent or image
 	Profiles      []string `json:"profiles"`
+
+	Provisioning *provisionView `json:"provisioning"` // null: nothing was asked for
 }
 
 type networkView struct {
@@ -188,6 +192,7 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
 		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(), Profiles: list(s.GetProfiles()),
 	}}
+	d.Spec.Provisioning, d.Provisioning = newProvisionView(s.GetProvisioning()), newProvisionStatusView(m.GetProvisioning())
 	if t := s.GetStopTimeout(); t != nil {
 		d.Spec.StopTimeout = t.AsDuration().String()
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/atollvm/atoll/internal/agent/transport"
 	"github.com/atollvm/atoll/internal/network"
+	"github.com/atollvm/atoll/internal/provision"
 	"github.com/atollvm/atoll/internal/vmm"
 	"github.com/opencontainers/go-digest"
 )
@@ -83,7 +84,9 @@ type Spec struct {
 	Verity        bool   // root disks must verify
 	Init          string // InitAuto, InitAgent or InitImage
 	Metadata      Metadata
-	Profiles      []string // where some of all this came from; for people
+	// Provisioning is what is set in the guest at its first boot. Create takes it whole; a record has it redacted.
+	Provisioning provision.Request
+	Profiles     []string // where some of all this came from; for people
 }
 
 // Machine is the record of one machine: spec and status, as stored.
@@ -107,6 +110,8 @@ type Machine struct {
 	Last       *LastWord       // what the agent of this run said before it went down
 	AgentToken transport.Token // reopens the agent's channel
 	HostBoot   string          // the host's boot ID at the last start
+
+	Provisioning ProvisionStatus
 }
 
 // LastWord is why a guest goes down, in its agent's words.

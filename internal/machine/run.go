@@ -68,12 +68,12 @@ func causeOf(ctx context.Context, err error) error {
 	return err
 }
 
-func (r *run) configure(ctx context.Context, c *agentv1.Config, progress func(step string)) error {
+func (r *run) configure(ctx context.Context, c *agentv1.Config, contents []host.Content, tell host.Configuring) error {
 	agent, err := r.client()
 	if err != nil {
 		return err
 	}
-	return agent.Configure(ctx, c, progress)
+	return agent.ConfigureWith(ctx, c, contents, tell)
 }
 
 // client returns the agent, or errdefs.ErrUnavailable while the channel is down.

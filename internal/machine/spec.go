@@ -55,9 +55,13 @@ func (s Spec) withDefaults() Spec {
 		s.Init = InitAuto
 	}
 	if s.Hostname == "" {
-		s.Hostname = strings.Trim(strings.ReplaceAll(s.Name, "_", "-"), ".-")
+		s.Hostname = defaultHostname(s.Name)
 	}
 	return s
+}
+
+func defaultHostname(name string) string {
+	return strings.Trim(strings.ReplaceAll(name, "_", "-"), ".-")
 }
 
 // validate gathers every fault of a spec with its defaults.

@@ -28,6 +28,7 @@ func specFrom(s *atollv1.MachineSpec) (machine.Spec, error) {
 		Verity: s.GetVerity(), Init: s.GetInit(), Profiles: s.GetProfiles(),
 	}
 	spec.Metadata = machine.Metadata{Disabled: s.GetMetadata().GetDisabled(), V1: s.GetMetadata().GetV1()}
+	spec.Provisioning = requestFrom(s.GetProvisioning())
 	if t := s.GetStopTimeout(); t != nil {
 		spec.StopTimeout = t.AsDuration()
 	}
@@ -98,6 +99,7 @@ func machineTo(m machine.Machine) *atollv1.Machine {
 		Vmm: &atollv1.VMMStatus{Driver: m.VMM.Driver, Accelerator: m.VMM.Accelerator, Pid: int32(m.VMM.PID), Kernel: m.VMM.Kernel, Console: m.VMM.Console},
 	}
 	out.Spec.Metadata = &atollv1.Metadata{Disabled: s.Metadata.Disabled, V1: s.Metadata.V1}
+	out.Spec.Provisioning, out.Provisioning = provisioningTo(s.Provisioning), provisionStatusTo(m)
 	for _, st := range m.Steps {
 		out.Steps = append(out.Steps, &atollv1.StepTime{Name: st.Name, Took: durationpb.New(st.Took)})
 	}
