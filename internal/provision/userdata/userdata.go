@@ -99,6 +99,7 @@ type walker struct {
 	scripts []script
 	faults  []error
 	parts   int
+	leaves  int // that are configs or scripts
 	bytes   int
 	fetched int
 	full    bool // a bound was met
@@ -217,6 +218,7 @@ func (w *walker) walk(ctx context.Context, p part, depth int) {
 }
 
 func (w *walker) addConfig(p part) {
+	w.leaves++
 	c, err := cloudconfig.Parse(p.String(), p.data)
 	switch {
 	case err != nil:
@@ -229,9 +231,10 @@ func (w *walker) addConfig(p part) {
 }
 
 func (w *walker) addScript(p part, text []byte) {
+	w.leaves++
 	name := p.file
 	if name == "" {
-		name = fmt.Sprintf("part-%03d", w.parts)
+		name = fmt.Sprintf("part-%03d", w.leaves)
 	}
 	if p.name == "" && p.file == "" {
 		name = "user-data"
