@@ -227,13 +227,12 @@ func (e *environment) secretValue(file, env string) ([]byte, error) {
 
 func (c *buildCall) readHosts() error {
 	for _, given := range c.addHosts {
-		name, ip, ok := strings.Cut(given, "=")
-		if !ok {
-			name, ip, ok = strings.Cut(given, ":")
+		name, ip, err := parseHost(given)
+		if err == nil && net.ParseIP(ip) == nil {
+			err = usagef("--add-host %q: write it as NAME:ADDRESS", given)
 		}
-		ip = strings.TrimSuffix(strings.TrimPrefix(ip, "["), "]")
-		if !ok || name == "" || net.ParseIP(ip) == nil {
-			return usagef("--add-host %q: write it as NAME:ADDRESS", given)
+		if err != nil {
+			return err
 		}
 		c.start.AddHosts = append(c.start.AddHosts, name+"="+ip)
 	}

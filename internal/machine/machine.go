@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/atollvm/atoll/internal/agent/transport"
+	"github.com/atollvm/atoll/internal/diskimage"
+	"github.com/atollvm/atoll/internal/health"
 	"github.com/atollvm/atoll/internal/network"
 	"github.com/atollvm/atoll/internal/provision"
 	"github.com/atollvm/atoll/internal/vmm"
@@ -83,11 +85,45 @@ type Spec struct {
 	StopTimeout   time.Duration
 	Verity        bool   // root disks must verify
 	Init          string // InitAuto, InitAgent or InitImage
+	ReadOnly      bool   // the root
+	Tmpfs         []Tmpfs
+	Ulimits       []Ulimit
+	Sysctls       map[string]string
+	AddHosts      []HostEntry
+	DNS           []string // servers, instead of the network's
+	DNSSearch     []string
+	DNSOptions    []string
+	PublishAll    bool         // every port that the image exposes
+	Health        health.Check // over the image's
+	KernelArgs    []string
 	Metadata      Metadata
 	// Provisioning is what is set in the guest at its first boot. Create takes it whole; a record has it redacted.
 	Provisioning provision.Request
 	Profiles     []string // where some of all this came from; for people
+	Disk         string   // path of a disk image that boots in the place of an image
+	Firmware     string   // with Disk: vmm.BIOS or vmm.UEFI
 }
+
+// Tmpfs is a file system in memory.
+type Tmpfs struct {
+	Path    string
+	Options string // as size=64m,exec; Docker's defaults hold beside them
+}
+
+// Ulimit is a resource limit of the entrypoint and of what Exec runs.
+type Ulimit struct {
+	Name       string // as nofile
+	Soft, Hard int64  // -1: unlimited
+}
+
+// HostEntry is a line of /etc/hosts.
+type HostEntry struct {
+	Address string // or HostGateway
+	Names   []string
+}
+
+// HostGateway stands for an address by which a machine reaches its host.
+const HostGateway = "host-gateway"
 
 // Machine is the record of one machine: spec and status, as stored.
 type Machine struct {
@@ -100,6 +136,7 @@ type Machine struct {
 	Error      string
 	FailedStep string
 	Image      Image
+	Disk       *diskimage.Image // of Spec.Disk, as it was at create
 	Created    time.Time
 	Started    time.Time
 	Finished   time.Time
@@ -110,6 +147,7 @@ type Machine struct {
 	Last       *LastWord       // what the agent of this run said before it went down
 	AgentToken transport.Token // reopens the agent's channel
 	HostBoot   string          // the host's boot ID at the last start
+	Health     *health.State   // nil: there is no check. The state is replaced, not changed
 
 	Provisioning ProvisionStatus
 }
@@ -146,6 +184,12 @@ type Image struct {
 	WorkingDir string
 	User       string
 	StopSignal string
+
+	ExposedPorts []string // as 80/tcp
+	Volumes      []string
+	Labels       map[string]string
+	Shell        []string // for lines such as that of a health check
+	Health       health.Check
 }
 
 // Images finds local images.
@@ -181,6 +225,15 @@ type Kernels interface {
 	// Boot returns the kernel of that name ("" = the default) with its initramfs, ready for a VMM. errdefs.ErrFailedPrecondition: it
 	// lacks one of the features.
 	Boot(ctx context.Context, name string, features ...string) (vmm.Kernel, string, error)
+	// Modules returns what guests with that kernel may load while they run; nil: it has all built in.
+	Modules(name string) KernelModules
+}
+
+// KernelModules is the modules of one kernel.
+type KernelModules interface {
+	// Find returns the modules to load, in that order, for what a kernel asks for.
+	Find(request string) ([]string, error)
+	Read(name string) ([]byte, error)
 }
 
 // featureVerity is dm-verity, as a kernel's feature and among the modules that the agent loads on demand.
@@ -203,7 +256,7 @@ func (m *Machine) endpoint(n network.Network) (network.Endpoint, error) {
 		Aliases:  aliases(m),
 		MAC:      m.Lease.MAC,
 		Address:  m.Lease.Address,
-		Ports:    m.Spec.Ports,
+		Ports:    m.ports(),
 		Metadata: document,
 	}, err
 }

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/atollvm/atoll/internal/diskimage"
 	"github.com/atollvm/atoll/internal/event"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/machine/outlog"
@@ -62,6 +63,7 @@ type entry struct {
 
 	mu      sync.Mutex // guards the rest
 	m       Machine
+	unsaved bool          // m has a state of health that its record has not
 	run     *run          // while a VMM runs
 	changed chan struct{} // closed and replaced at every commit
 	gone    bool
@@ -83,6 +85,7 @@ func Open(o Options) (*Machines, error) {
 	ms := &Machines{Options: o, records: records, byID: map[ID]*entry{}, byName: map[string]*entry{}}
 	ms.life, ms.endLife = context.WithCancel(context.Background())
 	ms.workers.Go(ms.boundConsoles)
+	ms.workers.Go(ms.keepClocks)
 	all, err := records.All()
 	if err != nil {
 		return nil, fmt.Errorf("opening machines: %w", err)
@@ -171,7 +174,7 @@ func (ms *Machines) Close() error {
 	defer ms.mu.Unlock()
 	var errs []error
 	for _, e := range ms.byID {
-		errs = append(errs, e.log.Close())
+		errs = append(errs, ms.saveHealth(e), e.log.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -182,27 +185,26 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (m Machine, warnings []s
 	if !chosen {
 		s.Name = madeUpName()
 	}
-	patient := s.StopTimeout == 0
+	patient, sized := s.StopTimeout == 0, s.DiskBytes != 0
 	s = s.withDefaults()
 	request := s.Provisioning
-	warnings, err = request.Check()
+	if s.Disk != "" {
+		err = request.CheckNoCloud()
+	} else {
+		warnings, err = request.Check()
+	}
 	if err := errors.Join(s.validate(), err); err != nil {
 		return Machine{}, nil, fmt.Errorf("creating machine: %w", err)
 	}
 	s.Provisioning = request.Redacted()
 	release := ms.Images.Hold() // until the record names the image as in use
 	defer release()
-	img, err := ms.Images.Find(ctx, s.Image, s.Platform)
+	img, disk, err := ms.bootable(ctx, &s, sized)
 	if err != nil {
 		return Machine{}, nil, fmt.Errorf("creating machine %q: %w", s.Name, err)
 	}
-	if _, err := argv(s, img); err != nil {
-		return Machine{}, nil, fmt.Errorf("creating machine %q: %w", s.Name, err)
-	}
-	if err := checkInit(s, img); err != nil {
-		return Machine{}, nil, fmt.Errorf("creating machine %q: %w", s.Name, err)
-	}
-	if patient && imageInit(s, img) {
+	s.Labels = withImageLabels(s.Labels, img.Labels)
+	if patient && (disk != nil || imageInit(s, img)) {
 		s.StopTimeout = DefaultInitStopTimeout
 	}
 	if s.Kernel != "" {
@@ -215,7 +217,7 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (m Machine, warnings []s
 			return Machine{}, nil, fmt.Errorf("creating machine %q: %w", s.Name, err)
 		}
 	}
-	m = Machine{ID: newID(), Host: ms.Host, Spec: s, State: Created, Image: img, Created: time.Now()}
+	m = Machine{ID: newID(), Host: ms.Host, Spec: s, State: Created, Image: img, Disk: disk, Created: time.Now()}
 	dir := ms.dirOf(m.ID)
 	m.Provisioning = ProvisionStatus{Due: DueFirst, Log: filepath.Join(dir, provisionLogFile)}
 	if err := prepareProvisioning(dir, request); err != nil {
@@ -248,6 +250,22 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (m Machine, warnings []s
 	}
 	ms.publish(&m, "create", nil)
 	return m, warnings, nil
+}
+
+// bootable finds what a machine that is to be made will boot: an image or, where the spec asks for one, a disk image.
+func (ms *Machines) bootable(ctx context.Context, s *Spec, sized bool) (Image, *diskimage.Image, error) {
+	if s.Disk != "" {
+		disk, err := openDisk(s, sized)
+		return Image{}, disk, err
+	}
+	img, err := ms.Images.Find(ctx, s.Image, s.Platform)
+	if err == nil {
+		_, err = argv(*s, img)
+	}
+	if err == nil {
+		err = errors.Join(checkInit(*s, img), checkExposed(*s, img))
+	}
+	return img, nil, err
 }
 
 // Get returns the machine of that name, ID or unambiguous ID prefix.
@@ -346,6 +364,7 @@ func (ms *Machines) commitLocked(e *entry, action string, change func(m *Machine
 	var err error
 	if !e.gone {
 		err = ms.records.Put(string(e.m.ID), e.m)
+		e.unsaved = e.unsaved && err != nil
 	}
 	if action != "" {
 		ms.publish(&e.m, action, nil)
@@ -356,9 +375,12 @@ func (ms *Machines) commitLocked(e *entry, action string, change func(m *Machine
 }
 
 func (ms *Machines) publish(m *Machine, action string, more map[string]string) {
-	a := map[string]string{"name": m.Spec.Name, "image": m.Spec.Image}
+	a := map[string]string{"name": m.Spec.Name, "image": first(m.Spec.Image, m.Spec.Disk)}
 	if action == "die" {
 		a["exitCode"], a["reason"] = fmt.Sprint(m.ExitCode), string(m.Reason)
+	}
+	if status, ok := strings.CutPrefix(action, "health_status: "); ok {
+		a["healthStatus"] = status
 	}
 	for k, v := range more {
 		a[k] = v

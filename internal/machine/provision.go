@@ -42,6 +42,7 @@ type ProvisionStatus struct {
 	ExitCode   *int          // of the command that failed
 	Hostname   string        // that a document asked for and got
 	Log        string        // path of what commands and package managers wrote
+	Rounds     int           // how often it was applied again to a system without an agent
 	Step       string        `json:"-"` // under way
 }
 
@@ -131,7 +132,12 @@ func (ms *Machines) Reprovision(ctx context.Context, name string, r *provision.R
 		return fail(err)
 	}
 	if r != nil {
-		if warnings, err = r.Check(); err != nil {
+		if m.ownSystem() {
+			err = r.CheckNoCloud()
+		} else {
+			warnings, err = r.Check()
+		}
+		if err != nil {
 			return fail(err)
 		}
 		k.Request = *r
@@ -169,6 +175,9 @@ func (s *starting) compile(ctx context.Context) (err error) {
 	}
 	var k kept
 	if err := readWhole(filepath.Join(s.e.dir, requestFile), &k); err != nil {
+		return err
+	}
+	if err := s.log.begin(); err != nil {
 		return err
 	}
 	spool := filepath.Join(s.e.dir, spoolDir)
@@ -245,6 +254,10 @@ func (s *starting) provisioned() error {
 	if s.m.Provisioning.Due == DueNothing {
 		return nil
 	}
+	if s.m.ownSystem() {
+		s.diskProvisioned()
+		return nil
+	}
 	standing, err := provision.StandingOf(s.plan)
 	path := filepath.Join(s.e.dir, standingFile)
 	switch {
@@ -318,7 +331,9 @@ func (s *starting) provisionFailed(cause error) ProvisionStatus {
 // withOutput adds the end of what the failed step of provisioning wrote.
 func (s *starting) withOutput(cause error) error {
 	if f := (*host.Failure)(nil); errors.As(cause, &f) {
-		cause = &host.Failure{Class: f.Class, Message: f.Message, ExitCode: f.ExitCode} // the step is named already
+		// The step is named already.
+		message := strings.TrimPrefix(f.Message, strings.TrimPrefix(s.provisionStep, "command ")+": ")
+		cause = &host.Failure{Class: f.Class, Message: message, ExitCode: f.ExitCode}
 	}
 	tail := s.log.tail(s.provisionStep)
 	if tail == "" {

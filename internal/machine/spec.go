@@ -51,6 +51,9 @@ func (s Spec) withDefaults() Spec {
 	if s.StopTimeout == 0 {
 		s.StopTimeout = DefaultStopTimeout
 	}
+	if s.Disk != "" && s.Firmware == "" && s.Kernel == "" {
+		s.Firmware = defaultFirmware()
+	}
 	if s.Init == "" {
 		s.Init = InitAuto
 	}
@@ -77,7 +80,11 @@ func (s Spec) validate() error {
 	} else if !hostnameForm.MatchString(s.Hostname) {
 		fault("a hostname has letters, digits, '-' and '.', at most 64", "hostname %q", shorten(s.Hostname))
 	}
-	if s.Image == "" {
+	if s.Disk != "" {
+		s.checkDisk(fault)
+	} else if s.Firmware != "" {
+		fault("give a --disk, or leave out --firmware", "firmware is only for disk images")
+	} else if s.Image == "" {
 		fault("name the image to run: atoll run IMAGE", "no image")
 	}
 	if s.CPUs < 1 || s.CPUs > 4*runtime.NumCPU() {
@@ -126,6 +133,7 @@ func (s Spec) validate() error {
 	if s.StopTimeout < 0 {
 		fault("give a time from 0 on", "stop timeout %s", s.StopTimeout)
 	}
+	s.validateGuest(fault)
 	for i, p := range s.Ports {
 		for _, q := range s.Ports[:i] {
 			if p.HostPort != 0 && p.HostPort == q.HostPort && p.Protocol == q.Protocol && p.HostAddress == q.HostAddress {

@@ -8,11 +8,13 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/host"
 	"github.com/atollvm/atoll/internal/agent/transport"
+	"github.com/atollvm/atoll/internal/health"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/network"
 	"github.com/atollvm/atoll/internal/provision/plan"
@@ -104,7 +106,7 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 	err = ms.commit(e, "", func(m *Machine) {
 		m.State, m.Reason, m.ExitCode, m.Error, m.FailedStep = Starting, "", 0, "", ""
 		m.Started, m.Finished, m.Steps, m.Ports = time.Time{}, time.Time{}, nil, nil
-		m.AgentToken, m.HostBoot, m.Last = token, ms.BootID, nil
+		m.AgentToken, m.HostBoot, m.Last, m.Health = token, ms.BootID, nil, nil
 		m.Provisioning.FailedStep, m.Provisioning.ExitCode = "", nil
 		m.VMM = VMMStatus{Driver: driver.Name(), Accelerator: caps.Accelerator, Console: filepath.Join(e.dir, vmm.ConsoleFile)}
 		s.m = *m
@@ -114,7 +116,7 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 		return e.get(), s.warnings, fmt.Errorf("starting machine %q: %w", m.Spec.Name, err)
 	}
 	s.m.Steps = []StepTime{{"record", time.Since(began)}}
-	err = s.all(ctx, []step{
+	steps := []step{
 		{stepProvisioning, s.compile},
 		{"kernel", s.findKernel},
 		{"root disk", s.makeRoot},
@@ -124,7 +126,11 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 		{"agent", s.connectAgent},
 		{"verity", s.verify},
 		{"guest", s.configureGuest},
-	})
+	}
+	if m.ownSystem() {
+		steps = s.diskSteps(driver)
+	}
+	err = s.all(ctx, steps)
 	if err == nil {
 		err = s.provisioned()
 	}
@@ -142,6 +148,9 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 	err = ms.commitLocked(e, "start", func(m *Machine) {
 		m.State, m.Started, m.Steps, m.Lease, m.Ports = Running, time.Now(), s.m.Steps, s.m.Lease, s.m.Ports
 		m.VMM, m.Spec.Hostname, m.Provisioning = s.m.VMM, s.m.Spec.Hostname, s.m.Provisioning
+		if m.healthArgv() != nil {
+			m.Health = &health.State{Status: health.Starting}
+		}
 	})
 	e.mu.Unlock()
 	if err != nil {
@@ -175,6 +184,7 @@ func (s *starting) all(ctx context.Context, steps []step) error {
 
 func (s *starting) findKernel(ctx context.Context) error {
 	k, name, err := s.ms.Kernels.Boot(ctx, s.m.Spec.Kernel, s.features()...)
+	k.Args = strings.TrimSpace(strings.Join(append([]string{k.Args}, s.m.Spec.KernelArgs...), " "))
 	s.kernel, s.m.VMM.Kernel = k, name
 	return err
 }
@@ -263,6 +273,7 @@ func (s *starting) startVMM(ctx context.Context, d vmm.Driver) error {
 		return err
 	}
 	s.run = newRun(inst, s.e)
+	s.run.modules = s.ms.modulesOf(s.m.VMM.Kernel)
 	s.undo = append(s.undo, func(ctx context.Context) error {
 		return errors.Join(inst.Kill(ctx), s.run.close())
 	})
@@ -271,6 +282,9 @@ func (s *starting) startVMM(ctx context.Context, d vmm.Driver) error {
 }
 
 func (s *starting) spec() vmm.Spec {
+	if s.m.ownSystem() {
+		return s.diskSpec()
+	}
 	var disks []vmm.Disk
 	for _, d := range slices.Backward(s.root) { // the topmost first, as the agent joins them
 		disks = append(disks, vmm.Disk{Path: d.Path, ReadOnly: true})
@@ -342,8 +356,13 @@ func (s *starting) config() (*agentv1.Config, error) {
 			Tty:        sp.TTY,
 			Stdin:      sp.Stdin,
 			StopSignal: first(sp.StopSignal, img.StopSignal),
+			Rlimits:    rlimits(sp.Ulimits),
 		},
+		Volumes: img.Volumes,
+		Tmpfs:   tmpfsConfig(sp.Tmpfs),
+		Sysctls: sp.Sysctls,
 	}
+	c.Root.ReadOnly = sp.ReadOnly
 	if s.m.imageInit() {
 		c.Init, c.Process.Env = true, initEnvironment(c.Process.Env, sp.TTY)
 		c.Modules = append(c.Modules, initModules)
@@ -356,7 +375,7 @@ func (s *starting) config() (*agentv1.Config, error) {
 		c.Hosts = []*agentv1.HostEntry{{Address: s.m.Lease.Address.String(), Names: []string{sp.Hostname, sp.Name}}}
 	}
 	s.provision(c)
-	return c, nil
+	return c, s.addNames(c)
 }
 
 // rootConfig names the disks in the order of spec.

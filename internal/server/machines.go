@@ -91,9 +91,13 @@ func (s *machines) Wait(ctx context.Context, req *connect.Request[atollv1.WaitMa
 }
 
 func (s *machines) List(_ context.Context, req *connect.Request[atollv1.ListMachinesRequest]) (*connect.Response[atollv1.ListMachinesResponse], error) {
+	filter, err := s.Machines.ParseFilters(req.Msg.GetFilters())
+	if err != nil {
+		return nil, fmt.Errorf("listing machines: %w", err)
+	}
 	res := &atollv1.ListMachinesResponse{}
 	for _, m := range s.Machines.List() {
-		if req.Msg.GetAll() || m.State.Alive() {
+		if (req.Msg.GetAll() || filter.All || m.State.Alive()) && filter.Keeps(&m) {
 			res.Machines = append(res.Machines, machineTo(m))
 		}
 	}

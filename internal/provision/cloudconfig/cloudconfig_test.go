@@ -289,7 +289,9 @@ func TestHostKeys(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	indent := func(s []byte) string { return "|\n    " + strings.ReplaceAll(strings.TrimSpace(string(s)), "\n", "\n    ") + "\n" }
+	indent := func(s []byte) string {
+		return "|\n    " + strings.ReplaceAll(strings.TrimSpace(string(s)), "\n", "\n    ") + "\n"
+	}
 	k, other := keys[0], keys[1]
 	config := "ssh_keys:\n  " + k.Type + "_private: " + indent(k.Private) + "  " + k.Type + "_public: " + string(k.Public) + "\n"
 	p := applied(t, config)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -17,6 +18,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/coreos/ignition/v2/tests/register"
 	_ "github.com/coreos/ignition/v2/tests/registry"
@@ -57,14 +59,12 @@ func TestBlackBox(t *testing.T) {
 		}
 	}
 	g.Wait()
-	t.Logf("%d passed, %d refused as documented, %d skipped, %d failed", count["passed"], count["refused"], count["skipped"], count["failed"])
+	t.Logf("of %d cases: %v", len(register.Tests[register.PositiveTest])+len(register.Tests[register.NegativeTest]), count)
 	// A case more or less comes with another version of Ignition only.
-	if want := map[string]int{}; !equal(count, want) {
+	if want := map[string]int{"passed": 839, "refused": 484, "skipped": 76, "stricter": 6}; !maps.Equal(count, want) {
 		t.Errorf("counted %v, want %v", count, want)
 	}
 }
-
-func equal(a, b map[string]int) bool { return fmt.Sprint(a) == fmt.Sprint(b) }
 
 // suiteServers serves what the suite's own server does, wherever a free port is. Requests to the suite's port are led there.
 func suiteServers(t *testing.T) *http.Transport {
@@ -103,6 +103,20 @@ var skips = map[string]string{
 	"general.empty":  "no config at all: nobody calls this room",
 }
 
+// differences are what the suite expects of its own stand-ins for useradd and groupadd, and Atoll does as the real ones do.
+var differences = []struct{ file, theirs, ours, because string }{
+	{"passwd", "test:x:1000:1000::/home/test:/bin/bash", "test:x:1000:1000::/home/test:/bin/sh", "the case's root has no bash"},
+	{"passwd", "jenkins:x:1020:1001::/home/jenkins:/bin/bash", "jenkins:x:1020:1020::/home/jenkins:/bin/sh", "a user's group has the user's number where that is free"},
+	{"group", "jenkins:x:1001:", "jenkins:x:1020:", "a user's group has the user's number where that is free"},
+	{"group", "systemgroup:x:201:", "systemgroup:x:149:", "system groups are numbered downwards"},
+	{"shadow", ":17331:0:99999", fmt.Sprintf(":%d:0:99999", time.Now().Unix()/86400), "the day on which a password was set"},
+}
+
+// stricter are cases that succeed with the suite's stand-ins only, and what they fail with here, by the beginning of their names.
+var stricter = map[string]string{
+	"groups.delete": "it is the primary group of the user", // groupdel(8) refuses that too, with exit code 8
+}
+
 func blackBox(t *testing.T, kind register.TestType, test types.Test, web *http.Transport) (string, error) {
 	for beginning := range skips {
 		if strings.HasPrefix(test.Name, beginning) {
@@ -127,6 +141,11 @@ func blackBox(t *testing.T, kind register.TestType, test types.Test, web *http.T
 		return "refused", nil
 	}
 	err := apply(t, test, raw, web)
+	for beginning, want := range stricter {
+		if strings.HasPrefix(test.Name, beginning) && err != nil && strings.Contains(err.Error(), want) {
+			return "stricter", nil
+		}
+	}
 	switch {
 	case kind == register.NegativeTest && err == nil:
 		return "failed", errors.New("nothing failed")
@@ -159,7 +178,7 @@ func apply(t *testing.T, test types.Test, raw []byte, web *http.Transport) error
 	if err := os.Chmod(root, 0o755); err != nil {
 		return err
 	}
-	if err := build(root, part(test.In), strings.Contains(test.Config, "passwd")); err != nil {
+	if err := build(root, part(test.In), test.Config); err != nil {
 		return fmt.Errorf("building the tree: %w", err)
 	}
 	if _, err := Check(raw); err != nil {
@@ -206,7 +225,7 @@ func part(disks []types.Disk) *types.Partition {
 	return &types.Partition{}
 }
 
-func build(root string, p *types.Partition, accounts bool) error {
+func build(root string, p *types.Partition, config string) error {
 	for _, d := range p.Directories {
 		if err := os.MkdirAll(filepath.Join(root, d.Directory), 0o755); err != nil {
 			return err
@@ -241,10 +260,15 @@ func build(root string, p *types.Partition, accounts bool) error {
 			return err
 		}
 	}
-	if !accounts {
-		return nil
+	// What the suite puts beside the case's files, and what makes a root one with systemd to us.
+	dirs := []string{}
+	if strings.Contains(config, "passwd") {
+		dirs = []string{"home", "usr/bin", "usr/sbin", "usr/lib64", "etc"}
 	}
-	for _, d := range []string{"home", "usr/bin", "usr/sbin", "usr/lib64", "etc"} {
+	if strings.Contains(config, `"systemd"`) {
+		dirs = append(dirs, "usr/lib/systemd/systemd")
+	}
+	for _, d := range dirs {
 		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
 			return err
 		}
@@ -274,6 +298,15 @@ func compare(root string, p *types.Partition) error {
 		return path
 	}
 	for _, f := range p.Files {
+		for _, d := range differences {
+			if f.Name == d.file {
+				f.Contents = strings.ReplaceAll(f.Contents, d.theirs, d.ours)
+			}
+		}
+		// Ignition is built for the one or the other. Few distributions' sshd reads authorized_keys.d.
+		if dir, ok := strings.CutSuffix(f.Directory, "/authorized_keys.d"); ok {
+			f.Directory, f.Name = dir, "authorized_keys"
+		}
 		path := check(f.Node, 0, f.Mode)
 		got, err := os.ReadFile(path)
 		if f.Contents != "" && (err != nil || string(got) != f.Contents) {

@@ -75,6 +75,12 @@ func Translate(raw []byte, filesDir string) (ignition []byte, warnings []string,
 	if len(faults) > 0 {
 		return nil, nil, invalid("Butane config", faults)
 	}
+	// Whoever gets the Ignition config says of it what the library says of both.
+	_, again, _ := parse(ignition)
+	warnings = slices.DeleteFunc(warnings, func(w string) bool {
+		_, text, _ := strings.Cut(w, ": ")
+		return slices.ContainsFunc(again, func(a string) bool { return strings.HasSuffix(a, ": "+text) })
+	})
 	return ignition, warnings, nil
 }
 

@@ -202,6 +202,14 @@ systemd:
 		t.Errorf("unit %q", u)
 	}
 
+	// A warning is for the one who gets the result to say, with which it comes again.
+	special := []byte("variant: fcos\nversion: 1.6.0\nstorage:\n  directories:\n  - {path: /a, mode: 02755}\n")
+	got, warnings, err = Translate(special, "")
+	again, againErr := Check(got)
+	if err != nil || againErr != nil || len(warnings) != 0 || len(again) != 1 {
+		t.Errorf("%q, %v, then %q, %v", warnings, err, again, againErr)
+	}
+
 	outside := []byte("variant: fcos\nversion: 1.5.0\nstorage:\n  files:\n  - path: /a\n    contents: {local: ../secret}\n")
 	if _, _, err := Translate(outside, filepath.Join(dir, "tree")); err == nil {
 		t.Error("a file outside of the directory was embedded")
@@ -329,7 +337,7 @@ func TestApplyFails(t *testing.T) {
 			f := newFetcher(Options{Spool: spool})
 			f.patience, f.left = 300*time.Millisecond, 500_000
 			err := applyWith(context.Background(), f, c.doc, p)
-			if err == nil || !c.class(err) || hint.Of(err) == "" && !errdefs.IsNotFound(err) {
+			if err == nil || !c.class(err) || hint.Of(err) == "" {
 				t.Fatalf("%v, hint %q", err, hint.Of(err))
 			}
 			for _, want := range c.want {
@@ -363,6 +371,7 @@ func FuzzCheck(f *testing.F) {
 	f.Add([]byte(`{"ignition": {"version": "3.4.0", "config": {"merge": [{"source": "data:,%7B%7D"}]}}, "storage": {"files": [{"path": "/a", "contents": {"source": "data:;base64,YQ==", "compression": "gzip"}}]}}`))
 	f.Add([]byte("variant: fcos\nversion: 1.5.0\nstorage:\n  files:\n  - path: /a\n    contents: {inline: x}\n"))
 	f.Add([]byte("variant: flatcar\nversion: 1.1.0\na: &a [*a]\n"))
+	f.Add([]byte("variant: fcos\nversion: 1.6.0\nstorage:\n  disks: [{device: /dev/a, partitions: [{label: root}, null]}]\n  luks: [{name: a, clevis: {tang: [{url: x}]}}]\n  filesystems: [{device: a, path: /a, format: ext4, with_mount_unit: true}]\n  trees: [{local: a}]\n  links: [{path: /a, target: b, hard: true}]\nboot_device: {mirror: {devices: [a, b]}, luks: {tpm2: true}}\ngrub: {users: [{name: a, password_hash: b}]}\npasswd: {users: [null]}\nsystemd: {units: [{name: a, dropins: [null]}]}\n"))
 	f.Add([]byte(`{"ignition": {"version": "3.7.0-experimental"}, "passwd": {"users": [{"name": "a"}]}, "systemd": {"units": [{"name": "a.service", "contents": "[a]"}]}}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		warnings, err := Check(raw)
