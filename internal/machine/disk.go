@@ -14,6 +14,7 @@ import (
 
 	"github.com/atollvm/atoll/internal/diskimage"
 	"github.com/atollvm/atoll/internal/hint"
+	"github.com/atollvm/atoll/internal/metadata"
 	"github.com/atollvm/atoll/internal/provision"
 	"github.com/atollvm/atoll/internal/vmm"
 )
@@ -120,7 +121,12 @@ func (s *starting) findDiskKernel(ctx context.Context) error {
 		return hint.With(err, "use one with everything built in (atoll kernel build), or leave out --kernel")
 	}
 	s.kernel.Initramfs = ""
-	s.kernel.Args = strings.TrimSpace("root=/dev/vda1 rw " + s.kernel.Args) // of several roots the last counts
+	args := []string{"root=/dev/vda1 rw"} // of several roots the last counts
+	if s.m.Spec.Network != NoNetwork && !s.m.Spec.Metadata.Disabled {
+		// Such a kernel may not know ISO 9660, as ours does not. By this name all versions of cloud-init know what to do.
+		args = append(args, "ds=nocloud-net;s="+metadata.NoCloudURL())
+	}
+	s.kernel.Args = strings.TrimSpace(strings.Join(append(args, s.kernel.Args), " "))
 	return nil
 }
 
