@@ -321,7 +321,7 @@ func (s *starting) config() (*agentv1.Config, error) {
 			StopSignal: first(sp.StopSignal, img.StopSignal),
 			Rlimits:    rlimits(sp.Ulimits),
 		},
-		Volumes: img.Volumes,
+		Volumes: volumes(img),
 		Tmpfs:   tmpfsConfig(sp.Tmpfs),
 		Sysctls: sp.Sysctls,
 	}
