@@ -14,7 +14,6 @@ import (
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/guest/etc"
 	"github.com/atollvm/atoll/internal/agent/guest/mounts"
-	"github.com/atollvm/atoll/internal/agent/guest/netconf"
 	"github.com/atollvm/atoll/internal/agent/guest/process"
 	"github.com/atollvm/atoll/internal/agent/transport"
 	"golang.org/x/sys/unix"
@@ -47,7 +46,7 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 		{"shares", func() error { return mounts.Shares(c.GetShares()) }},
 		{"control groups", process.SetUpCgroups},
 		{"hostname", func() error { return setHostname(c) }},
-		{"network", func() error { return netconf.Set(c.GetInterfaces()) }},
+		{"network", func() error { return setUpNetwork(c) }},
 		when(len(c.GetSysctls()) > 0, step{"sysctls", func() error { return setSysctls(c.GetSysctls()) }}),
 		when(c.GetRoot().GetReadOnly(), step{"read-only root", func() error { return makeReadOnly(c) }}),
 		last,
