@@ -44,7 +44,7 @@ func (a *Agent) configure(host io.ReadWriter, c *agentv1.Config) {
 		{"modules", func() error { return loadFeatures(c.GetModules()) }},
 		{"root", func() error { return a.mountRoot(c.GetRoot()) }},
 		{"file systems", mounts.System},
-		when(len(c.GetVolumes()) > 0, step{"volumes", func() error { return mounts.Volumes(c.GetVolumes(), c.GetRoot().GetReadOnly()) }}),
+		when(len(c.GetVolumes()) > 0, step{"volumes", func() error { return a.mounted().Volumes(c.GetVolumes(), c.GetRoot().GetReadOnly()) }}),
 		when(len(c.GetTmpfs()) > 0, step{"tmpfs", func() error { return mounts.Tmpfs(c.GetTmpfs()) }}),
 		{"shares", func() error { return mounts.Shares(c.GetShares()) }},
 		{"control groups", process.SetUpCgroups},
@@ -149,6 +149,12 @@ func loadFeatures(names []string) error {
 		}
 	}
 	return nil
+}
+
+func (a *Agent) mounted() *mounts.Root {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.root
 }
 
 func (a *Agent) mountRoot(r *agentv1.Root) error {

@@ -53,9 +53,10 @@ type Process struct {
 
 // Supervisor starts processes and waits for all children. There is one, in PID 1.
 type Supervisor struct {
-	mu       sync.Mutex // guards what follows; held from fork to registration, so that no exit is taken before
-	children map[int]*Process
-	empty    chan struct{} // not nil: closed once there are no children
+	unprotected bool       // children are put back among those that the kernel may kill for want of memory
+	mu          sync.Mutex // guards what follows; held from fork to registration, so that no exit is taken before
+	children    map[int]*Process
+	empty       chan struct{} // not nil: closed once there are no children
 }
 
 // NewSupervisor begins to reap.
@@ -70,6 +71,10 @@ func NewSupervisor() *Supervisor {
 	}()
 	return s
 }
+
+// Unprotected is for an agent that the kernel must not kill for want of memory: its children inherit that, and must not. It is called before
+// the first Start.
+func (s *Supervisor) Unprotected() { s.unprotected = true }
 
 func (s *Supervisor) reap() {
 	s.mu.Lock()
@@ -194,6 +199,9 @@ func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
 		return nil, startError(spec.Argv[0], err)
 	}
 	s.children[p.PID] = p
+	if s.unprotected {
+		os.WriteFile("/proc/"+strconv.Itoa(p.PID)+"/oom_score_adj", []byte("0"), 0)
+	}
 	return p, nil
 }
 
