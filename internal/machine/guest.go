@@ -68,7 +68,7 @@ func (s Spec) validateGuest(fault func(help, format string, args ...any)) {
 	for _, err := range s.Health.Faults() {
 		fault("docs/machines.md describes health checks", "%s", err)
 	}
-	for _, err := range kernelArgsFaults(s.KernelArgs) {
+	for _, err := range kernelArgsFaults(s.KernelArgs, s.Disk != "") {
 		fault("atoll run --help says what Atoll sets itself", "%s", err)
 	}
 }
@@ -219,7 +219,8 @@ var ownKernelArgs = map[string]string{
 	"--":                 "what follows it is for the first process, which is Atoll's agent",
 }
 
-func kernelArgsFaults(args []string) (faults []error) {
+// kernelArgsFaults says what is wrong with arguments; a system of a disk image's own has its own root and first process.
+func kernelArgsFaults(args []string, ownSystem bool) (faults []error) {
 	total := 0
 	for _, a := range args {
 		total += len(a) + 1
@@ -232,7 +233,7 @@ func kernelArgsFaults(args []string) (faults []error) {
 		}
 		for _, word := range strings.Fields(a) {
 			name, _, _ := strings.Cut(word, "=") // the kernel takes - for _ in it
-			if why, own := ownKernelArgs[strings.ReplaceAll(name, "virtio-mmio", "virtio_mmio")]; own {
+			if why, own := ownKernelArgs[strings.ReplaceAll(name, "virtio-mmio", "virtio_mmio")]; own && !(ownSystem && (strings.HasPrefix(name, "root") || name == "init")) {
 				faults = append(faults, fmt.Errorf("kernel argument %q would break the machine: %s", shorten(word), why))
 			}
 		}

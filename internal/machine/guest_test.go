@@ -68,6 +68,15 @@ func TestValidateGuestTakesWhatDockerTakes(t *testing.T) {
 	}
 }
 
+func TestKernelArgsOfADisksOwnSystem(t *testing.T) {
+	if faults := kernelArgsFaults([]string{"root=/dev/vda2 init=/bin/sh rootflags=x"}, true); faults != nil {
+		t.Error(faults)
+	}
+	if faults := kernelArgsFaults([]string{"panic=0 reboot=a"}, true); len(faults) != 2 {
+		t.Error(faults)
+	}
+}
+
 func TestTmpfsOptions(t *testing.T) {
 	for given, want := range map[string]string{
 		"":                      "noexec,nosuid,nodev",
@@ -189,7 +198,7 @@ func FuzzGuest(f *testing.F) {
 		if o, err := tmpfsOptions(options); err == nil && !strings.Contains(o, "suid") {
 			t.Errorf("%q: %q says nothing of suid", options, o)
 		}
-		if kernelArgsFaults([]string{args}) == nil && strings.ContainsAny(args, "\n\x00") {
+		if kernelArgsFaults([]string{args}, false) == nil && strings.ContainsAny(args, "\n\x00") {
 			t.Errorf("%q is taken", args)
 		}
 		_, _ = exposedPorts([]string{exposed})
