@@ -30,7 +30,8 @@ type Spec struct {
 	Stdin      bool
 	Rows, Cols uint16
 	Limits     []Limit
-	Cgroup     string // a directory, made when absent; empty: the agent's own
+	OnTerminal func(slave int) error // called with the process's terminal before it starts; nil: nothing is to be done
+	Cgroup     string                // a directory, made when absent; empty: the agent's own
 	// CgroupFile is that directory, where its path does not lead to it from the root that Start is called in; else nil.
 	CgroupFile *os.File
 }
@@ -163,6 +164,12 @@ func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
 	if err != nil {
 		p.closeStreams()
 		return nil, err
+	}
+	if spec.TTY && spec.OnTerminal != nil {
+		if err := spec.OnTerminal(theirs[0]); err != nil {
+			p.closeStreams()
+			return nil, err
+		}
 	}
 	for _, fd := range theirs {
 		attr.Files = append(attr.Files, uintptr(fd))
