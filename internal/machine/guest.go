@@ -68,7 +68,7 @@ func (s Spec) validateGuest(fault func(help, format string, args ...any)) {
 	for _, err := range s.Health.Faults() {
 		fault("docs/machines.md describes health checks", "%s", err)
 	}
-	for _, err := range kernelArgsFaults(s.KernelArgs) {
+	for _, err := range kernelArgsFaults(s.KernelArgs, s.Disk != "") {
 		fault("atoll run --help says what Atoll sets itself", "%s", err)
 	}
 }
@@ -208,7 +208,12 @@ var ownKernelArgs = map[string]string{
 	"--":                 "what follows it is for the first process, which is Atoll's agent",
 }
 
-func kernelArgsFaults(args []string) (faults []error) {
+// ofDisk says whether an argument is about the root of a disk image, which the kernel has to be told.
+func ofDisk(arg string) bool {
+	return slices.Contains([]string{"init", "root", "rootfstype", "rootflags", "--"}, arg)
+}
+
+func kernelArgsFaults(args []string, disk bool) (faults []error) {
 	total := 0
 	for _, a := range args {
 		total += len(a) + 1
@@ -221,7 +226,7 @@ func kernelArgsFaults(args []string) (faults []error) {
 		}
 		for _, word := range strings.Fields(a) {
 			name, _, _ := strings.Cut(word, "=") // the kernel takes - for _ in it
-			if why, own := ownKernelArgs[strings.ReplaceAll(name, "virtio-mmio", "virtio_mmio")]; own {
+			if why, own := ownKernelArgs[strings.ReplaceAll(name, "virtio-mmio", "virtio_mmio")]; own && !(disk && ofDisk(name)) {
 				faults = append(faults, fmt.Errorf("kernel argument %q would break the machine: %s", shorten(word), why))
 			}
 		}

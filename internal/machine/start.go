@@ -17,6 +17,7 @@ import (
 	"github.com/atollvm/atoll/internal/health"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/network"
+	"github.com/atollvm/atoll/internal/provision"
 	"github.com/atollvm/atoll/internal/provision/plan"
 	"github.com/atollvm/atoll/internal/vmm"
 	"github.com/containerd/errdefs"
@@ -46,8 +47,9 @@ type starting struct {
 	undo    []func(ctx context.Context) error
 	running string // the step under way, also the guest's own
 
-	patience      *time.Timer // ends a start that makes no progress
-	plan          *plan.Plan  // what the guest is provisioned with
+	request       *provision.Request // of a guest without an agent; nil: it has one
+	patience      *time.Timer        // ends a start that makes no progress
+	plan          *plan.Plan         // what the guest is provisioned with
 	digest        digest.Digest
 	log           *provisionLog
 	provisionStep string // that of provisioning which is under way; "" before the first
@@ -254,7 +256,7 @@ func (s *starting) attachNetwork(ctx context.Context) error {
 	}
 	s.net, s.m.Lease = n, lease
 	s.undo = append(s.undo, func(ctx context.Context) error { return d.Detach(ctx, n, s.m.ID.Short()) })
-	ep, err := s.m.endpoint(n)
+	ep, err := s.m.endpoint(n, s.request)
 	if err != nil {
 		return err
 	}
