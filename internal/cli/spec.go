@@ -57,6 +57,8 @@ func addSpecFlags(cmd *cobra.Command) *specFlags {
 	f.Var(&s.stopTimeout, "stop-timeout", "time to end before it is killed, such as 30 or 1m30s (default 10s)")
 	f.StringVar(&s.spec.Init, "init", "", "who is PID 1: agent; image, its own init; auto, the latter where the\nimage runs an init such as /sbin/init (default auto)")
 	f.StringArrayVar(&s.spec.Profiles, "profile", nil, "settings of this `NAME` hold where no flag says otherwise; later ones win")
+	f.Var(logOption{s.spec}, "log-opt", "bound the entrypoint's output that is kept: max-size=`SIZE` of a file (default 10m), max-file=N\nof files (default 2)")
+	complete(cmd, "log-opt", "max-size=", "max-file=")
 	complete(cmd, "init", "auto", "agent", "image")
 	complete(cmd, "pull", "always", "missing", "never")
 	complete(cmd, "vmm", "auto", "qemu")
@@ -85,18 +87,9 @@ func (s *specFlags) machine(e *environment, cmd *cobra.Command, args []string) (
 		}
 	}
 	var faults []error
-	for _, file := range s.envFiles {
-		lines, err := kvfile.Parse(file, e.LookupEnv)
-		if err != nil {
-			faults = append(faults, fmt.Errorf("reading --env-file %s: %w", file, err))
-		}
-		spec.Env = append(spec.Env, lines...)
-	}
-	spec.Env = append(spec.Env, e.environ(s.env)...)
-	for _, v := range s.env {
-		if strings.HasPrefix(v, "=") || v == "" {
-			faults = append(faults, usagef("--env %q: no name", v))
-		}
+	var err error
+	if spec.Env, err = e.allEnviron(s.envFiles, s.env); err != nil {
+		faults = append(faults, err)
 	}
 	for _, p := range s.ports {
 		mappings, err := network.ParsePort(p)
@@ -120,6 +113,24 @@ func portMessage(m network.PortMapping) *atollv1.PortMapping {
 		p.HostAddress = m.HostAddress.String()
 	}
 	return p
+}
+
+// allEnviron reads the variables of files, then those of flags. It gathers every fault.
+func (e *environment) allEnviron(files, vars []string) (env []string, err error) {
+	var faults []error
+	for _, file := range files {
+		lines, err := kvfile.Parse(file, e.LookupEnv)
+		if err != nil {
+			faults = append(faults, fmt.Errorf("reading --env-file %s: %w", file, err))
+		}
+		env = append(env, lines...)
+	}
+	for _, v := range vars {
+		if strings.HasPrefix(v, "=") || v == "" {
+			faults = append(faults, usagef("--env %q: no name", v))
+		}
+	}
+	return append(env, e.environ(vars)...), errors.Join(faults...)
 }
 
 // environ gives variables without = the value they have here. One that is not set here is left out, as by Docker.

@@ -155,6 +155,8 @@ type specView struct {
 	Verity        bool     `json:"verity"`
 	StopTimeout   string   `json:"stopTimeout"`
 	Init          string   `json:"init"` // auto, agent or image
+	LogMaxBytes   int64    `json:"logMaxBytes"`
+	LogMaxFiles   uint32   `json:"logMaxFiles"`
 	Profiles      []string `json:"profiles"`
 }
 
@@ -187,6 +189,7 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Remove: s.GetRemove(), Hostname: s.GetHostname(), CPUs: s.GetCpus(), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(),
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
 		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(), Profiles: list(s.GetProfiles()),
+		LogMaxBytes: s.GetLogMaxBytes(), LogMaxFiles: s.GetLogMaxFiles(),
 	}}
 	if t := s.GetStopTimeout(); t != nil {
 		d.Spec.StopTimeout = t.AsDuration().String()

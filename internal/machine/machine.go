@@ -82,6 +82,8 @@ type Spec struct {
 	StopTimeout   time.Duration
 	Verity        bool   // root disks must verify
 	Init          string // InitAuto, InitAgent or InitImage
+	LogMaxBytes   int64  // of one file of the entrypoint's output
+	LogMaxFiles   int
 	Profiles      []string // where some of all this came from; for people
 }
 

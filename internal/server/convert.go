@@ -26,6 +26,7 @@ func specFrom(s *atollv1.MachineSpec) (machine.Spec, error) {
 		Hostname: s.GetHostname(), CPUs: int(s.GetCpus()), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(), Ports: ports,
 		Labels: s.GetLabels(), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(), StopSignal: s.GetStopSignal(),
 		Verity: s.GetVerity(), Init: s.GetInit(), Profiles: s.GetProfiles(),
+		LogMaxBytes: s.GetLogMaxBytes(), LogMaxFiles: int(s.GetLogMaxFiles()),
 	}
 	if t := s.GetStopTimeout(); t != nil {
 		spec.StopTimeout = t.AsDuration()
@@ -92,6 +93,7 @@ func machineTo(m machine.Machine) *atollv1.Machine {
 			MemoryBytes: s.MemoryBytes, DiskBytes: s.DiskBytes, Ports: portsTo(s.Ports), Labels: s.Labels, Network: s.Network, Kernel: s.Kernel,
 			Vmm: s.VMM, Platform: s.Platform, StopSignal: s.StopSignal, StopTimeout: durationpb.New(s.StopTimeout),
 			Verity: s.Verity, Init: s.Init, Profiles: s.Profiles,
+			LogMaxBytes: s.LogMaxBytes, LogMaxFiles: uint32(s.LogMaxFiles),
 		},
 		CreatedAt: stamp(m.Created), StartedAt: stamp(m.Started), FinishedAt: stamp(m.Finished),
 		Vmm: &atollv1.VMMStatus{Driver: m.VMM.Driver, Accelerator: m.VMM.Accelerator, Pid: int32(m.VMM.PID), Kernel: m.VMM.Kernel, Console: m.VMM.Console},
