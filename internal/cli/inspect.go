@@ -16,8 +16,9 @@ func newInspectCmd(e *environment) *cobra.Command {
 		Use:   "inspect [OPTIONS] MACHINE...",
 		Short: "Show all there is to know about machines",
 		Long: `Show machines as a JSON array, or by a Go template that is applied to each.
-Beside the fields of "atoll ps" there are Host, Spec, Network, VMM and Steps,
-which tells how long each step of the last start took.`,
+Beside the fields of "atoll ps" there are Host, Spec, Network, VMM, ExposedPorts
+and Volumes of the image, HealthStatus with the last five results of the health
+check, and Steps, which tells how long each step of the last start took.`,
 		Example: `  atoll inspect web
   atoll inspect --format '{{.State}} {{.ExitCode}} {{.Network.Address}}' web`,
 		Args:              cobra.MinimumNArgs(1),

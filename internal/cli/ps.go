@@ -14,6 +14,7 @@ import (
 func newPsCmd(e *environment) *cobra.Command {
 	var all, quiet, noTrunc bool
 	var format string
+	var filters []string
 	cmd := &cobra.Command{
 		Use:     "ps [OPTIONS]",
 		Aliases: []string{"ls"},
@@ -22,8 +23,16 @@ func newPsCmd(e *environment) *cobra.Command {
 
 --format json prints one array; templates and JSON have whole IDs. The fields
 are ID, Name, Image, ImageDigest, Command, State, Status, Reason, ExitCode,
-Error, FailedStep, CreatedAt, StartedAt, FinishedAt, Address, Ports and Labels.`,
+Error, FailedStep, CreatedAt, StartedAt, FinishedAt, Address, Ports, Labels and
+Health.
+
+The filters are ancestor=IMAGE, before=MACHINE, since=MACHINE, exited=CODE,
+expose=PORT, publish=PORT, health=starting|healthy|unhealthy|none, id=PREFIX,
+label=KEY[=VALUE], name=PATTERN, network=NAME and status=STATE; the latter and
+exited also show machines that do not run. Those with one key are alternatives,
+but for label; a machine must pass each key.`,
 		Example: `  atoll ps -a
+  atoll ps --filter label=team=web --filter health=unhealthy
   atoll ps --format '{{.Name}} {{.Ports}}'`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -34,7 +43,7 @@ Error, FailedStep, CreatedAt, StartedAt, FinishedAt, Address, Ports and Labels.`
 			if err != nil {
 				return err
 			}
-			res, err := c.Machines.List(cmd.Context(), connect.NewRequest(&atollv1.ListMachinesRequest{All: all}))
+			res, err := c.Machines.List(cmd.Context(), connect.NewRequest(&atollv1.ListMachinesRequest{All: all, Filters: filters}))
 			if err != nil {
 				return err
 			}
@@ -68,6 +77,9 @@ Error, FailedStep, CreatedAt, StartedAt, FinishedAt, Address, Ports and Labels.`
 	}
 	cmd.Flags().BoolVarP(&all, "all", "a", false, "also machines that do not run")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "IDs only")
+	cmd.Flags().StringArrayVarP(&filters, "filter", "f", nil, "only machines that meet it: `KEY=VALUE`; may be given more than once")
+	complete(cmd, "filter", "ancestor=", "before=", "exited=", "expose=", "health=healthy", "health=none", "health=starting", "health=unhealthy", "id=", "label=",
+		"name=", "network=", "publish=", "since=", "status=created", "status=failed", "status=running", "status=stopped")
 	cmd.Flags().BoolVar(&noTrunc, "no-trunc", false, "whole IDs and commands")
 	addFormat(cmd, &format, "table", "json")
 	return cmd

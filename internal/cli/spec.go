@@ -26,6 +26,9 @@ type specFlags struct {
 	ports       []string
 	stopTimeout seconds
 	pull        string
+	guest       guestFlags
+	health      healthFlags
+	provision   *provisionFlags
 }
 
 func addSpecFlags(cmd *cobra.Command) *specFlags {
@@ -56,10 +59,16 @@ func addSpecFlags(cmd *cobra.Command) *specFlags {
 	f.StringVar(&s.spec.StopSignal, "stop-signal", "", "signal that asks the entrypoint to end (default: the image's, else TERM)")
 	f.Var(&s.stopTimeout, "stop-timeout", "time to end before it is killed, such as 30 or 1m30s (default 10s)")
 	f.StringVar(&s.spec.Init, "init", "", "who is PID 1: agent; image, its own init; auto, the latter where the\nimage runs an init such as /sbin/init (default auto)")
+	s.guest.add(cmd, s.spec)
+	s.health.add(cmd)
+	f.Var(metadataValue{&s.spec.Metadata}, "metadata", "what 169.254.169.254 tells the guest about its machine: off; v2, to who has\na token; v1, to all that can reach it there (default v2)")
+	s.provision = addProvisionFlags(cmd)
 	f.StringArrayVar(&s.spec.Profiles, "profile", nil, "settings of this `NAME` hold where no flag says otherwise; later ones win")
 	f.Var(logOption{s.spec}, "log-opt", "bound the entrypoint's output that is kept: max-size=`SIZE` of a file (default 10m), max-file=N\nof files (default 2)")
 	complete(cmd, "log-opt", "max-size=", "max-file=")
+	addDiskFlags(cmd, s.spec)
 	complete(cmd, "init", "auto", "agent", "image")
+	complete(cmd, "metadata", "off", "v2", "v1")
 	complete(cmd, "pull", "always", "missing", "never")
 	complete(cmd, "vmm", "auto", "qemu")
 	return s
@@ -68,7 +77,12 @@ func addSpecFlags(cmd *cobra.Command) *specFlags {
 // machine returns the spec that the flags and the arguments after them ask for.
 func (s *specFlags) machine(e *environment, cmd *cobra.Command, args []string) (*atollv1.MachineSpec, error) {
 	spec := s.spec
-	spec.Image, spec.Command = args[0], args[1:]
+	if len(args) > 0 {
+		spec.Image, spec.Command = args[0], args[1:]
+	}
+	if err := resolveDisk(spec); err != nil {
+		return nil, err
+	}
 	switch s.pull {
 	case "always", "missing", "never":
 	default:
@@ -87,7 +101,8 @@ func (s *specFlags) machine(e *environment, cmd *cobra.Command, args []string) (
 		}
 	}
 	var faults []error
-	var err error
+	provisioning, err := s.provision.provisioning(e, cmd)
+	spec.Provisioning, faults = provisioning, append(faults, err)
 	if spec.Env, err = e.allEnviron(s.envFiles, s.env); err != nil {
 		faults = append(faults, err)
 	}
@@ -100,7 +115,11 @@ func (s *specFlags) machine(e *environment, cmd *cobra.Command, args []string) (
 			spec.Ports = append(spec.Ports, portMessage(m))
 		}
 	}
-	spec.Labels = pairs(s.labels)
+	faults = append(faults, s.guest.apply(cmd, spec)...)
+	labels, labelFaults := s.guest.labels(s.labels)
+	check, checkFaults := s.health.check(cmd)
+	spec.Labels, spec.HealthCheck = labels, check
+	faults = append(append(faults, labelFaults...), checkFaults...)
 	if s.stopTimeout.set {
 		spec.StopTimeout = durationpb.New(s.stopTimeout.d)
 	}

@@ -93,6 +93,7 @@ type machineView struct {
 	Address     string     `json:"address"`
 	Ports       ports      `json:"ports"` // as bound; none unless it runs
 	Labels      labels     `json:"labels"`
+	Health      string     `json:"health"` // starting, healthy or unhealthy; empty: there is no check
 }
 
 // Names is Docker's word for Name in templates.
@@ -105,6 +106,7 @@ func newMachineView(m *atollv1.Machine, now time.Time) machineView {
 		Error: m.GetError(), FailedStep: m.GetFailedStep(),
 		CreatedAt: clock(m.GetCreatedAt()), StartedAt: clockOrNil(m.GetStartedAt()), FinishedAt: clockOrNil(m.GetFinishedAt()),
 		Address: m.GetNetwork().GetAddress(), Ports: ports{}, Labels: m.GetSpec().GetLabels(),
+		Health: m.GetHealth().GetStatus(),
 	}
 	if v.Image == "" {
 		v.Image = m.GetSpec().GetImage()
@@ -129,6 +131,11 @@ type machineDetail struct {
 	Network *networkView `json:"network"`
 	VMM     *vmmView     `json:"vmm"`
 	Steps   []stepView   `json:"steps"` // of the last start
+
+	HealthStatus *healthView         `json:"healthStatus"` // null: there is no check
+	ExposedPorts []string            `json:"exposedPorts"` // of the image
+	Volumes      []string            `json:"volumes"`      // that it declares
+	Provisioning provisionStatusView `json:"provisioning"`
 }
 
 type specView struct {
@@ -157,7 +164,10 @@ type specView struct {
 	Init          string   `json:"init"` // auto, agent or image
 	LogMaxBytes   int64    `json:"logMaxBytes"`
 	LogMaxFiles   uint32   `json:"logMaxFiles"`
-	Profiles      []string `json:"profiles"`
+	guestView
+	Profiles []string `json:"profiles"`
+
+	Provisioning *provisionView `json:"provisioning"` // null: nothing was asked for
 }
 
 type networkView struct {
@@ -188,9 +198,10 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Env: list(s.GetEnv()), WorkingDir: s.GetWorkingDir(), User: s.GetUser(), TTY: s.GetTty(), Stdin: s.GetStdin(),
 		Remove: s.GetRemove(), Hostname: s.GetHostname(), CPUs: s.GetCpus(), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(),
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
-		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(), Profiles: list(s.GetProfiles()),
-		LogMaxBytes: s.GetLogMaxBytes(), LogMaxFiles: s.GetLogMaxFiles(),
-	}}
+		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(), guestView: newGuestView(s),
+		Profiles: list(s.GetProfiles()), LogMaxBytes: s.GetLogMaxBytes(), LogMaxFiles: s.GetLogMaxFiles(),
+	}, HealthStatus: newHealthView(m.GetHealth()), ExposedPorts: list(m.GetExposedPorts()), Volumes: list(m.GetVolumes())}
+	d.Spec.Provisioning, d.Provisioning = newProvisionView(s.GetProvisioning()), newProvisionStatusView(m.GetProvisioning())
 	if t := s.GetStopTimeout(); t != nil {
 		d.Spec.StopTimeout = t.AsDuration().String()
 	}
@@ -236,7 +247,7 @@ func status(m *atollv1.Machine, now time.Time) string {
 	}
 	switch m.GetState() {
 	case atollv1.MachineState_MACHINE_STATE_RUNNING:
-		return "Up" + since(m.GetStartedAt())
+		return "Up" + since(m.GetStartedAt()) + healthNote(m.GetHealth())
 	case atollv1.MachineState_MACHINE_STATE_PAUSED:
 		return "Up" + since(m.GetStartedAt()) + " (Paused)"
 	case atollv1.MachineState_MACHINE_STATE_STOPPED:

@@ -7,12 +7,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"runtime"
+	"slices"
 
 	"github.com/atollvm/atoll/internal/agent/embedded"
 	"github.com/atollvm/atoll/internal/base"
 	"github.com/atollvm/atoll/internal/config"
+	"github.com/atollvm/atoll/internal/health"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/image"
 	"github.com/atollvm/atoll/internal/kernel"
@@ -40,10 +43,17 @@ func (i *imagesOf) Find(ctx context.Context, ref, platform string) (machine.Imag
 		return machine.Image{}, hint.With(err, "use an image for linux/%s", runtime.GOARCH)
 	}
 	c := img.Config.Config
-	return machine.Image{
+	out := machine.Image{
 		Digest: img.Digest, Reference: ref, Entrypoint: c.Entrypoint, Cmd: c.Cmd, Env: c.Env, WorkingDir: c.WorkingDir, User: c.User,
-		StopSignal: c.StopSignal,
-	}, nil
+		StopSignal: c.StopSignal, ExposedPorts: slices.Sorted(maps.Keys(c.ExposedPorts)), Volumes: slices.Sorted(maps.Keys(c.Volumes)),
+		Labels: c.Labels, Shell: c.Shell,
+	}
+	if h := c.Healthcheck; h != nil {
+		out.Health = health.Check{
+			Test: h.Test, Interval: h.Interval, Timeout: h.Timeout, StartPeriod: h.StartPeriod, StartInterval: h.StartInterval, Retries: h.Retries,
+		}
+	}
+	return out, nil
 }
 
 func (i *imagesOf) Hold() func() { return i.s.images.Hold() }
@@ -164,7 +174,7 @@ func (k *kernelsOf) Boot(ctx context.Context, name string, features ...string) (
 	if err != nil {
 		return vmm.Kernel{}, "", err
 	}
-	return vmm.Kernel{Path: kn.Path, Initramfs: initramfs, Args: kn.Args, NeedsACPI: kn.NeedsACPI, ACPI: kn.ACPI}, kn.Name, nil
+	return vmm.Kernel{Path: kn.Path, Initramfs: initramfs, Args: kn.Args, NeedsACPI: kn.NeedsACPI, ACPI: kn.ACPI, BuiltIn: len(kn.Modules) == 0}, kn.Name, nil
 }
 
 func layersOf(ctx context.Context, store *image.Store, i image.Image) []rootdisk.Layer {

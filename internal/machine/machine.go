@@ -10,7 +10,10 @@ import (
 	"time"
 
 	"github.com/atollvm/atoll/internal/agent/transport"
+	"github.com/atollvm/atoll/internal/diskimage"
+	"github.com/atollvm/atoll/internal/health"
 	"github.com/atollvm/atoll/internal/network"
+	"github.com/atollvm/atoll/internal/provision"
 	"github.com/atollvm/atoll/internal/vmm"
 	"github.com/opencontainers/go-digest"
 )
@@ -84,8 +87,45 @@ type Spec struct {
 	Init          string // InitAuto, InitAgent or InitImage
 	LogMaxBytes   int64  // of one file of the entrypoint's output
 	LogMaxFiles   int
-	Profiles      []string // where some of all this came from; for people
+	ReadOnly      bool // the root
+	Tmpfs         []Tmpfs
+	Ulimits       []Ulimit
+	Sysctls       map[string]string
+	AddHosts      []HostEntry
+	DNS           []string // servers, instead of the network's
+	DNSSearch     []string
+	DNSOptions    []string
+	PublishAll    bool         // every port that the image exposes
+	Health        health.Check // over the image's
+	KernelArgs    []string
+	Metadata      Metadata
+	// Provisioning is what is set in the guest at its first boot. Create takes it whole; a record has it redacted.
+	Provisioning provision.Request
+	Profiles     []string // where some of all this came from; for people
+	Disk         string   // path of a disk image that boots in the place of an image
+	Firmware     string   // with Disk: vmm.BIOS or vmm.UEFI
 }
+
+// Tmpfs is a file system in memory.
+type Tmpfs struct {
+	Path    string
+	Options string // as size=64m,exec; Docker's defaults hold beside them
+}
+
+// Ulimit is a resource limit of the entrypoint and of what Exec runs.
+type Ulimit struct {
+	Name       string // as nofile
+	Soft, Hard int64  // -1: unlimited
+}
+
+// HostEntry is a line of /etc/hosts.
+type HostEntry struct {
+	Address string // or HostGateway
+	Names   []string
+}
+
+// HostGateway stands for an address by which a machine reaches its host.
+const HostGateway = "host-gateway"
 
 // Machine is the record of one machine: spec and status, as stored.
 type Machine struct {
@@ -98,6 +138,7 @@ type Machine struct {
 	Error      string
 	FailedStep string
 	Image      Image
+	Disk       *diskimage.Image // of Spec.Disk, as it was at create
 	Created    time.Time
 	Started    time.Time
 	Finished   time.Time
@@ -108,6 +149,9 @@ type Machine struct {
 	Last       *LastWord       // what the agent of this run said before it went down
 	AgentToken transport.Token // reopens the agent's channel
 	HostBoot   string          // the host's boot ID at the last start
+	Health     *health.State   // nil: there is no check. The state is replaced, not changed
+
+	Provisioning ProvisionStatus
 }
 
 // LastWord is why a guest goes down, in its agent's words.
@@ -142,6 +186,12 @@ type Image struct {
 	WorkingDir string
 	User       string
 	StopSignal string
+
+	ExposedPorts []string // as 80/tcp
+	Volumes      []string
+	Labels       map[string]string
+	Shell        []string // for lines such as that of a health check
+	Health       health.Check
 }
 
 // Images finds local images.
@@ -191,15 +241,17 @@ type Networks interface {
 }
 
 // endpoint is the machine's NIC as the network sees it.
-func (m *Machine) endpoint() network.Endpoint {
+func (m *Machine) endpoint(n network.Network) (network.Endpoint, error) {
+	document, err := m.document(n)
 	return network.Endpoint{
-		ID:      m.ID.Short(),
-		Name:    m.Spec.Name,
-		Aliases: aliases(m),
-		MAC:     m.Lease.MAC,
-		Address: m.Lease.Address,
-		Ports:   m.Spec.Ports,
-	}
+		ID:       m.ID.Short(),
+		Name:     m.Spec.Name,
+		Aliases:  aliases(m),
+		MAC:      m.Lease.MAC,
+		Address:  m.Lease.Address,
+		Ports:    m.ports(),
+		Metadata: document,
+	}, err
 }
 
 func aliases(m *Machine) []string {

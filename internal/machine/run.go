@@ -22,6 +22,9 @@ import (
 type run struct {
 	inst vmm.Instance
 	e    *entry
+	line *line
+
+	transcribed chan struct{} // closed when all of the console of a guest without an agent is in the output; nil: there is an agent
 
 	drained chan struct{} // closed when the entrypoint's output is complete
 
@@ -32,7 +35,7 @@ type run struct {
 }
 
 func newRun(inst vmm.Instance, e *entry) *run {
-	return &run{inst: inst, e: e, drained: make(chan struct{}), connected: make(chan struct{})}
+	return &run{inst: inst, e: e, line: newLine(inst), drained: make(chan struct{}), connected: make(chan struct{})}
 }
 
 // connect opens the agent's channel, as soon as the guest is there.
@@ -68,12 +71,12 @@ func causeOf(ctx context.Context, err error) error {
 	return err
 }
 
-func (r *run) configure(ctx context.Context, c *agentv1.Config, progress func(step string)) error {
+func (r *run) configure(ctx context.Context, c *agentv1.Config, contents []host.Content, tell host.Configuring) error {
 	agent, err := r.client()
 	if err != nil {
 		return err
 	}
-	return agent.Configure(ctx, c, progress)
+	return agent.ConfigureWith(ctx, c, contents, tell)
 }
 
 // client returns the agent, or errdefs.ErrUnavailable while the channel is down.
@@ -92,6 +95,10 @@ const reconnecting = 5 * time.Second
 // await returns the agent as soon as there is one.
 func (r *run) await(ctx context.Context) (*host.Client, error) {
 	r.e.mu.Lock()
+	if r.e.m.ownSystem() {
+		defer r.e.mu.Unlock()
+		return nil, noAgent(&r.e.m)
+	}
 	connected := r.connected
 	r.e.mu.Unlock()
 	select {
@@ -127,7 +134,13 @@ func (ms *Machines) supervise(e *entry, r *run) {
 	ms.workers.Go(func() {
 		ctx, cancel := context.WithCancel(ms.life)
 		defer cancel()
-		ms.workers.Go(func() { ms.listen(ctx, e, r) })
+		if m := e.get(); m.ownSystem() {
+			r.transcribed = make(chan struct{})
+			ms.workers.Go(func() { defer close(r.transcribed); ms.transcribe(ms.life, e, r) })
+		} else {
+			ms.workers.Go(func() { ms.listen(ctx, e, r) })
+			ms.watchHealth(ctx, e, r)
+		}
 		select {
 		case <-r.inst.Done():
 			cancel()
@@ -252,6 +265,9 @@ func (ms *Machines) keepLastWord(e *entry, l LastWord) bool {
 // ended records the end of a machine whose VMM is gone, and lets go of what only a running machine holds.
 func (ms *Machines) ended(e *entry, r *run) {
 	exit := r.inst.Exit()
+	if r.transcribed != nil {
+		<-r.transcribed
+	}
 	if err := r.close(); err != nil {
 		ms.Log.Debug("closing an ended instance", "machine", e.get().ID, "err", err)
 	}
@@ -269,7 +285,7 @@ func (r *run) verdict(exit vmm.Exit) (Reason, int, string) {
 		return ReasonPanic, 255, "the guest's kernel panicked"
 	case r.killed:
 		return ReasonKilled, 137, ""
-	case exit.Reason == vmm.ReasonGuest && r.e.m.imageInit(): // its init has the last word
+	case exit.Reason == vmm.ReasonGuest && (r.e.m.imageInit() || r.e.m.ownSystem()): // its init has the last word
 		if exit.Reset {
 			return ReasonReboot, 0, ""
 		}
@@ -298,6 +314,7 @@ func (ms *Machines) finish(e *entry, reason Reason, code int, detail string) {
 			m.State = Failed
 		}
 		m.VMM.PID, m.Ports = 0, nil
+		m.Health = m.Health.Stopped()
 	})
 	e.mu.Unlock()
 	if err != nil {

@@ -70,6 +70,10 @@ func (ms *Machines) askDown(ctx context.Context, e *entry, r *run, grace time.Du
 	defer cancel()
 	// In a goroutine of its own: a guest that no longer reads its channel holds the call up.
 	go func() {
+		if m := e.get(); m.ownSystem() {
+			ms.press(asking, r)
+			return
+		}
 		if agent, err := r.await(asking); err == nil {
 			if err := agent.Shutdown(asking, "", grace); err != nil {
 				ms.Log.Debug("asking the guest to shut down", "machine", e.get().ID, "err", err)
@@ -168,6 +172,9 @@ func (ms *Machines) Kill(ctx context.Context, name, signal string) error {
 }
 
 func (r *run) signal(ctx context.Context, m *Machine, name string) error {
+	if m.ownSystem() && goingDown(name) {
+		return r.press(ctx)
+	}
 	agent, err := r.await(ctx)
 	if err != nil {
 		return err

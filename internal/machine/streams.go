@@ -53,22 +53,28 @@ func (ms *Machines) Exec(ctx context.Context, name string, p Process) (*host.Exe
 	if err != nil {
 		return nil, fmt.Errorf("running a command in machine %q: %w", m.Spec.Name, err)
 	}
-	env := environment(p.TTY, m.Spec.Hostname, m.Image.Env, m.Spec.Env, p.Env)
-	if m.imageInit() {
-		env = initEnvironment(env, p.TTY)
-	}
-	x, err := agent.Exec(ctx, &agentv1.Exec{Detach: p.Detach, Process: &agentv1.Process{
-		Argv:       p.Argv,
-		Env:        env,
-		WorkingDir: first(p.WorkingDir, m.Spec.WorkingDir, m.Image.WorkingDir, "/"),
-		User:       first(p.User, m.Spec.User, m.Image.User),
-		Tty:        p.TTY, Stdin: p.Stdin, Rows: p.Rows, Cols: p.Cols,
-	}})
+	x, err := agent.Exec(ctx, &agentv1.Exec{Detach: p.Detach, Process: m.process(p)})
 	if err != nil {
 		return nil, fmt.Errorf("running a command in machine %q: %w", m.Spec.Name, err)
 	}
 	ms.publish(&m, "exec_create", map[string]string{"command": first(p.Argv...)})
 	return x, nil
+}
+
+// process is p with what it leaves open taken from the machine and its image.
+func (m *Machine) process(p Process) *agentv1.Process {
+	env := environment(p.TTY, m.Spec.Hostname, m.Image.Env, m.Spec.Env, p.Env)
+	if m.imageInit() {
+		env = initEnvironment(env, p.TTY)
+	}
+	return &agentv1.Process{
+		Argv:       p.Argv,
+		Env:        env,
+		WorkingDir: first(p.WorkingDir, m.Spec.WorkingDir, m.Image.WorkingDir, "/"),
+		User:       first(p.User, m.Spec.User, m.Image.User),
+		Tty:        p.TTY, Stdin: p.Stdin, Rows: p.Rows, Cols: p.Cols,
+		Rlimits: rlimits(m.Spec.Ulimits),
+	}
 }
 
 // Attachment joins a machine's entrypoint from the moment it is made, which may be before the machine starts.

@@ -135,7 +135,7 @@ func matches(e event.Event, key, value string) bool {
 	case "type":
 		return string(e.Type) == value
 	case "action", "event":
-		return e.Action == value
+		return e.Action == value || strings.HasPrefix(e.Action, value+": ") // health_status: healthy
 	case "machine":
 		return e.Type == event.Machine && (e.Attributes["name"] == value || strings.HasPrefix(e.ID, value))
 	default:

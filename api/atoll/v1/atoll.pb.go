@@ -730,7 +730,7 @@ func (x *Ulimit) GetHard() int64 {
 
 type HostEntry struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"` // host-gateway: the network's gateway
+	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"` // host-gateway: one by which the machine reaches its host
 	Names         []string               `protobuf:"bytes,2,rep,name=names,proto3" json:"names,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -933,6 +933,7 @@ type Provisioning struct {
 	Files             []*File                `protobuf:"bytes,10,rep,name=files,proto3" json:"files,omitempty"`
 	Mounts            []*FileSystemMount     `protobuf:"bytes,11,rep,name=mounts,proto3" json:"mounts,omitempty"`
 	Secrets           []*Secret              `protobuf:"bytes,12,rep,name=secrets,proto3" json:"secrets,omitempty"`
+	Withheld          []string               `protobuf:"bytes,13,rep,name=withheld,proto3" json:"withheld,omitempty"` // of Get and List: what was given and is left out, as userData or secrets.NAME
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -1047,6 +1048,13 @@ func (x *Provisioning) GetMounts() []*FileSystemMount {
 func (x *Provisioning) GetSecrets() []*Secret {
 	if x != nil {
 		return x.Secrets
+	}
+	return nil
+}
+
+func (x *Provisioning) GetWithheld() []string {
+	if x != nil {
+		return x.Withheld
 	}
 	return nil
 }
@@ -1428,6 +1436,8 @@ type Machine struct {
 	Argv          []string               `protobuf:"bytes,17,rep,name=argv,proto3" json:"argv,omitempty"`     // the entrypoint as it is run
 	Health        *HealthStatus          `protobuf:"bytes,18,opt,name=health,proto3" json:"health,omitempty"` // absent: no health check
 	Provisioning  *ProvisioningStatus    `protobuf:"bytes,19,opt,name=provisioning,proto3" json:"provisioning,omitempty"`
+	ExposedPorts  []string               `protobuf:"bytes,20,rep,name=exposed_ports,json=exposedPorts,proto3" json:"exposed_ports,omitempty"` // of the image, as 80/tcp
+	Volumes       []string               `protobuf:"bytes,21,rep,name=volumes,proto3" json:"volumes,omitempty"`                               // directories that the image declares as VOLUME
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1595,11 +1605,26 @@ func (x *Machine) GetProvisioning() *ProvisioningStatus {
 	return nil
 }
 
+func (x *Machine) GetExposedPorts() []string {
+	if x != nil {
+		return x.ExposedPorts
+	}
+	return nil
+}
+
+func (x *Machine) GetVolumes() []string {
+	if x != nil {
+		return x.Volumes
+	}
+	return nil
+}
+
 type HealthStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Status        string                 `protobuf:"bytes,1,opt,name=status,proto3" json:"status,omitempty"` // starting, healthy, unhealthy
 	FailingStreak uint32                 `protobuf:"varint,2,opt,name=failing_streak,json=failingStreak,proto3" json:"failing_streak,omitempty"`
-	Log           []*HealthResult        `protobuf:"bytes,3,rep,name=log,proto3" json:"log,omitempty"` // the last five
+	Log           []*HealthResult        `protobuf:"bytes,3,rep,name=log,proto3" json:"log,omitempty"`     // the last five
+	Check         *HealthCheck           `protobuf:"bytes,4,opt,name=check,proto3" json:"check,omitempty"` // as it is run
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1651,6 +1676,13 @@ func (x *HealthStatus) GetFailingStreak() uint32 {
 func (x *HealthStatus) GetLog() []*HealthResult {
 	if x != nil {
 		return x.Log
+	}
+	return nil
+}
+
+func (x *HealthStatus) GetCheck() *HealthCheck {
+	if x != nil {
+		return x.Check
 	}
 	return nil
 }
@@ -1730,6 +1762,8 @@ type ProvisioningStatus struct {
 	FailedStep    string                 `protobuf:"bytes,3,opt,name=failed_step,json=failedStep,proto3" json:"failed_step,omitempty"`
 	ExitCode      *int32                 `protobuf:"varint,4,opt,name=exit_code,json=exitCode,proto3,oneof" json:"exit_code,omitempty"` // of the command that failed, or 0
 	Log           string                 `protobuf:"bytes,5,opt,name=log,proto3" json:"log,omitempty"`                                  // path of the output of commands and of the package manager
+	Step          string                 `protobuf:"bytes,6,opt,name=step,proto3" json:"step,omitempty"`                                // under way now, while the machine is starting
+	Due           bool                   `protobuf:"varint,7,opt,name=due,proto3" json:"due,omitempty"`                                 // the next start applies it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1797,6 +1831,20 @@ func (x *ProvisioningStatus) GetLog() string {
 		return x.Log
 	}
 	return ""
+}
+
+func (x *ProvisioningStatus) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *ProvisioningStatus) GetDue() bool {
+	if x != nil {
+		return x.Due
+	}
+	return false
 }
 
 type NetworkStatus struct {
@@ -2598,6 +2646,7 @@ func (x *WaitMachineResponse) GetError() string {
 type ListMachinesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	All           bool                   `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"`
+	Filters       []string               `protobuf:"bytes,2,rep,name=filters,proto3" json:"filters,omitempty"` // key=value: ancestor, before, exited, expose, health, id, label, name, network, publish, since, status
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2637,6 +2686,13 @@ func (x *ListMachinesRequest) GetAll() bool {
 		return x.All
 	}
 	return false
+}
+
+func (x *ListMachinesRequest) GetFilters() []string {
+	if x != nil {
+		return x.Filters
+	}
+	return nil
 }
 
 type ListMachinesResponse struct {
@@ -10180,7 +10236,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\aretries\x18\x06 \x01(\rR\aretries\"6\n" +
 	"\bMetadata\x12\x1a\n" +
 	"\bdisabled\x18\x01 \x01(\bR\bdisabled\x12\x0e\n" +
-	"\x02v1\x18\x02 \x01(\bR\x02v1\"\xb7\x03\n" +
+	"\x02v1\x18\x02 \x01(\bR\x02v1\"\xd3\x03\n" +
 	"\fProvisioning\x12$\n" +
 	"\x05users\x18\x01 \x03(\v2\x0e.atoll.v1.UserR\x05users\x12.\n" +
 	"\x13ssh_authorized_keys\x18\x02 \x03(\tR\x11sshAuthorizedKeys\x12\"\n" +
@@ -10195,7 +10251,8 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05files\x18\n" +
 	" \x03(\v2\x0e.atoll.v1.FileR\x05files\x121\n" +
 	"\x06mounts\x18\v \x03(\v2\x19.atoll.v1.FileSystemMountR\x06mounts\x12*\n" +
-	"\asecrets\x18\f \x03(\v2\x10.atoll.v1.SecretR\asecrets\"\xe4\x01\n" +
+	"\asecrets\x18\f \x03(\v2\x10.atoll.v1.SecretR\asecrets\x12\x1a\n" +
+	"\bwithheld\x18\r \x03(\tR\bwithheld\"\xe4\x01\n" +
 	"\x04User\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x15\n" +
 	"\x03uid\x18\x02 \x01(\rH\x00R\x03uid\x88\x01\x01\x12\x12\n" +
@@ -10224,7 +10281,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\thost_port\x18\x02 \x01(\rR\bhostPort\x12\x1d\n" +
 	"\n" +
 	"guest_port\x18\x03 \x01(\rR\tguestPort\x12\x1a\n" +
-	"\bprotocol\x18\x04 \x01(\tR\bprotocol\"\xef\x05\n" +
+	"\bprotocol\x18\x04 \x01(\tR\bprotocol\"\xae\x06\n" +
 	"\aMachine\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12)\n" +
 	"\x04spec\x18\x02 \x01(\v2\x15.atoll.v1.MachineSpecR\x04spec\x12,\n" +
@@ -10249,23 +10306,28 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x04host\x18\x10 \x01(\tR\x04host\x12\x12\n" +
 	"\x04argv\x18\x11 \x03(\tR\x04argv\x12.\n" +
 	"\x06health\x18\x12 \x01(\v2\x16.atoll.v1.HealthStatusR\x06health\x12@\n" +
-	"\fprovisioning\x18\x13 \x01(\v2\x1c.atoll.v1.ProvisioningStatusR\fprovisioning\"w\n" +
+	"\fprovisioning\x18\x13 \x01(\v2\x1c.atoll.v1.ProvisioningStatusR\fprovisioning\x12#\n" +
+	"\rexposed_ports\x18\x14 \x03(\tR\fexposedPorts\x12\x18\n" +
+	"\avolumes\x18\x15 \x03(\tR\avolumes\"\xa4\x01\n" +
 	"\fHealthStatus\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\tR\x06status\x12%\n" +
 	"\x0efailing_streak\x18\x02 \x01(\rR\rfailingStreak\x12(\n" +
-	"\x03log\x18\x03 \x03(\v2\x16.atoll.v1.HealthResultR\x03log\"\xa3\x01\n" +
+	"\x03log\x18\x03 \x03(\v2\x16.atoll.v1.HealthResultR\x03log\x12+\n" +
+	"\x05check\x18\x04 \x01(\v2\x15.atoll.v1.HealthCheckR\x05check\"\xa3\x01\n" +
 	"\fHealthResult\x120\n" +
 	"\x05start\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05start\x12,\n" +
 	"\x03end\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x03end\x12\x1b\n" +
 	"\texit_code\x18\x03 \x01(\x05R\bexitCode\x12\x16\n" +
-	"\x06output\x18\x04 \x01(\tR\x06output\"\xc4\x01\n" +
+	"\x06output\x18\x04 \x01(\tR\x06output\"\xea\x01\n" +
 	"\x12ProvisioningStatus\x123\n" +
 	"\adone_at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x06doneAt\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x1f\n" +
 	"\vfailed_step\x18\x03 \x01(\tR\n" +
 	"failedStep\x12 \n" +
 	"\texit_code\x18\x04 \x01(\x05H\x00R\bexitCode\x88\x01\x01\x12\x10\n" +
-	"\x03log\x18\x05 \x01(\tR\x03logB\f\n" +
+	"\x03log\x18\x05 \x01(\tR\x03log\x12\x12\n" +
+	"\x04step\x18\x06 \x01(\tR\x04step\x12\x10\n" +
+	"\x03due\x18\a \x01(\bR\x03dueB\f\n" +
 	"\n" +
 	"_exit_code\"\x96\x01\n" +
 	"\rNetworkStatus\x12\x12\n" +
@@ -10314,9 +10376,10 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x13WaitMachineResponse\x12\x1b\n" +
 	"\texit_code\x18\x01 \x01(\x05R\bexitCode\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x14\n" +
-	"\x05error\x18\x03 \x01(\tR\x05error\"'\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\"A\n" +
 	"\x13ListMachinesRequest\x12\x10\n" +
-	"\x03all\x18\x01 \x01(\bR\x03all\"E\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\x12\x18\n" +
+	"\afilters\x18\x02 \x03(\tR\afilters\"E\n" +
 	"\x14ListMachinesResponse\x12-\n" +
 	"\bmachines\x18\x01 \x03(\v2\x11.atoll.v1.MachineR\bmachines\"-\n" +
 	"\x11GetMachineRequest\x12\x18\n" +
@@ -11155,206 +11218,207 @@ var file_api_atoll_v1_atoll_proto_depIdxs = []int32{
 	17,  // 26: atoll.v1.Machine.health:type_name -> atoll.v1.HealthStatus
 	19,  // 27: atoll.v1.Machine.provisioning:type_name -> atoll.v1.ProvisioningStatus
 	18,  // 28: atoll.v1.HealthStatus.log:type_name -> atoll.v1.HealthResult
-	161, // 29: atoll.v1.HealthResult.start:type_name -> google.protobuf.Timestamp
-	161, // 30: atoll.v1.HealthResult.end:type_name -> google.protobuf.Timestamp
-	161, // 31: atoll.v1.ProvisioningStatus.done_at:type_name -> google.protobuf.Timestamp
-	15,  // 32: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
-	160, // 33: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
-	4,   // 34: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
-	16,  // 35: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
-	10,  // 36: atoll.v1.StartMachineRequest.provisioning:type_name -> atoll.v1.Provisioning
-	16,  // 37: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
-	160, // 38: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
-	16,  // 39: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
-	16,  // 40: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
-	16,  // 41: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
-	161, // 42: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
-	161, // 43: atoll.v1.LogsRequest.until:type_name -> google.protobuf.Timestamp
-	1,   // 44: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
-	161, // 45: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
-	43,  // 46: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
-	41,  // 47: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
-	41,  // 48: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
-	45,  // 49: atoll.v1.ExecResponse.started:type_name -> atoll.v1.ExecStarted
-	47,  // 50: atoll.v1.AttachRequest.start:type_name -> atoll.v1.AttachStart
-	41,  // 51: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
-	41,  // 52: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
-	34,  // 53: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
-	50,  // 54: atoll.v1.ConsoleRequest.start:type_name -> atoll.v1.ConsoleStart
-	53,  // 55: atoll.v1.PutFilesRequest.start:type_name -> atoll.v1.PutFilesStart
-	161, // 56: atoll.v1.StatFileResponse.modified_at:type_name -> google.protobuf.Timestamp
-	161, // 57: atoll.v1.Profile.created_at:type_name -> google.protobuf.Timestamp
-	161, // 58: atoll.v1.Profile.updated_at:type_name -> google.protobuf.Timestamp
-	4,   // 59: atoll.v1.Profile.spec:type_name -> atoll.v1.MachineSpec
-	4,   // 60: atoll.v1.PutProfileRequest.spec:type_name -> atoll.v1.MachineSpec
-	59,  // 61: atoll.v1.PutProfileResponse.profile:type_name -> atoll.v1.Profile
-	59,  // 62: atoll.v1.GetProfileResponse.profile:type_name -> atoll.v1.Profile
-	59,  // 63: atoll.v1.ListProfilesResponse.profiles:type_name -> atoll.v1.Profile
-	161, // 64: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
-	72,  // 65: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
-	69,  // 66: atoll.v1.Image.variants:type_name -> atoll.v1.ImageVariant
-	70,  // 67: atoll.v1.Image.referrers:type_name -> atoll.v1.ImageReferrer
-	71,  // 68: atoll.v1.Image.root_disks:type_name -> atoll.v1.RootDisk
-	74,  // 69: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
-	68,  // 70: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
-	68,  // 71: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
-	68,  // 72: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
-	74,  // 73: atoll.v1.PushImageResponse.transfer:type_name -> atoll.v1.Transfer
-	86,  // 74: atoll.v1.PushImageResponse.pushed:type_name -> atoll.v1.PushedImage
-	74,  // 75: atoll.v1.LoadImagesResponse.transfer:type_name -> atoll.v1.Transfer
-	91,  // 76: atoll.v1.LoadImagesResponse.loaded:type_name -> atoll.v1.LoadedImage
-	93,  // 77: atoll.v1.ImportImageRequest.start:type_name -> atoll.v1.ImportStart
-	74,  // 78: atoll.v1.ImportImageResponse.transfer:type_name -> atoll.v1.Transfer
-	68,  // 79: atoll.v1.ImportImageResponse.image:type_name -> atoll.v1.Image
-	97,  // 80: atoll.v1.ImageHistoryResponse.steps:type_name -> atoll.v1.ImageStep
-	161, // 81: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
-	103, // 82: atoll.v1.BuildRequest.start:type_name -> atoll.v1.BuildStart
-	106, // 83: atoll.v1.BuildRequest.agent:type_name -> atoll.v1.AgentData
-	152, // 84: atoll.v1.BuildStart.build_args:type_name -> atoll.v1.BuildStart.BuildArgsEntry
-	153, // 85: atoll.v1.BuildStart.labels:type_name -> atoll.v1.BuildStart.LabelsEntry
-	154, // 86: atoll.v1.BuildStart.build_contexts:type_name -> atoll.v1.BuildStart.BuildContextsEntry
-	155, // 87: atoll.v1.BuildStart.secrets:type_name -> atoll.v1.BuildStart.SecretsEntry
-	104, // 88: atoll.v1.BuildStart.cache_to:type_name -> atoll.v1.CacheOption
-	104, // 89: atoll.v1.BuildStart.cache_from:type_name -> atoll.v1.CacheOption
-	105, // 90: atoll.v1.BuildStart.outputs:type_name -> atoll.v1.BuildOutput
-	160, // 91: atoll.v1.BuildStart.timeout:type_name -> google.protobuf.Duration
-	156, // 92: atoll.v1.CacheOption.attributes:type_name -> atoll.v1.CacheOption.AttributesEntry
-	157, // 93: atoll.v1.BuildOutput.attributes:type_name -> atoll.v1.BuildOutput.AttributesEntry
-	110, // 94: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
-	106, // 95: atoll.v1.BuildResponse.agent:type_name -> atoll.v1.AgentData
-	108, // 96: atoll.v1.BuildResponse.output:type_name -> atoll.v1.OutputData
-	109, // 97: atoll.v1.BuildResponse.report:type_name -> atoll.v1.BuildReport
-	160, // 98: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
-	160, // 99: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
-	158, // 100: atoll.v1.BuildResult.metadata:type_name -> atoll.v1.BuildResult.MetadataEntry
-	113, // 101: atoll.v1.BuildDiskUsageResponse.records:type_name -> atoll.v1.BuildCacheRecord
-	161, // 102: atoll.v1.BuildCacheRecord.created_at:type_name -> google.protobuf.Timestamp
-	161, // 103: atoll.v1.BuildCacheRecord.last_used_at:type_name -> google.protobuf.Timestamp
-	160, // 104: atoll.v1.PruneBuildRequest.unused_for:type_name -> google.protobuf.Duration
-	113, // 105: atoll.v1.PruneBuildResponse.records:type_name -> atoll.v1.BuildCacheRecord
-	161, // 106: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
-	116, // 107: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
-	74,  // 108: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
-	116, // 109: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
-	161, // 110: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
-	74,  // 111: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	121, // 112: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	121, // 113: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	121, // 114: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
-	121, // 115: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	74,  // 116: atoll.v1.PushKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	137, // 117: atoll.v1.PushKernelResponse.pushed:type_name -> atoll.v1.PushedKernel
-	74,  // 118: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
-	121, // 119: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
-	99,  // 120: atoll.v1.PruneSystemResponse.images:type_name -> atoll.v1.PruneImagesResponse
-	161, // 121: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
-	161, // 122: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
-	159, // 123: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
-	147, // 124: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
-	2,   // 125: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
-	23,  // 126: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
-	25,  // 127: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
-	27,  // 128: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
-	29,  // 129: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
-	31,  // 130: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
-	33,  // 131: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
-	35,  // 132: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
-	37,  // 133: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
-	39,  // 134: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
-	42,  // 135: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
-	46,  // 136: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
-	49,  // 137: atoll.v1.MachineService.Console:input_type -> atoll.v1.ConsoleRequest
-	52,  // 138: atoll.v1.MachineService.PutFiles:input_type -> atoll.v1.PutFilesRequest
-	55,  // 139: atoll.v1.MachineService.GetFiles:input_type -> atoll.v1.GetFilesRequest
-	57,  // 140: atoll.v1.MachineService.StatFile:input_type -> atoll.v1.StatFileRequest
-	60,  // 141: atoll.v1.ProfileService.Put:input_type -> atoll.v1.PutProfileRequest
-	62,  // 142: atoll.v1.ProfileService.Get:input_type -> atoll.v1.GetProfileRequest
-	64,  // 143: atoll.v1.ProfileService.List:input_type -> atoll.v1.ListProfilesRequest
-	66,  // 144: atoll.v1.ProfileService.Remove:input_type -> atoll.v1.RemoveProfileRequest
-	73,  // 145: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
-	76,  // 146: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
-	78,  // 147: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
-	80,  // 148: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
-	82,  // 149: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
-	84,  // 150: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
-	87,  // 151: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
-	89,  // 152: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
-	92,  // 153: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
-	95,  // 154: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
-	98,  // 155: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
-	100, // 156: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
-	102, // 157: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
-	111, // 158: atoll.v1.BuildService.DiskUsage:input_type -> atoll.v1.BuildDiskUsageRequest
-	114, // 159: atoll.v1.BuildService.Prune:input_type -> atoll.v1.PruneBuildRequest
-	117, // 160: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
-	119, // 161: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
-	130, // 162: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
-	132, // 163: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
-	134, // 164: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
-	128, // 165: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
-	122, // 166: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
-	124, // 167: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
-	126, // 168: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
-	135, // 169: atoll.v1.KernelService.Push:input_type -> atoll.v1.PushKernelRequest
-	141, // 170: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
-	143, // 171: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
-	145, // 172: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
-	148, // 173: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
-	139, // 174: atoll.v1.SystemService.Prune:input_type -> atoll.v1.PruneSystemRequest
-	24,  // 175: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
-	26,  // 176: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
-	28,  // 177: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
-	30,  // 178: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
-	32,  // 179: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
-	34,  // 180: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
-	36,  // 181: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
-	38,  // 182: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
-	40,  // 183: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
-	44,  // 184: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
-	48,  // 185: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
-	51,  // 186: atoll.v1.MachineService.Console:output_type -> atoll.v1.ConsoleResponse
-	54,  // 187: atoll.v1.MachineService.PutFiles:output_type -> atoll.v1.PutFilesResponse
-	56,  // 188: atoll.v1.MachineService.GetFiles:output_type -> atoll.v1.GetFilesResponse
-	58,  // 189: atoll.v1.MachineService.StatFile:output_type -> atoll.v1.StatFileResponse
-	61,  // 190: atoll.v1.ProfileService.Put:output_type -> atoll.v1.PutProfileResponse
-	63,  // 191: atoll.v1.ProfileService.Get:output_type -> atoll.v1.GetProfileResponse
-	65,  // 192: atoll.v1.ProfileService.List:output_type -> atoll.v1.ListProfilesResponse
-	67,  // 193: atoll.v1.ProfileService.Remove:output_type -> atoll.v1.RemoveProfileResponse
-	75,  // 194: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
-	77,  // 195: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
-	79,  // 196: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
-	81,  // 197: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
-	83,  // 198: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
-	85,  // 199: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
-	88,  // 200: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
-	90,  // 201: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
-	94,  // 202: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
-	96,  // 203: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
-	99,  // 204: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
-	101, // 205: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
-	107, // 206: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
-	112, // 207: atoll.v1.BuildService.DiskUsage:output_type -> atoll.v1.BuildDiskUsageResponse
-	115, // 208: atoll.v1.BuildService.Prune:output_type -> atoll.v1.PruneBuildResponse
-	118, // 209: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
-	120, // 210: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
-	131, // 211: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
-	133, // 212: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
-	138, // 213: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
-	129, // 214: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
-	123, // 215: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
-	125, // 216: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
-	127, // 217: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
-	136, // 218: atoll.v1.KernelService.Push:output_type -> atoll.v1.PushKernelResponse
-	142, // 219: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
-	144, // 220: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
-	146, // 221: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
-	149, // 222: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
-	140, // 223: atoll.v1.SystemService.Prune:output_type -> atoll.v1.PruneSystemResponse
-	175, // [175:224] is the sub-list for method output_type
-	126, // [126:175] is the sub-list for method input_type
-	126, // [126:126] is the sub-list for extension type_name
-	126, // [126:126] is the sub-list for extension extendee
-	0,   // [0:126] is the sub-list for field type_name
+	8,   // 29: atoll.v1.HealthStatus.check:type_name -> atoll.v1.HealthCheck
+	161, // 30: atoll.v1.HealthResult.start:type_name -> google.protobuf.Timestamp
+	161, // 31: atoll.v1.HealthResult.end:type_name -> google.protobuf.Timestamp
+	161, // 32: atoll.v1.ProvisioningStatus.done_at:type_name -> google.protobuf.Timestamp
+	15,  // 33: atoll.v1.NetworkStatus.ports:type_name -> atoll.v1.PortMapping
+	160, // 34: atoll.v1.StepTime.took:type_name -> google.protobuf.Duration
+	4,   // 35: atoll.v1.CreateMachineRequest.spec:type_name -> atoll.v1.MachineSpec
+	16,  // 36: atoll.v1.CreateMachineResponse.machine:type_name -> atoll.v1.Machine
+	10,  // 37: atoll.v1.StartMachineRequest.provisioning:type_name -> atoll.v1.Provisioning
+	16,  // 38: atoll.v1.StartMachineResponse.machine:type_name -> atoll.v1.Machine
+	160, // 39: atoll.v1.StopMachineRequest.timeout:type_name -> google.protobuf.Duration
+	16,  // 40: atoll.v1.StopMachineResponse.machine:type_name -> atoll.v1.Machine
+	16,  // 41: atoll.v1.ListMachinesResponse.machines:type_name -> atoll.v1.Machine
+	16,  // 42: atoll.v1.GetMachineResponse.machine:type_name -> atoll.v1.Machine
+	161, // 43: atoll.v1.LogsRequest.since:type_name -> google.protobuf.Timestamp
+	161, // 44: atoll.v1.LogsRequest.until:type_name -> google.protobuf.Timestamp
+	1,   // 45: atoll.v1.LogsResponse.stream:type_name -> atoll.v1.Stream
+	161, // 46: atoll.v1.LogsResponse.time:type_name -> google.protobuf.Timestamp
+	43,  // 47: atoll.v1.ExecRequest.start:type_name -> atoll.v1.ExecStart
+	41,  // 48: atoll.v1.ExecRequest.resize:type_name -> atoll.v1.Size
+	41,  // 49: atoll.v1.ExecStart.size:type_name -> atoll.v1.Size
+	45,  // 50: atoll.v1.ExecResponse.started:type_name -> atoll.v1.ExecStarted
+	47,  // 51: atoll.v1.AttachRequest.start:type_name -> atoll.v1.AttachStart
+	41,  // 52: atoll.v1.AttachRequest.resize:type_name -> atoll.v1.Size
+	41,  // 53: atoll.v1.AttachStart.size:type_name -> atoll.v1.Size
+	34,  // 54: atoll.v1.AttachResponse.exit:type_name -> atoll.v1.WaitMachineResponse
+	50,  // 55: atoll.v1.ConsoleRequest.start:type_name -> atoll.v1.ConsoleStart
+	53,  // 56: atoll.v1.PutFilesRequest.start:type_name -> atoll.v1.PutFilesStart
+	161, // 57: atoll.v1.StatFileResponse.modified_at:type_name -> google.protobuf.Timestamp
+	161, // 58: atoll.v1.Profile.created_at:type_name -> google.protobuf.Timestamp
+	161, // 59: atoll.v1.Profile.updated_at:type_name -> google.protobuf.Timestamp
+	4,   // 60: atoll.v1.Profile.spec:type_name -> atoll.v1.MachineSpec
+	4,   // 61: atoll.v1.PutProfileRequest.spec:type_name -> atoll.v1.MachineSpec
+	59,  // 62: atoll.v1.PutProfileResponse.profile:type_name -> atoll.v1.Profile
+	59,  // 63: atoll.v1.GetProfileResponse.profile:type_name -> atoll.v1.Profile
+	59,  // 64: atoll.v1.ListProfilesResponse.profiles:type_name -> atoll.v1.Profile
+	161, // 65: atoll.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	72,  // 66: atoll.v1.Image.layers:type_name -> atoll.v1.Layer
+	69,  // 67: atoll.v1.Image.variants:type_name -> atoll.v1.ImageVariant
+	70,  // 68: atoll.v1.Image.referrers:type_name -> atoll.v1.ImageReferrer
+	71,  // 69: atoll.v1.Image.root_disks:type_name -> atoll.v1.RootDisk
+	74,  // 70: atoll.v1.PullImageResponse.transfer:type_name -> atoll.v1.Transfer
+	68,  // 71: atoll.v1.PullImageResponse.image:type_name -> atoll.v1.Image
+	68,  // 72: atoll.v1.ListImagesResponse.images:type_name -> atoll.v1.Image
+	68,  // 73: atoll.v1.GetImageResponse.image:type_name -> atoll.v1.Image
+	74,  // 74: atoll.v1.PushImageResponse.transfer:type_name -> atoll.v1.Transfer
+	86,  // 75: atoll.v1.PushImageResponse.pushed:type_name -> atoll.v1.PushedImage
+	74,  // 76: atoll.v1.LoadImagesResponse.transfer:type_name -> atoll.v1.Transfer
+	91,  // 77: atoll.v1.LoadImagesResponse.loaded:type_name -> atoll.v1.LoadedImage
+	93,  // 78: atoll.v1.ImportImageRequest.start:type_name -> atoll.v1.ImportStart
+	74,  // 79: atoll.v1.ImportImageResponse.transfer:type_name -> atoll.v1.Transfer
+	68,  // 80: atoll.v1.ImportImageResponse.image:type_name -> atoll.v1.Image
+	97,  // 81: atoll.v1.ImageHistoryResponse.steps:type_name -> atoll.v1.ImageStep
+	161, // 82: atoll.v1.ImageStep.created_at:type_name -> google.protobuf.Timestamp
+	103, // 83: atoll.v1.BuildRequest.start:type_name -> atoll.v1.BuildStart
+	106, // 84: atoll.v1.BuildRequest.agent:type_name -> atoll.v1.AgentData
+	152, // 85: atoll.v1.BuildStart.build_args:type_name -> atoll.v1.BuildStart.BuildArgsEntry
+	153, // 86: atoll.v1.BuildStart.labels:type_name -> atoll.v1.BuildStart.LabelsEntry
+	154, // 87: atoll.v1.BuildStart.build_contexts:type_name -> atoll.v1.BuildStart.BuildContextsEntry
+	155, // 88: atoll.v1.BuildStart.secrets:type_name -> atoll.v1.BuildStart.SecretsEntry
+	104, // 89: atoll.v1.BuildStart.cache_to:type_name -> atoll.v1.CacheOption
+	104, // 90: atoll.v1.BuildStart.cache_from:type_name -> atoll.v1.CacheOption
+	105, // 91: atoll.v1.BuildStart.outputs:type_name -> atoll.v1.BuildOutput
+	160, // 92: atoll.v1.BuildStart.timeout:type_name -> google.protobuf.Duration
+	156, // 93: atoll.v1.CacheOption.attributes:type_name -> atoll.v1.CacheOption.AttributesEntry
+	157, // 94: atoll.v1.BuildOutput.attributes:type_name -> atoll.v1.BuildOutput.AttributesEntry
+	110, // 95: atoll.v1.BuildResponse.result:type_name -> atoll.v1.BuildResult
+	106, // 96: atoll.v1.BuildResponse.agent:type_name -> atoll.v1.AgentData
+	108, // 97: atoll.v1.BuildResponse.output:type_name -> atoll.v1.OutputData
+	109, // 98: atoll.v1.BuildResponse.report:type_name -> atoll.v1.BuildReport
+	160, // 99: atoll.v1.BuildResult.solve:type_name -> google.protobuf.Duration
+	160, // 100: atoll.v1.BuildResult.root_disk:type_name -> google.protobuf.Duration
+	158, // 101: atoll.v1.BuildResult.metadata:type_name -> atoll.v1.BuildResult.MetadataEntry
+	113, // 102: atoll.v1.BuildDiskUsageResponse.records:type_name -> atoll.v1.BuildCacheRecord
+	161, // 103: atoll.v1.BuildCacheRecord.created_at:type_name -> google.protobuf.Timestamp
+	161, // 104: atoll.v1.BuildCacheRecord.last_used_at:type_name -> google.protobuf.Timestamp
+	160, // 105: atoll.v1.PruneBuildRequest.unused_for:type_name -> google.protobuf.Duration
+	113, // 106: atoll.v1.PruneBuildResponse.records:type_name -> atoll.v1.BuildCacheRecord
+	161, // 107: atoll.v1.Base.built_at:type_name -> google.protobuf.Timestamp
+	116, // 108: atoll.v1.ListBasesResponse.bases:type_name -> atoll.v1.Base
+	74,  // 109: atoll.v1.BuildBaseResponse.transfer:type_name -> atoll.v1.Transfer
+	116, // 110: atoll.v1.BuildBaseResponse.base:type_name -> atoll.v1.Base
+	161, // 111: atoll.v1.Kernel.created_at:type_name -> google.protobuf.Timestamp
+	74,  // 112: atoll.v1.BuildKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	121, // 113: atoll.v1.BuildKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	121, // 114: atoll.v1.ImportKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	121, // 115: atoll.v1.ListKernelsResponse.kernels:type_name -> atoll.v1.Kernel
+	121, // 116: atoll.v1.GetKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	74,  // 117: atoll.v1.PushKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	137, // 118: atoll.v1.PushKernelResponse.pushed:type_name -> atoll.v1.PushedKernel
+	74,  // 119: atoll.v1.PullKernelResponse.transfer:type_name -> atoll.v1.Transfer
+	121, // 120: atoll.v1.PullKernelResponse.kernel:type_name -> atoll.v1.Kernel
+	99,  // 121: atoll.v1.PruneSystemResponse.images:type_name -> atoll.v1.PruneImagesResponse
+	161, // 122: atoll.v1.EventsRequest.since:type_name -> google.protobuf.Timestamp
+	161, // 123: atoll.v1.Event.time:type_name -> google.protobuf.Timestamp
+	159, // 124: atoll.v1.Event.attributes:type_name -> atoll.v1.Event.AttributesEntry
+	147, // 125: atoll.v1.DoctorResponse.checks:type_name -> atoll.v1.Check
+	2,   // 126: atoll.v1.Check.level:type_name -> atoll.v1.Check.Level
+	23,  // 127: atoll.v1.MachineService.Create:input_type -> atoll.v1.CreateMachineRequest
+	25,  // 128: atoll.v1.MachineService.Start:input_type -> atoll.v1.StartMachineRequest
+	27,  // 129: atoll.v1.MachineService.Stop:input_type -> atoll.v1.StopMachineRequest
+	29,  // 130: atoll.v1.MachineService.Kill:input_type -> atoll.v1.KillMachineRequest
+	31,  // 131: atoll.v1.MachineService.Remove:input_type -> atoll.v1.RemoveMachineRequest
+	33,  // 132: atoll.v1.MachineService.Wait:input_type -> atoll.v1.WaitMachineRequest
+	35,  // 133: atoll.v1.MachineService.List:input_type -> atoll.v1.ListMachinesRequest
+	37,  // 134: atoll.v1.MachineService.Get:input_type -> atoll.v1.GetMachineRequest
+	39,  // 135: atoll.v1.MachineService.Logs:input_type -> atoll.v1.LogsRequest
+	42,  // 136: atoll.v1.MachineService.Exec:input_type -> atoll.v1.ExecRequest
+	46,  // 137: atoll.v1.MachineService.Attach:input_type -> atoll.v1.AttachRequest
+	49,  // 138: atoll.v1.MachineService.Console:input_type -> atoll.v1.ConsoleRequest
+	52,  // 139: atoll.v1.MachineService.PutFiles:input_type -> atoll.v1.PutFilesRequest
+	55,  // 140: atoll.v1.MachineService.GetFiles:input_type -> atoll.v1.GetFilesRequest
+	57,  // 141: atoll.v1.MachineService.StatFile:input_type -> atoll.v1.StatFileRequest
+	60,  // 142: atoll.v1.ProfileService.Put:input_type -> atoll.v1.PutProfileRequest
+	62,  // 143: atoll.v1.ProfileService.Get:input_type -> atoll.v1.GetProfileRequest
+	64,  // 144: atoll.v1.ProfileService.List:input_type -> atoll.v1.ListProfilesRequest
+	66,  // 145: atoll.v1.ProfileService.Remove:input_type -> atoll.v1.RemoveProfileRequest
+	73,  // 146: atoll.v1.ImageService.Pull:input_type -> atoll.v1.PullImageRequest
+	76,  // 147: atoll.v1.ImageService.List:input_type -> atoll.v1.ListImagesRequest
+	78,  // 148: atoll.v1.ImageService.Get:input_type -> atoll.v1.GetImageRequest
+	80,  // 149: atoll.v1.ImageService.Tag:input_type -> atoll.v1.TagImageRequest
+	82,  // 150: atoll.v1.ImageService.Remove:input_type -> atoll.v1.RemoveImageRequest
+	84,  // 151: atoll.v1.ImageService.Push:input_type -> atoll.v1.PushImageRequest
+	87,  // 152: atoll.v1.ImageService.Save:input_type -> atoll.v1.SaveImagesRequest
+	89,  // 153: atoll.v1.ImageService.Load:input_type -> atoll.v1.LoadImagesRequest
+	92,  // 154: atoll.v1.ImageService.Import:input_type -> atoll.v1.ImportImageRequest
+	95,  // 155: atoll.v1.ImageService.History:input_type -> atoll.v1.ImageHistoryRequest
+	98,  // 156: atoll.v1.ImageService.Prune:input_type -> atoll.v1.PruneImagesRequest
+	100, // 157: atoll.v1.ImageService.Login:input_type -> atoll.v1.LoginRequest
+	102, // 158: atoll.v1.BuildService.Build:input_type -> atoll.v1.BuildRequest
+	111, // 159: atoll.v1.BuildService.DiskUsage:input_type -> atoll.v1.BuildDiskUsageRequest
+	114, // 160: atoll.v1.BuildService.Prune:input_type -> atoll.v1.PruneBuildRequest
+	117, // 161: atoll.v1.BaseService.List:input_type -> atoll.v1.ListBasesRequest
+	119, // 162: atoll.v1.BaseService.Build:input_type -> atoll.v1.BuildBaseRequest
+	130, // 163: atoll.v1.KernelService.List:input_type -> atoll.v1.ListKernelsRequest
+	132, // 164: atoll.v1.KernelService.Get:input_type -> atoll.v1.GetKernelRequest
+	134, // 165: atoll.v1.KernelService.Pull:input_type -> atoll.v1.PullKernelRequest
+	128, // 166: atoll.v1.KernelService.Import:input_type -> atoll.v1.ImportKernelRequest
+	122, // 167: atoll.v1.KernelService.Build:input_type -> atoll.v1.BuildKernelRequest
+	124, // 168: atoll.v1.KernelService.Remove:input_type -> atoll.v1.RemoveKernelRequest
+	126, // 169: atoll.v1.KernelService.SetDefault:input_type -> atoll.v1.SetDefaultKernelRequest
+	135, // 170: atoll.v1.KernelService.Push:input_type -> atoll.v1.PushKernelRequest
+	141, // 171: atoll.v1.SystemService.Version:input_type -> atoll.v1.VersionRequest
+	143, // 172: atoll.v1.SystemService.Events:input_type -> atoll.v1.EventsRequest
+	145, // 173: atoll.v1.SystemService.Doctor:input_type -> atoll.v1.DoctorRequest
+	148, // 174: atoll.v1.SystemService.Shutdown:input_type -> atoll.v1.ShutdownRequest
+	139, // 175: atoll.v1.SystemService.Prune:input_type -> atoll.v1.PruneSystemRequest
+	24,  // 176: atoll.v1.MachineService.Create:output_type -> atoll.v1.CreateMachineResponse
+	26,  // 177: atoll.v1.MachineService.Start:output_type -> atoll.v1.StartMachineResponse
+	28,  // 178: atoll.v1.MachineService.Stop:output_type -> atoll.v1.StopMachineResponse
+	30,  // 179: atoll.v1.MachineService.Kill:output_type -> atoll.v1.KillMachineResponse
+	32,  // 180: atoll.v1.MachineService.Remove:output_type -> atoll.v1.RemoveMachineResponse
+	34,  // 181: atoll.v1.MachineService.Wait:output_type -> atoll.v1.WaitMachineResponse
+	36,  // 182: atoll.v1.MachineService.List:output_type -> atoll.v1.ListMachinesResponse
+	38,  // 183: atoll.v1.MachineService.Get:output_type -> atoll.v1.GetMachineResponse
+	40,  // 184: atoll.v1.MachineService.Logs:output_type -> atoll.v1.LogsResponse
+	44,  // 185: atoll.v1.MachineService.Exec:output_type -> atoll.v1.ExecResponse
+	48,  // 186: atoll.v1.MachineService.Attach:output_type -> atoll.v1.AttachResponse
+	51,  // 187: atoll.v1.MachineService.Console:output_type -> atoll.v1.ConsoleResponse
+	54,  // 188: atoll.v1.MachineService.PutFiles:output_type -> atoll.v1.PutFilesResponse
+	56,  // 189: atoll.v1.MachineService.GetFiles:output_type -> atoll.v1.GetFilesResponse
+	58,  // 190: atoll.v1.MachineService.StatFile:output_type -> atoll.v1.StatFileResponse
+	61,  // 191: atoll.v1.ProfileService.Put:output_type -> atoll.v1.PutProfileResponse
+	63,  // 192: atoll.v1.ProfileService.Get:output_type -> atoll.v1.GetProfileResponse
+	65,  // 193: atoll.v1.ProfileService.List:output_type -> atoll.v1.ListProfilesResponse
+	67,  // 194: atoll.v1.ProfileService.Remove:output_type -> atoll.v1.RemoveProfileResponse
+	75,  // 195: atoll.v1.ImageService.Pull:output_type -> atoll.v1.PullImageResponse
+	77,  // 196: atoll.v1.ImageService.List:output_type -> atoll.v1.ListImagesResponse
+	79,  // 197: atoll.v1.ImageService.Get:output_type -> atoll.v1.GetImageResponse
+	81,  // 198: atoll.v1.ImageService.Tag:output_type -> atoll.v1.TagImageResponse
+	83,  // 199: atoll.v1.ImageService.Remove:output_type -> atoll.v1.RemoveImageResponse
+	85,  // 200: atoll.v1.ImageService.Push:output_type -> atoll.v1.PushImageResponse
+	88,  // 201: atoll.v1.ImageService.Save:output_type -> atoll.v1.SaveImagesResponse
+	90,  // 202: atoll.v1.ImageService.Load:output_type -> atoll.v1.LoadImagesResponse
+	94,  // 203: atoll.v1.ImageService.Import:output_type -> atoll.v1.ImportImageResponse
+	96,  // 204: atoll.v1.ImageService.History:output_type -> atoll.v1.ImageHistoryResponse
+	99,  // 205: atoll.v1.ImageService.Prune:output_type -> atoll.v1.PruneImagesResponse
+	101, // 206: atoll.v1.ImageService.Login:output_type -> atoll.v1.LoginResponse
+	107, // 207: atoll.v1.BuildService.Build:output_type -> atoll.v1.BuildResponse
+	112, // 208: atoll.v1.BuildService.DiskUsage:output_type -> atoll.v1.BuildDiskUsageResponse
+	115, // 209: atoll.v1.BuildService.Prune:output_type -> atoll.v1.PruneBuildResponse
+	118, // 210: atoll.v1.BaseService.List:output_type -> atoll.v1.ListBasesResponse
+	120, // 211: atoll.v1.BaseService.Build:output_type -> atoll.v1.BuildBaseResponse
+	131, // 212: atoll.v1.KernelService.List:output_type -> atoll.v1.ListKernelsResponse
+	133, // 213: atoll.v1.KernelService.Get:output_type -> atoll.v1.GetKernelResponse
+	138, // 214: atoll.v1.KernelService.Pull:output_type -> atoll.v1.PullKernelResponse
+	129, // 215: atoll.v1.KernelService.Import:output_type -> atoll.v1.ImportKernelResponse
+	123, // 216: atoll.v1.KernelService.Build:output_type -> atoll.v1.BuildKernelResponse
+	125, // 217: atoll.v1.KernelService.Remove:output_type -> atoll.v1.RemoveKernelResponse
+	127, // 218: atoll.v1.KernelService.SetDefault:output_type -> atoll.v1.SetDefaultKernelResponse
+	136, // 219: atoll.v1.KernelService.Push:output_type -> atoll.v1.PushKernelResponse
+	142, // 220: atoll.v1.SystemService.Version:output_type -> atoll.v1.VersionResponse
+	144, // 221: atoll.v1.SystemService.Events:output_type -> atoll.v1.Event
+	146, // 222: atoll.v1.SystemService.Doctor:output_type -> atoll.v1.DoctorResponse
+	149, // 223: atoll.v1.SystemService.Shutdown:output_type -> atoll.v1.ShutdownResponse
+	140, // 224: atoll.v1.SystemService.Prune:output_type -> atoll.v1.PruneSystemResponse
+	176, // [176:225] is the sub-list for method output_type
+	127, // [127:176] is the sub-list for method input_type
+	127, // [127:127] is the sub-list for extension type_name
+	127, // [127:127] is the sub-list for extension extendee
+	0,   // [0:127] is the sub-list for field type_name
 }
 
 func init() { file_api_atoll_v1_atoll_proto_init() }

@@ -48,6 +48,7 @@ type Agent struct {
 	waiting    bool                            // configured without an entrypoint: for Exec and Container
 	containers map[string]*container.Container // by their ids, while they run
 	root       *mounts.Root
+	language   string // a locale, or empty
 	entrypoint *entrypoint
 	reason     agentv1.GoingDown_Reason // why the machine will go down, once that is known
 	events     events
@@ -64,7 +65,8 @@ func Run(version string) error {
 	if err := mounts.LoadModules(moduleDir); err != nil {
 		console(err.Error()) // the host may be reached all the same
 	}
-	syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: 1024, Max: 512 << 10}) // as systemd gives its services
+	syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: 1024, Max: 512 << 10})                    // as systemd gives its services
+	syscall.Setrlimit(unix.RLIMIT_NPROC, &syscall.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}) // as Docker has it; the kernel's is by memory
 	a.processes = process.NewSupervisor()
 	go a.obey()
 

@@ -16,21 +16,24 @@ import (
 	"github.com/atollvm/atoll/internal/agent/guest/mounts"
 	"github.com/atollvm/atoll/internal/agent/guest/netconf"
 	"github.com/atollvm/atoll/internal/agent/guest/process"
-	"github.com/atollvm/atoll/internal/agent/transport"
+	"github.com/atollvm/atoll/internal/agent/guest/provision"
 	"golang.org/x/sys/unix"
 )
 
 // configure makes this guest the machine that the config describes, telling the host each step as it begins.
-func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
+func (a *Agent) configure(host io.ReadWriter, c *agentv1.Config) {
 	taken := uptime()
+	t := &telling{host: host}
 	a.mu.Lock()
 	again := a.configured
 	a.configured = true
 	a.mu.Unlock()
 	if again {
-		transport.WriteMsg(host, failed("configuration", errors.New("this machine has been configured before")))
+		t.tell(failed("configuration", errors.New("this machine has been configured before")))
 		return
 	}
+	a.setLanguage(c)
+	provision := a.provision(c, host, t)
 	last := step{"entrypoint", func() error { return a.startEntrypoint(c.GetProcess()) }}
 	var next *successor
 	if c.GetInit() {
@@ -42,26 +45,31 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 		{"modules", func() error { return loadFeatures(c.GetModules()) }},
 		{"root", func() error { return a.mountRoot(c.GetRoot()) }},
 		{"file systems", mounts.System},
+		when(len(c.GetVolumes()) > 0, step{"volumes", func() error { return mounts.Volumes(c.GetVolumes(), c.GetRoot().GetReadOnly()) }}),
+		when(len(c.GetTmpfs()) > 0, step{"tmpfs", func() error { return mounts.Tmpfs(c.GetTmpfs()) }}),
 		{"shares", func() error { return mounts.Shares(c.GetShares()) }},
 		{"control groups", process.SetUpCgroups},
 		{"hostname", func() error { return setHostname(c) }},
+		{"", provision.early},
+		{"", provision.files},
 		{"network", func() error { return netconf.Set(c.GetInterfaces()) }},
-		{"read-only root", func() error {
-			if !c.GetRoot().GetReadOnly() {
-				return nil
-			}
-			return mounts.MakeReadOnly()
-		}},
+		when(len(c.GetSysctls()) > 0, step{"sysctls", func() error { return setSysctls(c.GetSysctls()) }}),
+		{"", provision.late},
+		when(c.GetRoot().GetReadOnly(), step{"read-only root", func() error { return makeReadOnly(c) }}),
 		last,
 	} {
-		// The host may go meanwhile; the machine is made all the same, and the next host finds it configured.
-		transport.WriteMsg(host, &agentv1.Progress{Step: step.name, UptimeNanos: int64(uptime())})
+		if step.do == nil {
+			continue
+		}
+		if step.name != "" {
+			t.step(step.name)
+		}
 		if err := step.do(); err != nil {
-			transport.WriteMsg(host, failed(step.name, err))
+			t.failed(err)
 			return
 		}
 	}
-	done := func() { transport.WriteMsg(host, &agentv1.Progress{Done: true, UptimeNanos: int64(uptime())}) }
+	done := func() { t.tell(&agentv1.Progress{Done: true}) }
 	if next == nil {
 		done()
 		return
@@ -69,17 +77,28 @@ func (a *Agent) configure(host io.Writer, c *agentv1.Config) {
 	panic(next.become(a.port, done)) // as PID 1 has no other end; the kernel's panic names it
 }
 
-// step is one named part of the configuration.
+// step is one named part of the configuration, or one without a name that tells of its own steps.
 type step struct {
 	name string
 	do   func() error
 }
 
+// when is a step that has nothing to do, and is not even told, unless it is needed.
+func when(needed bool, s step) step {
+	if !needed {
+		return step{}
+	}
+	return s
+}
+
 func failed(step string, err error) *agentv1.Progress {
-	p := &agentv1.Progress{Step: step, Error: err.Error(), UptimeNanos: int64(uptime())}
-	var e *process.Error
-	if errors.As(err, &e) {
+	p := &agentv1.Progress{Step: step, Error: err.Error()}
+	if e := (*process.Error)(nil); errors.As(err, &e) {
 		p.Failure = e.Class
+	}
+	if e := (*provision.ExitError)(nil); errors.As(err, &e) {
+		code := int32(e.Code)
+		p.ExitCode = &code
 	}
 	return p
 }

@@ -23,8 +23,15 @@ type entrypoint struct {
 func spec(p *agentv1.Process, cgroup string) process.Spec {
 	return process.Spec{
 		Argv: p.GetArgv(), Env: p.GetEnv(), Dir: p.GetWorkingDir(), User: p.GetUser(), TTY: p.GetTty(), Stdin: p.GetStdin(),
-		Rows: size(p.GetRows()), Cols: size(p.GetCols()), Cgroup: process.CgroupRoot + "/" + cgroup,
+		Rows: size(p.GetRows()), Cols: size(p.GetCols()), Limits: limits(p), Cgroup: process.CgroupRoot + "/" + cgroup,
 	}
+}
+
+func limits(p *agentv1.Process) (all []process.Limit) {
+	for _, l := range p.GetRlimits() {
+		all = append(all, process.Limit{Name: l.GetName(), Soft: l.GetSoft(), Hard: l.GetHard()})
+	}
+	return all
 }
 
 func size(n uint32) uint16 { return uint16(min(n, 1<<16-1)) }

@@ -29,7 +29,9 @@ func (a *Agent) exec(s net.Conn, req *agentv1.Exec) {
 	sp := spec(req.GetProcess(), "exec-"+strconv.FormatUint(a.execs.Add(1), 10))
 	sp.Stdin = sp.Stdin && !req.GetDetach()
 	start := a.processes.Start
-	if id := req.GetContainer(); id != "" {
+	if id := req.GetContainer(); id == "" {
+		sp.Env = a.withLanguage(sp.Env)
+	} else {
 		start = func(sp process.Spec) (*process.Process, error) { return a.startInside(id, sp) }
 	}
 	p, err := start(sp)

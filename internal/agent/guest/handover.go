@@ -30,11 +30,12 @@ const (
 
 // successor is the image's init, ready to take PID 1 over.
 type successor struct {
-	path  string
-	argv  []string
-	env   []string
-	slave int
-	hand  *os.File // closed by the exec, which tells the agent beside that it is over
+	path   string
+	argv   []string
+	env    []string
+	limits []process.Limit
+	slave  int
+	hand   *os.File // closed by the exec, which tells the agent beside that it is over
 }
 
 // prepareInit finds the image's init, gives it a console, and starts the agent's next process, which waits for the hand-over.
@@ -86,10 +87,10 @@ func (a *Agent) prepareInit(c *agentv1.Config) (*successor, error) {
 	}
 	theirs.Close()
 	null.Close()
-	if err := transport.WriteMsg(ours, &agentv1.Config{Process: p, Hostname: c.GetHostname()}); err != nil {
+	if err := transport.WriteMsg(ours, &agentv1.Config{Process: p, Hostname: c.GetHostname(), Provision: &agentv1.Provision{Locale: c.GetProvision().GetLocale()}}); err != nil {
 		return nil, err
 	}
-	return &successor{path: path, argv: p.GetArgv(), env: env, slave: slave, hand: ours}, nil
+	return &successor{path: path, argv: p.GetArgv(), env: env, limits: limits(p), slave: slave, hand: ours}, nil
 }
 
 // become makes this process, PID 1, the image's init. last is the last thing to do as the agent: the host's next hello, which may
@@ -101,6 +102,9 @@ func (s *successor) become(p *port, last func()) error {
 	last()
 	if p != nil {
 		p.mute()
+	}
+	if err := process.SetLimits(0, s.limits); err != nil {
+		return err
 	}
 	for fd := range 3 {
 		if err := unix.Dup3(s.slave, fd, 0); err != nil {
@@ -132,6 +136,7 @@ func Beside(version string) error {
 	a.entrypoint = &entrypoint{Process: init, stdin: newStdinQueue(init)}
 	a.init = &imageInit{stopSignal: c.GetProcess().GetStopSignal()}
 	a.configured = true
+	a.setLanguage(c)
 	a.events.add(&agentv1.Event{Kind: &agentv1.Event_Started{Started: &agentv1.EntrypointStarted{Pid: 1}}})
 	go a.copyConsole(init.Stdout)
 

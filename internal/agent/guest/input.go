@@ -94,7 +94,9 @@ func (i *input) run() (detached bool) {
 		case *agentv1.ExecInput_Resize:
 			i.proc.Resize(size(k.Resize.GetRows()), size(k.Resize.GetCols()))
 		case *agentv1.ExecInput_Signal:
-			if k.Signal > 0 && k.Signal <= 64 {
+			if k.Signal == int32(unix.SIGKILL) { // what it has started goes with it, as nobody could end that afterwards
+				i.proc.Kill()
+			} else if k.Signal > 0 && k.Signal <= 64 {
 				i.proc.Signal(unix.Signal(k.Signal))
 			}
 		case *agentv1.ExecInput_Detach:

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
 	"time"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
@@ -39,6 +40,8 @@ type Failure struct {
 	Step    string // of the configuration; empty for Exec
 	Class   agentv1.FailureClass
 	Message string
+	// ExitCode is that of a command of the configuration that failed.
+	ExitCode *int
 }
 
 func (f *Failure) Error() string {
@@ -73,33 +76,112 @@ func (c *Client) Hello(ctx context.Context) (*agentv1.HelloReply, error) {
 	return reply, nil
 }
 
+// Content is what a streamed piece of a configuration holds.
+type Content struct {
+	Size int64
+	Open func() (io.ReadCloser, error)
+}
+
+// Configuring is what a guest tells while it is being configured. Its functions are called one at a time.
+type Configuring struct {
+	Step   func(name string) // each step as it begins
+	Output func([]byte)      // what commands and the package manager write in that step; it may hold anything
+}
+
 // Configure hands the guest its whole configuration and starts the entrypoint; progress gets each step as it begins.
 // The error is a *Failure where the guest says what went wrong.
 func (c *Client) Configure(ctx context.Context, config *agentv1.Config, progress func(step string)) error {
+	return c.ConfigureWith(ctx, config, nil, Configuring{Step: progress, Output: func([]byte) {}})
+}
+
+// ConfigureWith is Configure with the contents of the streamed pieces, and with what the guest's commands write.
+func (c *Client) ConfigureWith(ctx context.Context, config *agentv1.Config, contents []Content, tell Configuring) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	s, err := c.open(ctx, &agentv1.Request{Kind: &agentv1.Request_Configure{Configure: config}})
 	if err != nil {
 		return fmt.Errorf("configuring the guest: %w", err)
 	}
 	defer s.Close()
-	const maxSteps = 100
+	if len(contents) > 0 {
+		var sending sync.WaitGroup
+		defer sending.Wait()
+		defer cancel(nil) // what a guest that failed does not take is not sent
+		sending.Go(func() {
+			if err := s.sendContents(contents); err != nil && !errors.Is(err, errdefs.ErrUnavailable) {
+				cancel(fmt.Errorf("configuring the guest: sending files: %w", err)) // not the guest's fault: the host's disk
+			}
+		})
+	}
+	const maxSteps = 1000
 	step := ""
-	for range maxSteps {
+	for steps := 0; steps < maxSteps; {
 		p := &agentv1.Progress{}
 		if err := s.recv(p); err != nil {
 			return fmt.Errorf("configuring the guest: after step %q: %w", step, err)
 		}
-		if p.GetStep() != "" {
-			step = printable(p.GetStep())
+		if len(p.GetOutput()) > maxChunk {
+			return fmt.Errorf("configuring the guest: output of %d bytes: %w", len(p.GetOutput()), c.violation())
 		}
+		name := printable(p.GetStep())
 		switch {
 		case p.GetError() != "":
-			return &Failure{Step: step, Class: p.GetFailure(), Message: printable(p.GetError())}
+			f := &Failure{Step: first(name, step), Class: p.GetFailure(), Message: printable(p.GetError())}
+			if p.ExitCode != nil {
+				code := int(p.GetExitCode()) & 0xff
+				f.ExitCode = &code
+			}
+			return f
 		case p.GetDone():
 			return nil
+		case len(p.GetOutput()) > 0:
+			tell.Output(p.GetOutput())
+			continue
 		}
-		progress(step)
+		step = name
+		steps++
+		tell.Step(step)
 	}
 	return fmt.Errorf("configuring the guest: more than %d steps: %w", maxSteps, c.violation())
+}
+
+func first(a, b string) string {
+	if a != "" {
+		return a
+	}
+	return b
+}
+
+// sendContents sends the contents one after the other, each with its end marked.
+func (s *stream) sendContents(contents []Content) error {
+	for _, c := range contents {
+		if err := s.sendContent(c); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *stream) sendContent(c Content) error {
+	r, err := c.Open()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	buf := make([]byte, maxChunk)
+	for left := c.Size; ; {
+		n, err := io.ReadFull(r, buf[:min(left, maxChunk)])
+		if err != nil && left > 0 {
+			return fmt.Errorf("content of %d bytes ends %d bytes early: %w", c.Size, left-int64(n), err)
+		}
+		left -= int64(n)
+		if err := s.send(&agentv1.Content{Data: buf[:n], End: left == 0}); err != nil {
+			return err
+		}
+		if left == 0 {
+			return nil
+		}
+	}
 }
 
 // Output hands over the entrypoint's output after the given sequence number, and acknowledges each piece that do took, so that

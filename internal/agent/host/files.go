@@ -74,7 +74,7 @@ func (c *Client) PutFiles(ctx context.Context, req *agentv1.PutFiles, r io.Reade
 			s.hangUp() // wakes send
 		}
 	}()
-	sent := s.sendContent(r)
+	sent := s.sendArchive(r)
 	var broken *readError
 	if errors.As(sent, &broken) {
 		s.Close() // so that the guest does not take what it has for the whole
@@ -87,7 +87,7 @@ func (c *Client) PutFiles(ctx context.Context, req *agentv1.PutFiles, r io.Reade
 // readError is a fault of what is to be sent, not of the channel.
 type readError struct{ error }
 
-func (s *stream) sendContent(r io.Reader) error {
+func (s *stream) sendArchive(r io.Reader) error {
 	buf := make([]byte, 2*maxChunk)
 	for {
 		n, err := r.Read(buf)

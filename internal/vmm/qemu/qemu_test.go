@@ -55,14 +55,14 @@ func TestArguments(t *testing.T) {
 		spec vmm.Spec
 		host host
 	}{
-		"shares-tcg": {shares, host{"amd64", "tcg", 2500000}},
-		"own-tcg":    {own, host{"amd64", "tcg", 2500000}},
-		"many-tcg":   {many, host{"amd64", "tcg", 2500000}},
-		"small-kvm":  {small, host{"amd64", "kvm", 2500000}},
-		"small-tcg":  {small, host{"amd64", "tcg", 2500000}},
-		"full-kvm":   {full, host{"amd64", "kvm", 2500000}},
-		"full-tcg":   {full, host{"amd64", "tcg", 0}},
-		"full-arm64": {full, host{"arm64", "tcg", 0}},
+		"shares-tcg": {shares, host{arch: "amd64", accelerator: "tcg", tscKHz: 2500000}},
+		"own-tcg":    {own, host{arch: "amd64", accelerator: "tcg", tscKHz: 2500000}},
+		"many-tcg":   {many, host{arch: "amd64", accelerator: "tcg", tscKHz: 2500000}},
+		"small-kvm":  {small, host{arch: "amd64", accelerator: "kvm", tscKHz: 2500000}},
+		"small-tcg":  {small, host{arch: "amd64", accelerator: "tcg", tscKHz: 2500000}},
+		"full-kvm":   {full, host{arch: "amd64", accelerator: "kvm", tscKHz: 2500000}},
+		"full-tcg":   {full, host{arch: "amd64", accelerator: "tcg"}},
+		"full-arm64": {full, host{arch: "arm64", accelerator: "tcg"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got := strings.ReplaceAll(strings.Join(arguments(c.spec, c.host), "\n"), "\n-", "\n\n-") + "\n"

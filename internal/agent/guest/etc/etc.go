@@ -31,7 +31,11 @@ func Write(dir string, c *agentv1.Config) error {
 			return err
 		}
 	}
-	if len(c.GetDnsServers()) == 0 {
+	// Docker has it too, for programs that look for what is mounted there.
+	if err := os.Symlink("/proc/mounts", filepath.Join(dir, "mtab")); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if len(c.GetDnsServers())+len(c.GetDnsSearch())+len(c.GetDnsOptions()) == 0 {
 		return nil // the image's own
 	}
 	return replace(filepath.Join(dir, "resolv.conf"), resolvConf(c))
@@ -78,6 +82,9 @@ func resolvConf(c *agentv1.Config) []byte {
 	}
 	if len(c.GetDnsSearch()) > 0 {
 		b.WriteString("search " + strings.Join(c.GetDnsSearch(), " ") + "\n")
+	}
+	if len(c.GetDnsOptions()) > 0 {
+		b.WriteString("options " + strings.Join(c.GetDnsOptions(), " ") + "\n")
 	}
 	return b.Bytes()
 }

@@ -63,7 +63,10 @@ type Root struct {
 	scratch int // its mount, which no path leads to after Switch; -1 when it is a tmpfs
 }
 
-const newRoot = "/newroot"
+const (
+	newRoot = "/newroot"
+	shm     = "/dev/shm"
+)
 
 // Mount joins the root disks and the scratch disk by overlayfs.
 func Mount(r *agentv1.Root) (*Root, error) {
@@ -199,7 +202,7 @@ func System() error {
 		options  string
 	}{
 		{"devpts", "/dev/pts", safe, "mode=0620,gid=5,ptmxmode=0666"},
-		{"tmpfs", "/dev/shm", safe | unix.MS_NODEV, "mode=1777"},
+		{"tmpfs", shm, safe | unix.MS_NODEV, "mode=1777"},
 		{"mqueue", "/dev/mqueue", safe | unix.MS_NODEV, ""},
 		{"cgroup2", "/sys/fs/cgroup", safe | unix.MS_NODEV, ""},
 	} {
@@ -256,9 +259,9 @@ func Forget() {
 	_ = os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
 }
 
-// MakeReadOnly forbids writing to the root.
+// MakeReadOnly forbids writing to the root; what else is mounted, also of the root's own file system, stays as it is.
 func MakeReadOnly() error {
-	return unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
+	return unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")
 }
 
 // Down brings all that was written to the disks and leaves the scratch disk clean. All other processes have ended.
@@ -267,7 +270,7 @@ func (r *Root) Down() error {
 	if r.scratch < 0 {
 		return nil
 	}
-	if err := MakeReadOnly(); err != nil {
+	if err := unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil { // the file system, wherever it is mounted
 		return fmt.Errorf("making the root read-only: %w", err)
 	}
 	if err := unix.Mount("", fdPath(r.scratch), "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {

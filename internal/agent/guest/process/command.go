@@ -12,7 +12,8 @@ import (
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 )
 
-const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+// DefaultPath is where programs are looked for when an environment does not say.
+const DefaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 // Error is a process that could not be started through its caller's fault.
 type Error struct {
@@ -39,7 +40,7 @@ func reason(err error) string {
 func withDefaults(env []string, home string) []string {
 	env = env[:len(env):len(env)]
 	if _, ok := lookUpEnv(env, "PATH"); !ok {
-		env = append(env, "PATH="+defaultPath)
+		env = append(env, "PATH="+DefaultPath)
 	}
 	if v, _ := lookUpEnv(env, "HOME"); v == "" {
 		env = append(env, "HOME="+home)

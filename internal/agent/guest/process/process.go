@@ -29,6 +29,7 @@ type Spec struct {
 	TTY        bool
 	Stdin      bool
 	Rows, Cols uint16
+	Limits     []Limit
 	Cgroup     string // a directory, made when absent; empty: the agent's own
 	// CgroupFile is that directory, where its path does not lead to it from the root that Start is called in; else nil.
 	CgroupFile *os.File
@@ -156,7 +157,7 @@ func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
 	}
 
 	p = &Process{tty: spec.TTY, cgroup: spec.Cgroup, owner: s, done: make(chan struct{})}
-	attr := &syscall.ProcAttr{Dir: dir, Env: env, Sys: &syscall.SysProcAttr{
+	attr := &syscall.ProcAttr{Env: env, Sys: &syscall.SysProcAttr{
 		Setsid:     true,
 		Setctty:    spec.TTY,
 		Credential: &syscall.Credential{Uid: user.uid, Gid: user.gid, Groups: user.allGroups()},
@@ -182,7 +183,13 @@ func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	p.PID, err = syscall.ForkExec(path, spec.Argv, attr)
+	// As root, and not in the child as its user: images have a WORKDIR that their USER may not enter, and Docker starts there.
+	if err = syscall.Chdir(dir); err != nil {
+		err = invalid("working directory " + dir + ": " + reason(err))
+	} else {
+		defer syscall.Chdir("/")
+		p.PID, err = fork(path, spec.Argv, attr, spec.Limits)
+	}
 	if err != nil {
 		p.closeStreams()
 		os.Remove(spec.Cgroup)
@@ -243,7 +250,18 @@ func (p *Process) closeStreams() {
 	}
 }
 
+func fork(path string, argv []string, attr *syscall.ProcAttr, limits []Limit) (pid int, err error) {
+	if len(limits) > 0 {
+		return forkLimited(path, argv, attr, limits)
+	}
+	return syscall.ForkExec(path, argv, attr)
+}
+
 func startError(name string, err error) error {
+	var known *Error
+	if errors.As(err, &known) {
+		return err
+	}
 	class := agentv1.FailureClass_FAILURE_CLASS_UNSPECIFIED
 	var errno syscall.Errno
 	errors.As(err, &errno)

@@ -1,0 +1,331 @@
+package provision
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	sudoersDir = "/etc/sudoers.d/"
+	mostKeys   = 1 << 20 // bytes of an image's authorized_keys
+)
+
+// settle gives a user what is outside the files of accounts.
+func (r *Provisioner) settle(c *account, defs loginDefs) error {
+	if c.isNew && !c.GetSystem() {
+		if err := r.subordinate(c, defs); err != nil {
+			return err
+		}
+	}
+	if err := r.makeHome(c, defs); err != nil {
+		return fmt.Errorf("its home %q: %w", c.home, err)
+	}
+	if err := r.authorizeKeys(c); err != nil {
+		return fmt.Errorf("its SSH keys: %w", err)
+	}
+	if err := r.allowSudo(c); err != nil {
+		return fmt.Errorf("its sudo rules: %w", err)
+	}
+	return nil
+}
+
+// makeHome makes the home of a new user, from the skeleton, and takes that of another along when it moves or changes hands.
+func (r *Provisioner) makeHome(c *account, defs loginDefs) error {
+	if c.oldHome != "" {
+		if err := r.moveHome(c); err != nil {
+			return err
+		}
+	}
+	if c.oldUID != 0 {
+		if err := r.handOver(c.home, c.oldUID, c.uid); err != nil {
+			return err
+		}
+	}
+	if !c.isNew || c.GetNoCreateHome() || r.root.exists(c.home) {
+		return nil
+	}
+	p, err := r.root.at(c.home, true)
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	mode := defs.number("HOME_MODE", 0o777&^defs.number("UMASK", 0o022))
+	if err := mkdirAt(p.dir, p.name, c.uid, c.gid, mode); err != nil {
+		return err
+	}
+	return r.copySkeleton("/etc/skel", c.home, c.uid, c.gid)
+}
+
+// moveHome moves a home to where there is none.
+func (r *Provisioner) moveHome(c *account) error {
+	from, err := r.root.at(c.oldHome, false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer from.close()
+	if st, err := from.stat(); err != nil || st == nil || !isDir(st) || from.name == "." || st.Uid != c.uid && st.Uid != c.oldUID || r.root.exists(c.home) {
+		return err
+	}
+	to, err := r.root.at(c.home, true)
+	if err != nil {
+		return err
+	}
+	defer to.close()
+	if err := unix.Renameat(from.dir, from.name, to.dir, to.name); !errors.Is(err, unix.EXDEV) {
+		return err
+	}
+	// A directory of the image itself cannot be renamed in every overlay.
+	st, err := from.stat()
+	if err != nil {
+		return err
+	}
+	if err := mkdirAt(to.dir, to.name, st.Uid, st.Gid, st.Mode); err != nil {
+		return err
+	}
+	if err := r.copyTree(c.oldHome, c.home, func(st *unix.Stat_t) (uint32, uint32) { return st.Uid, st.Gid }); err != nil {
+		return err
+	}
+	return from.remove()
+}
+
+// handOver gives what one user has in a directory to another.
+func (r *Provisioner) handOver(name string, from, to uint32) error {
+	p, err := r.root.at(name, false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	return p.handOver(from, to)
+}
+
+func (p *place) handOver(from, to uint32) error {
+	st, err := p.stat()
+	if err != nil || st == nil {
+		return err
+	}
+	if st.Uid == from {
+		if err := unix.Fchownat(p.dir, p.name, int(to), -1, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return err
+		}
+	}
+	if !isDir(st) {
+		return nil
+	}
+	d, err := p.open(unix.O_RDONLY | unix.O_DIRECTORY)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	names, err := d.Readdirnames(-1)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := (&place{int(d.Fd()), name}).handOver(from, to); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *Provisioner) copySkeleton(from, to string, uid, gid uint32) error {
+	return r.copyTree(from, to, func(*unix.Stat_t) (uint32, uint32) { return uid, gid })
+}
+
+// copyTree copies what is in a directory: directories, files and links.
+func (r *Provisioner) copyTree(from, to string, owner func(*unix.Stat_t) (uid, gid uint32)) error {
+	names, err := r.root.list(from)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := r.copyNode(path.Join(from, name), path.Join(to, name), owner); err != nil {
+			return fmt.Errorf("%q: %w", name, err)
+		}
+	}
+	return nil
+}
+
+func (r *Provisioner) copyNode(from, to string, owner func(*unix.Stat_t) (uid, gid uint32)) error {
+	src, err := r.root.at(from, false)
+	if err != nil {
+		return err
+	}
+	defer src.close()
+	dst, err := r.root.at(to, false)
+	if err != nil {
+		return err
+	}
+	defer dst.close()
+	st, err := src.stat()
+	if err != nil || st == nil {
+		return err
+	}
+	uid, gid := owner(st)
+	switch {
+	case isDir(st):
+		if err := mkdirAt(dst.dir, dst.name, uid, gid, st.Mode); err != nil {
+			return err
+		}
+		return r.copyTree(from, to, owner)
+	case isLink(st):
+		target, err := readlink(src.dir, src.name)
+		if err != nil {
+			return err
+		}
+		return dst.symlink(target, uid, gid)
+	case isRegular(st):
+		return dst.write(uid, gid, st.Mode, func(w io.Writer) error { return src.copyTo(w) })
+	}
+	return nil // nobody keeps sockets and devices there
+}
+
+// removeHome takes away what a removed user had, as userdel does: its home only when that is its own.
+func (r *Provisioner) removeHome(c *account) error {
+	if err := errors.Join(r.root.remove(sudoersFile(c.GetName())), r.root.remove("/var/mail/"+c.GetName())); err != nil {
+		return err
+	}
+	p, err := r.root.at(c.home, false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("its home: %w", err)
+	}
+	defer p.close()
+	st, err := p.stat()
+	if err != nil || st == nil || !isDir(st) || st.Uid != c.uid || p.name == "." {
+		return err
+	}
+	return p.remove()
+}
+
+// authorizeKeys adds keys to those that are there.
+func (r *Provisioner) authorizeKeys(c *account) error {
+	if len(c.GetSshAuthorizedKeys()) == 0 {
+		return nil
+	}
+	dir := path.Join(c.home, ".ssh")
+	p, err := r.root.at(dir, true)
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	st, err := p.stat()
+	switch {
+	case err != nil:
+		return err
+	case st == nil:
+		err = mkdirAt(p.dir, p.name, c.uid, c.gid, 0o700)
+	case isDir(st):
+		var d int
+		if d, err = unix.Openat(p.dir, p.name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0); err == nil {
+			err = own(d, c.uid, c.gid, 0o700)
+			unix.Close(d)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	file := path.Join(dir, "authorized_keys")
+	old, _, err := r.root.read(file, mostKeys)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	text := string(old)
+	if text != "" && !strings.HasSuffix(text, "\n") {
+		text += "\n"
+	}
+	have := strings.Split(text, "\n")
+	for _, key := range c.GetSshAuthorizedKeys() {
+		key = strings.TrimSpace(key)
+		if !slices.Contains(have, key) {
+			have = append(have, key)
+			text += key + "\n"
+		}
+	}
+	return r.root.putAs(file, []byte(text), c.uid, c.gid, 0o600)
+}
+
+// sudoersFile is where a user's rules are. sudo leaves files with a dot or a tilde in their names alone.
+func sudoersFile(user string) string {
+	return sudoersDir + "90-atoll-" + strings.ReplaceAll(user, ".", "=2e")
+}
+
+func (r *Provisioner) allowSudo(c *account) error {
+	if len(c.GetSudo()) == 0 {
+		return nil
+	}
+	var b strings.Builder
+	for _, rule := range c.GetSudo() {
+		// A name with a dollar or the like is quoted for sudoers(5).
+		b.WriteString(strings.ReplaceAll(c.GetName(), "$", `\$`) + " " + rule + "\n")
+	}
+	file := sudoersFile(c.GetName())
+	if err := r.root.put(file, []byte(b.String()), 0o440); err != nil {
+		return err
+	}
+	visudo := r.binary("visudo")
+	if visudo == "" || r.o.Run == nil {
+		return nil
+	}
+	// One wrong line and sudo refuses to work for everybody.
+	var says strings.Builder
+	if err := r.exec("visudo", []string{visudo, "-cf", file}, nil, func(p []byte) { says.Write(p) }); err != nil {
+		return fmt.Errorf("%w: %s", err, strings.TrimSpace(says.String()))
+	}
+	return nil
+}
+
+// subordinate gives a user numbers for user namespaces of its own, where the image has the files for it.
+func (r *Provisioner) subordinate(c *account, defs loginDefs) error {
+	for _, kind := range []string{"UID", "GID"} {
+		file := "/etc/sub" + strings.ToLower(kind)
+		count := defs.number("SUB_"+kind+"_COUNT", 65536)
+		data, st, err := r.root.read(file, maxTable)
+		if errors.Is(err, fs.ErrNotExist) || count == 0 {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("reading %s: %w", file, err)
+		}
+		next, mine := uint64(defs.number("SUB_"+kind+"_MIN", 100000)), false
+		for line := range strings.Lines(string(data)) {
+			e := strings.Split(strings.TrimSpace(line), ":")
+			if len(e) != 3 {
+				continue
+			}
+			start, err1 := strconv.ParseUint(e[1], 10, 32)
+			n, err2 := strconv.ParseUint(e[2], 10, 32)
+			if err1 == nil && err2 == nil {
+				next = max(next, start+n)
+			}
+			mine = mine || e[0] == c.GetName()
+		}
+		if mine || next+uint64(count) > 1<<32-1 {
+			continue
+		}
+		if len(data) > 0 && data[len(data)-1] != '\n' {
+			data = append(data, '\n')
+		}
+		data = fmt.Appendf(data, "%s:%d:%d\n", c.GetName(), next, count)
+		if err := r.rewrite(file, data, st.Uid, st.Gid, st.Mode); err != nil {
+			return fmt.Errorf("writing %s: %w", file, err)
+		}
+	}
+	return nil
+}
