@@ -70,7 +70,7 @@ func (s *session) interact(ctx context.Context, result <-chan outcome) outcome {
 		}
 		defer s.followSize()()
 	}
-	if s.signal != nil {
+	if s.signal != nil && !s.tty { // a terminal sends its own; what comes beside, such as its hanging up, is not for the guest
 		defer s.forwardSignals()()
 	}
 	detached := make(chan struct{})
