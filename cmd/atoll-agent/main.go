@@ -18,6 +18,13 @@ func main() {
 		println("atoll-agent: " + guest.Beside(version).Error())
 		os.Exit(1)
 	}
+	if module, ok := guest.IsModprobe(os.Args); ok && os.Getpid() != 1 {
+		if err := guest.Modprobe(module); err != nil {
+			println("loading module " + module + ": " + err.Error())
+			os.Exit(1) // the kernel says what it could not do
+		}
+		return
+	}
 	if os.Getpid() != 1 {
 		println("atoll-agent: this is the init of Atoll's guests and runs nowhere else")
 		os.Exit(2)

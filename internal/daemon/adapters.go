@@ -177,6 +177,13 @@ func (k *kernelsOf) Boot(ctx context.Context, name string, features ...string) (
 	return vmm.Kernel{Path: kn.Path, Initramfs: initramfs, Args: kn.Args, NeedsACPI: kn.NeedsACPI, ACPI: kn.ACPI, BuiltIn: len(kn.Modules) == 0}, kn.Name, nil
 }
 
+func (k *kernelsOf) Modules(name string) machine.KernelModules {
+	if m := k.s.kernels.Modules(name); m != nil {
+		return m
+	}
+	return nil
+}
+
 func layersOf(ctx context.Context, store *image.Store, i image.Image) []rootdisk.Layer {
 	var layers []rootdisk.Layer
 	for _, l := range i.Layers {

@@ -163,32 +163,47 @@ func unsigned(module []byte) []byte {
 // moduleName turns a file name into the name by which other modules ask for it.
 func moduleName(path string) string {
 	name, _, _ := strings.Cut(filepath.Base(path), ".ko")
-	return strings.ReplaceAll(name, "-", "_")
+	return underscored(name)
 }
 
-// dependencies reads what a module says of itself. Debian's packages have no modules.dep: depmod makes it at installation.
+// modinfo is what a module says of itself.
+type modinfo struct {
+	hard, soft []string // modules to load before it: it cannot do without, or works better with
+	aliases    []string
+}
+
+// dependencies returns what to load before a module.
 func dependencies(path string) (hard, soft []string, err error) {
+	info, err := readModinfo(path)
+	return info.hard, info.soft, err
+}
+
+// readModinfo asks the module. Debian's packages have no modules.dep: depmod makes it at installation.
+func readModinfo(path string) (info modinfo, err error) {
 	f, err := elf.Open(path)
 	if err != nil {
-		return nil, nil, fmt.Errorf("reading module %s: %w", path, err)
+		return info, fmt.Errorf("reading module %s: %w", path, err)
 	}
 	defer f.Close()
 	section := f.Section(".modinfo")
 	if section == nil {
-		return nil, nil, fmt.Errorf("reading module %s: it has no .modinfo: %w", path, errdefs.ErrInvalidArgument)
+		return info, fmt.Errorf("reading module %s: it has no .modinfo: %w", path, errdefs.ErrInvalidArgument)
 	}
-	info, err := section.Data()
+	data, err := section.Data()
 	if err != nil {
-		return nil, nil, fmt.Errorf("reading module %s: %w", path, err)
+		return info, fmt.Errorf("reading module %s: %w", path, err)
 	}
-	for field := range strings.SplitSeq(string(info), "\x00") {
+	for field := range strings.SplitSeq(string(data), "\x00") {
 		if list, ok := strings.CutPrefix(field, "depends="); ok && list != "" {
-			hard = append(hard, strings.Split(strings.ReplaceAll(list, "-", "_"), ",")...)
+			info.hard = append(info.hard, strings.Split(underscored(list), ",")...)
 		}
 		if list, ok := strings.CutPrefix(field, "softdep=pre:"); ok {
 			pre, _, _ := strings.Cut(list, "post:")
-			soft = append(soft, strings.Fields(strings.ReplaceAll(pre, "-", "_"))...)
+			info.soft = append(info.soft, strings.Fields(underscored(pre))...)
+		}
+		if alias, ok := strings.CutPrefix(field, "alias="); ok {
+			info.aliases = append(info.aliases, alias)
 		}
 	}
-	return hard, soft, nil
+	return info, nil
 }

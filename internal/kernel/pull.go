@@ -87,7 +87,7 @@ func (s *Store) pullDebian(ctx context.Context, o PullOptions) (Kernel, error) {
 	name := "debian-" + strings.TrimPrefix(pkg.Name, "linux-image-")
 	source := fmt.Sprintf("%s %s sha256:%s", pkg.URL(), pkg.Version, pkg.SHA256)
 	// A security update may keep the kernel's name: the same name with another source is replaced.
-	if k, err := s.Get(name); err == nil && strings.HasSuffix(k.Source, pkg.SHA256) && isFile(k.Path) && k.Features != nil {
+	if k, err := s.Get(name); err == nil && strings.HasSuffix(k.Source, pkg.SHA256) && isFile(k.Path) && k.Features != nil && s.Modules(name) != nil {
 		o.Progress(Transfer{ID: name, Status: "Already there", Done: pkg.Size, Total: pkg.Size})
 		return k, nil
 	}
@@ -122,7 +122,7 @@ func (s *Store) addDeb(ctx context.Context, deb string, k Kernel) (Kernel, error
 	defer os.RemoveAll(all)
 
 	var vmlinuz, configuration string
-	modules := map[string]string{}
+	modules, dirs := map[string]string{}, map[string]string{}
 	err = debian.Walk(deb, func(h *tar.Header, content io.Reader) error {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -144,7 +144,7 @@ func (s *Store) addDeb(ctx context.Context, deb string, k Kernel) (Kernel, error
 			}
 			defer r.Close()
 			name := moduleName(base)
-			modules[name] = filepath.Join(all, name+".ko")
+			modules[name], dirs[name] = filepath.Join(all, name+".ko"), moduleDirectory(h.Name)
 			return writeFrom(modules[name], r)
 		}
 		return nil
@@ -174,19 +174,23 @@ func (s *Store) addDeb(ctx context.Context, deb string, k Kernel) (Kernel, error
 	if k.Features, err = features(c, modules, k.Modules); err != nil {
 		return Kernel{}, err
 	}
+	edit := unsigned
+	if c["MODULE_SIG_FORCE"] == "y" {
+		edit = func(module []byte) []byte { return module }
+	}
+	if err := archive(filepath.Join(dir, archiveFile), modules, dirs, edit); err != nil {
+		return Kernel{}, err
+	}
 	for _, m := range k.moduleFiles() {
 		module, err := os.ReadFile(modules[m.name])
 		if err != nil {
 			return Kernel{}, err
 		}
-		if c["MODULE_SIG_FORCE"] != "y" {
-			module = unsigned(module)
-		}
 		to := filepath.Join(dir, moduleDir, m.path)
 		if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
 			return Kernel{}, err
 		}
-		if err := writeSynced(to, module); err != nil {
+		if err := writeSynced(to, edit(module)); err != nil {
 			return Kernel{}, err
 		}
 	}

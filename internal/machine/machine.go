@@ -227,6 +227,15 @@ type Kernels interface {
 	// Boot returns the kernel of that name ("" = the default) with its initramfs, ready for a VMM. errdefs.ErrFailedPrecondition: it
 	// lacks one of the features.
 	Boot(ctx context.Context, name string, features ...string) (vmm.Kernel, string, error)
+	// Modules returns what guests with that kernel may load while they run; nil: it has all built in.
+	Modules(name string) KernelModules
+}
+
+// KernelModules is the modules of one kernel.
+type KernelModules interface {
+	// Find returns the modules to load, in that order, for what a kernel asks for.
+	Find(request string) ([]string, error)
+	Read(name string) ([]byte, error)
 }
 
 // featureVerity is dm-verity, as a kernel's feature and among the modules that the agent loads on demand.

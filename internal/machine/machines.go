@@ -84,6 +84,7 @@ func Open(o Options) (*Machines, error) {
 	ms := &Machines{Options: o, records: records, byID: map[ID]*entry{}, byName: map[string]*entry{}}
 	ms.life, ms.endLife = context.WithCancel(context.Background())
 	ms.workers.Go(ms.boundConsoles)
+	ms.workers.Go(ms.keepClocks)
 	all, err := records.All()
 	if err != nil {
 		return nil, fmt.Errorf("opening machines: %w", err)

@@ -177,6 +177,9 @@ func (s *starting) compile(ctx context.Context) (err error) {
 	if err := readWhole(filepath.Join(s.e.dir, requestFile), &k); err != nil {
 		return err
 	}
+	if err := s.log.begin(); err != nil {
+		return err
+	}
 	spool := filepath.Join(s.e.dir, spoolDir)
 	if err := os.RemoveAll(spool); err != nil {
 		return err
@@ -328,7 +331,9 @@ func (s *starting) provisionFailed(cause error) ProvisionStatus {
 // withOutput adds the end of what the failed step of provisioning wrote.
 func (s *starting) withOutput(cause error) error {
 	if f := (*host.Failure)(nil); errors.As(cause, &f) {
-		cause = &host.Failure{Class: f.Class, Message: f.Message, ExitCode: f.ExitCode} // the step is named already
+		// The step is named already.
+		message := strings.TrimPrefix(f.Message, strings.TrimPrefix(s.provisionStep, "command ")+": ")
+		cause = &host.Failure{Class: f.Class, Message: message, ExitCode: f.ExitCode}
 	}
 	tail := s.log.tail(s.provisionStep)
 	if tail == "" {

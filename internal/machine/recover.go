@@ -87,6 +87,7 @@ func (ms *Machines) recoverOne(ctx context.Context, e *entry) bool {
 		return false
 	}
 	r := newRun(inst, e)
+	r.foreign, r.modules = true, ms.modulesOf(m.VMM.Kernel)
 	e.log.Resume()
 	e.mu.Lock()
 	e.run = r

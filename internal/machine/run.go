@@ -8,11 +8,13 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/host"
 	"github.com/atollvm/atoll/internal/agent/transport"
+	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/machine/outlog"
 	"github.com/atollvm/atoll/internal/vmm"
 	"github.com/containerd/errdefs"
@@ -27,11 +29,16 @@ type run struct {
 	transcribed chan struct{} // closed when all of the console of a guest without an agent is in the output; nil: there is an agent
 
 	drained chan struct{} // closed when the entrypoint's output is complete
+	foreign bool          // an earlier daemon started the VMM: its agent may speak another version
+	modules *modulesOf    // what the guest's kernel may ask for; nil: nothing
+	serving sync.WaitGroup
 
 	// guarded by e.mu
+	refused   error         // the agent speaks a version that cannot be worked with
 	agent     *host.Client  // nil while the channel is down
 	connected chan struct{} // closed while it is up
 	killed    bool          // Atoll ended the VMM
+	synced    time.Time     // when its clock was last compared
 }
 
 func newRun(inst vmm.Instance, e *entry) *run {
@@ -57,11 +64,37 @@ func (r *run) connect(ctx context.Context, token transport.Token) error {
 	if err != nil {
 		return fmt.Errorf("waiting for the guest's agent: %w", causeOf(ctx, err))
 	}
+	agent := host.New(session)
+	if r.foreign {
+		if err := r.greet(ctx, agent); err != nil {
+			agent.Close()
+			return err
+		}
+	}
 	r.e.mu.Lock()
 	defer r.e.mu.Unlock()
-	r.agent = host.New(session)
+	r.agent = agent
 	close(r.connected)
+	if r.modules != nil {
+		r.serving.Go(func() { r.modules.serve(agent) })
+	}
 	return nil
+}
+
+// greetTimeout is for an agent that has answered the channel's hello and could answer this one at once.
+const greetTimeout = 10 * time.Second
+
+// greet asks an agent that came with another daemon for its version.
+func (r *run) greet(ctx context.Context, agent *host.Client) error {
+	ctx, cancel := context.WithTimeout(ctx, greetTimeout)
+	defer cancel()
+	_, err := agent.Hello(ctx)
+	if errdefs.IsFailedPrecondition(err) {
+		r.e.mu.Lock()
+		r.refused = err
+		r.e.mu.Unlock()
+	}
+	return err
 }
 
 func causeOf(ctx context.Context, err error) error {
@@ -83,8 +116,13 @@ func (r *run) configure(ctx context.Context, c *agentv1.Config, contents []host.
 func (r *run) client() (*host.Client, error) {
 	r.e.mu.Lock()
 	defer r.e.mu.Unlock()
-	if r.agent == nil {
-		return nil, fmt.Errorf("the guest's agent does not answer: %w", errdefs.ErrUnavailable)
+	switch {
+	case r.refused != nil:
+		return nil, hint.With(r.refused, "give it this Atoll's agent: atoll restart %s", r.e.m.Spec.Name)
+	case r.agent == nil:
+		err := fmt.Errorf("the guest's agent does not answer: %w", errdefs.ErrUnavailable)
+		return nil, hint.With(err, "the guest may be overloaded, or its root user has ended the agent; look: atoll logs --boot %[1]s; or start it anew: atoll restart %[1]s",
+			r.e.m.Spec.Name)
 	}
 	return r.agent, nil
 }
@@ -99,8 +137,11 @@ func (r *run) await(ctx context.Context) (*host.Client, error) {
 		defer r.e.mu.Unlock()
 		return nil, noAgent(&r.e.m)
 	}
-	connected := r.connected
+	connected, refused := r.connected, r.refused
 	r.e.mu.Unlock()
+	if refused != nil {
+		return r.client()
+	}
 	select {
 	case <-connected:
 	case <-r.inst.Done():
@@ -121,6 +162,7 @@ func (r *run) drop() {
 	r.e.mu.Unlock()
 	if agent != nil {
 		agent.Close()
+		r.serving.Wait()
 	}
 }
 
@@ -169,7 +211,13 @@ func (ms *Machines) listen(ctx context.Context, e *entry, r *run) {
 			}
 			r.drop()
 		} else {
-			err = r.connect(ctx, e.get().AgentToken)
+			if err = r.connect(ctx, e.get().AgentToken); err == nil {
+				ms.workers.Go(func() { ms.syncClock(ctx, e, r) }) // nobody knows what has been meanwhile
+			}
+		}
+		if errdefs.IsFailedPrecondition(err) && ctx.Err() == nil {
+			ms.Log.Warn("a machine's agent cannot be worked with until the machine is restarted", "machine", e.get().ID, "err", err)
+			return
 		}
 		if err != nil && ctx.Err() == nil {
 			ms.Log.Debug("agent channel broke", "machine", e.get().ID, "err", err)

@@ -273,6 +273,7 @@ func (s *starting) startVMM(ctx context.Context, d vmm.Driver) error {
 		return err
 	}
 	s.run = newRun(inst, s.e)
+	s.run.modules = s.ms.modulesOf(s.m.VMM.Kernel)
 	s.undo = append(s.undo, func(ctx context.Context) error {
 		return errors.Join(inst.Kill(ctx), s.run.close())
 	})

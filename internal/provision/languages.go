@@ -15,7 +15,9 @@ func checkCloudConfig([]byte) error {
 	return fmt.Errorf("cloud-config is not understood yet: %w", errdefs.ErrNotImplemented)
 }
 
-func applyCloudConfig(_ context.Context, doc []byte, _ *plan.Plan) error { return checkCloudConfig(doc) }
+func applyCloudConfig(_ context.Context, doc []byte, _ *plan.Plan) error {
+	return checkCloudConfig(doc)
+}
 
 func applyIgnition(ctx context.Context, doc []byte, p *plan.Plan, o Options) error {
 	return ignition.Apply(ctx, doc, p, ignition.Options{Transport: o.Transport, Spool: o.Spool})

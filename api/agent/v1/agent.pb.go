@@ -206,6 +206,7 @@ type Request struct {
 	//	*Request_PutFiles
 	//	*Request_GetFiles
 	//	*Request_StatFile
+	//	*Request_Modules
 	Kind          isRequest_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -374,6 +375,15 @@ func (x *Request) GetStatFile() *StatFile {
 	return nil
 }
 
+func (x *Request) GetModules() *Modules {
+	if x != nil {
+		if x, ok := x.Kind.(*Request_Modules); ok {
+			return x.Modules
+		}
+	}
+	return nil
+}
+
 type isRequest_Kind interface {
 	isRequest_Kind()
 }
@@ -434,6 +444,10 @@ type Request_StatFile struct {
 	StatFile *StatFile `protobuf:"bytes,25,opt,name=stat_file,json=statFile,proto3,oneof"` // → StatFileReply
 }
 
+type Request_Modules struct {
+	Modules *Modules `protobuf:"bytes,26,opt,name=modules,proto3,oneof"` // → ModuleWanted… until the host closes; the host sends ModulePart…
+}
+
 func (*Request_Hello) isRequest_Kind() {}
 
 func (*Request_Configure) isRequest_Kind() {}
@@ -462,9 +476,11 @@ func (*Request_GetFiles) isRequest_Kind() {}
 
 func (*Request_StatFile) isRequest_Kind() {}
 
+func (*Request_Modules) isRequest_Kind() {}
+
 type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Protocol      uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // the version that the host speaks, now 2
+	Protocol      uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // the version that the host speaks: transport.Protocol
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4086,6 +4102,188 @@ func (x *ExecError) GetMessage() string {
 	return ""
 }
 
+// Modules says that the host has kernel modules for this guest: from now on what its kernel asks for while it runs is asked of the host.
+type Modules struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Modules) Reset() {
+	*x = Modules{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Modules) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Modules) ProtoMessage() {}
+
+func (x *Modules) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Modules.ProtoReflect.Descriptor instead.
+func (*Modules) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{49}
+}
+
+type ModuleWanted struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`        // of the question, chosen by the agent
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`     // as the kernel asks: a module's name or an alias; at most 256 bytes
+	Loaded        []string               `protobuf:"bytes,3,rep,name=loaded,proto3" json:"loaded,omitempty"` // modules that need not come
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ModuleWanted) Reset() {
+	*x = ModuleWanted{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ModuleWanted) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ModuleWanted) ProtoMessage() {}
+
+func (x *ModuleWanted) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ModuleWanted.ProtoReflect.Descriptor instead.
+func (*ModuleWanted) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *ModuleWanted) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *ModuleWanted) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ModuleWanted) GetLoaded() []string {
+	if x != nil {
+		return x.Loaded
+	}
+	return nil
+}
+
+// ModulePart answers a question: modules in the order to load them in, each in pieces.
+type ModulePart struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"` // of the module
+	Data          []byte                 `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	Last          bool                   `protobuf:"varint,4,opt,name=last,proto3" json:"last,omitempty"` // of this module
+	Done          bool                   `protobuf:"varint,5,opt,name=done,proto3" json:"done,omitempty"` // of the answer; nothing else is set but id and error
+	Error         string                 `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ModulePart) Reset() {
+	*x = ModulePart{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ModulePart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ModulePart) ProtoMessage() {}
+
+func (x *ModulePart) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ModulePart.ProtoReflect.Descriptor instead.
+func (*ModulePart) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *ModulePart) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *ModulePart) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ModulePart) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *ModulePart) GetLast() bool {
+	if x != nil {
+		return x.Last
+	}
+	return false
+}
+
+func (x *ModulePart) GetDone() bool {
+	if x != nil {
+		return x.Done
+	}
+	return false
+}
+
+func (x *ModulePart) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 type Stdin struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -4094,7 +4292,7 @@ type Stdin struct {
 
 func (x *Stdin) Reset() {
 	*x = Stdin{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[49]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4106,7 +4304,7 @@ func (x *Stdin) String() string {
 func (*Stdin) ProtoMessage() {}
 
 func (x *Stdin) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[49]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4119,7 +4317,7 @@ func (x *Stdin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stdin.ProtoReflect.Descriptor instead.
 func (*Stdin) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{49}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{52}
 }
 
 type Signal struct {
@@ -4131,7 +4329,7 @@ type Signal struct {
 
 func (x *Signal) Reset() {
 	*x = Signal{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[50]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4143,7 +4341,7 @@ func (x *Signal) String() string {
 func (*Signal) ProtoMessage() {}
 
 func (x *Signal) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[50]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4156,7 +4354,7 @@ func (x *Signal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Signal.ProtoReflect.Descriptor instead.
 func (*Signal) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{50}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Signal) GetName() string {
@@ -4175,7 +4373,7 @@ type SignalReply struct {
 
 func (x *SignalReply) Reset() {
 	*x = SignalReply{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4187,7 +4385,7 @@ func (x *SignalReply) String() string {
 func (*SignalReply) ProtoMessage() {}
 
 func (x *SignalReply) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4200,7 +4398,7 @@ func (x *SignalReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalReply.ProtoReflect.Descriptor instead.
 func (*SignalReply) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{51}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *SignalReply) GetError() string {
@@ -4220,7 +4418,7 @@ type Shutdown struct {
 
 func (x *Shutdown) Reset() {
 	*x = Shutdown{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4232,7 +4430,7 @@ func (x *Shutdown) String() string {
 func (*Shutdown) ProtoMessage() {}
 
 func (x *Shutdown) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4245,7 +4443,7 @@ func (x *Shutdown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Shutdown.ProtoReflect.Descriptor instead.
 func (*Shutdown) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{52}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Shutdown) GetSignal() string {
@@ -4271,7 +4469,7 @@ type ShutdownReply struct {
 
 func (x *ShutdownReply) Reset() {
 	*x = ShutdownReply{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4283,7 +4481,7 @@ func (x *ShutdownReply) String() string {
 func (*ShutdownReply) ProtoMessage() {}
 
 func (x *ShutdownReply) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4296,7 +4494,7 @@ func (x *ShutdownReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownReply.ProtoReflect.Descriptor instead.
 func (*ShutdownReply) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{53}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ShutdownReply) GetError() string {
@@ -4306,17 +4504,18 @@ func (x *ShutdownReply) GetError() string {
 	return ""
 }
 
-// SyncTime sets the guest's clock to the host's.
+// SyncTime compares the guest's clock with the host's. The host knows how long the answer took, and sends what is to be corrected.
 type SyncTime struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	UnixNanos     int64                  `protobuf:"varint,1,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"`
+	UnixNanos     int64                  `protobuf:"varint,1,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"`          // the host's clock when it was sent
+	CorrectNanos  int64                  `protobuf:"varint,2,opt,name=correct_nanos,json=correctNanos,proto3" json:"correct_nanos,omitempty"` // added to the guest's clock: half a second and more at once, less little by little
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SyncTime) Reset() {
 	*x = SyncTime{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4328,7 +4527,7 @@ func (x *SyncTime) String() string {
 func (*SyncTime) ProtoMessage() {}
 
 func (x *SyncTime) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4341,7 +4540,7 @@ func (x *SyncTime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncTime.ProtoReflect.Descriptor instead.
 func (*SyncTime) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{54}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *SyncTime) GetUnixNanos() int64 {
@@ -4351,9 +4550,16 @@ func (x *SyncTime) GetUnixNanos() int64 {
 	return 0
 }
 
+func (x *SyncTime) GetCorrectNanos() int64 {
+	if x != nil {
+		return x.CorrectNanos
+	}
+	return 0
+}
+
 type SyncTimeReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	OffsetNanos   int64                  `protobuf:"varint,1,opt,name=offset_nanos,json=offsetNanos,proto3" json:"offset_nanos,omitempty"` // how far the guest's clock was ahead
+	OffsetNanos   int64                  `protobuf:"varint,1,opt,name=offset_nanos,json=offsetNanos,proto3" json:"offset_nanos,omitempty"` // how far the guest's clock was ahead of unix_nanos when that came
 	Error         string                 `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4361,7 +4567,7 @@ type SyncTimeReply struct {
 
 func (x *SyncTimeReply) Reset() {
 	*x = SyncTimeReply{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4373,7 +4579,7 @@ func (x *SyncTimeReply) String() string {
 func (*SyncTimeReply) ProtoMessage() {}
 
 func (x *SyncTimeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4386,7 +4592,7 @@ func (x *SyncTimeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncTimeReply.ProtoReflect.Descriptor instead.
 func (*SyncTimeReply) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{55}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *SyncTimeReply) GetOffsetNanos() int64 {
@@ -4415,7 +4621,7 @@ type PutFiles struct {
 
 func (x *PutFiles) Reset() {
 	*x = PutFiles{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4427,7 +4633,7 @@ func (x *PutFiles) String() string {
 func (*PutFiles) ProtoMessage() {}
 
 func (x *PutFiles) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4440,7 +4646,7 @@ func (x *PutFiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutFiles.ProtoReflect.Descriptor instead.
 func (*PutFiles) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{56}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *PutFiles) GetPath() string {
@@ -4475,7 +4681,7 @@ type GetFiles struct {
 
 func (x *GetFiles) Reset() {
 	*x = GetFiles{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4487,7 +4693,7 @@ func (x *GetFiles) String() string {
 func (*GetFiles) ProtoMessage() {}
 
 func (x *GetFiles) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4500,7 +4706,7 @@ func (x *GetFiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFiles.ProtoReflect.Descriptor instead.
 func (*GetFiles) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{57}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *GetFiles) GetPath() string {
@@ -4529,7 +4735,7 @@ type FilesReply struct {
 
 func (x *FilesReply) Reset() {
 	*x = FilesReply{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4541,7 +4747,7 @@ func (x *FilesReply) String() string {
 func (*FilesReply) ProtoMessage() {}
 
 func (x *FilesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4554,7 +4760,7 @@ func (x *FilesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FilesReply.ProtoReflect.Descriptor instead.
 func (*FilesReply) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{58}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *FilesReply) GetData() []byte {
@@ -4594,7 +4800,7 @@ type StatFile struct {
 
 func (x *StatFile) Reset() {
 	*x = StatFile{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4606,7 +4812,7 @@ func (x *StatFile) String() string {
 func (*StatFile) ProtoMessage() {}
 
 func (x *StatFile) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4619,7 +4825,7 @@ func (x *StatFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatFile.ProtoReflect.Descriptor instead.
 func (*StatFile) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{59}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *StatFile) GetPath() string {
@@ -4644,7 +4850,7 @@ type StatFileReply struct {
 
 func (x *StatFileReply) Reset() {
 	*x = StatFileReply{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4656,7 +4862,7 @@ func (x *StatFileReply) String() string {
 func (*StatFileReply) ProtoMessage() {}
 
 func (x *StatFileReply) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4669,7 +4875,7 @@ func (x *StatFileReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatFileReply.ProtoReflect.Descriptor instead.
 func (*StatFileReply) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{60}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *StatFileReply) GetName() string {
@@ -4730,7 +4936,7 @@ type ExecOutput_Started struct {
 
 func (x *ExecOutput_Started) Reset() {
 	*x = ExecOutput_Started{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4742,7 +4948,7 @@ func (x *ExecOutput_Started) String() string {
 func (*ExecOutput_Started) ProtoMessage() {}
 
 func (x *ExecOutput_Started) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4769,7 +4975,7 @@ var File_api_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x18api/agent/v1/agent.proto\x12\x0eatoll.agent.v1\"\xfd\x05\n" +
+	"\x18api/agent/v1/agent.proto\x12\x0eatoll.agent.v1\"\xb2\x06\n" +
 	"\aRequest\x12-\n" +
 	"\x05hello\x18\x01 \x01(\v2\x15.atoll.agent.v1.HelloH\x00R\x05hello\x126\n" +
 	"\tconfigure\x18\x02 \x01(\v2\x16.atoll.agent.v1.ConfigH\x00R\tconfigure\x127\n" +
@@ -4784,7 +4990,8 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\tsync_time\x18\x16 \x01(\v2\x18.atoll.agent.v1.SyncTimeH\x00R\bsyncTime\x127\n" +
 	"\tput_files\x18\x17 \x01(\v2\x18.atoll.agent.v1.PutFilesH\x00R\bputFiles\x127\n" +
 	"\tget_files\x18\x18 \x01(\v2\x18.atoll.agent.v1.GetFilesH\x00R\bgetFiles\x127\n" +
-	"\tstat_file\x18\x19 \x01(\v2\x18.atoll.agent.v1.StatFileH\x00R\bstatFileB\x06\n" +
+	"\tstat_file\x18\x19 \x01(\v2\x18.atoll.agent.v1.StatFileH\x00R\bstatFile\x123\n" +
+	"\amodules\x18\x1a \x01(\v2\x17.atoll.agent.v1.ModulesH\x00R\amodulesB\x06\n" +
 	"\x04kind\"#\n" +
 	"\x05Hello\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\"\x84\x02\n" +
@@ -5103,7 +5310,20 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x04kind\"]\n" +
 	"\tExecError\x126\n" +
 	"\afailure\x18\x01 \x01(\x0e2\x1c.atoll.agent.v1.FailureClassR\afailure\x12\x18\n" +
-	"\amessage\x18\x02 \x01(\tR\amessage\"\a\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\"\t\n" +
+	"\aModules\"J\n" +
+	"\fModuleWanted\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
+	"\x06loaded\x18\x03 \x03(\tR\x06loaded\"\x82\x01\n" +
+	"\n" +
+	"ModulePart\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\x12\x12\n" +
+	"\x04last\x18\x04 \x01(\bR\x04last\x12\x12\n" +
+	"\x04done\x18\x05 \x01(\bR\x04done\x12\x14\n" +
+	"\x05error\x18\x06 \x01(\tR\x05error\"\a\n" +
 	"\x05Stdin\"\x1c\n" +
 	"\x06Signal\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"#\n" +
@@ -5114,10 +5334,11 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\vgrace_nanos\x18\x02 \x01(\x03R\n" +
 	"graceNanos\"%\n" +
 	"\rShutdownReply\x12\x14\n" +
-	"\x05error\x18\x01 \x01(\tR\x05error\")\n" +
+	"\x05error\x18\x01 \x01(\tR\x05error\"N\n" +
 	"\bSyncTime\x12\x1d\n" +
 	"\n" +
-	"unix_nanos\x18\x01 \x01(\x03R\tunixNanos\"H\n" +
+	"unix_nanos\x18\x01 \x01(\x03R\tunixNanos\x12#\n" +
+	"\rcorrect_nanos\x18\x02 \x01(\x03R\fcorrectNanos\"H\n" +
 	"\rSyncTimeReply\x12!\n" +
 	"\foffset_nanos\x18\x01 \x01(\x03R\voffsetNanos\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\"g\n" +
@@ -5169,7 +5390,7 @@ func file_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_api_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
+var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 66)
 var file_api_agent_v1_agent_proto_goTypes = []any{
 	(FailureClass)(0),          // 0: atoll.agent.v1.FailureClass
 	(Stream)(0),                // 1: atoll.agent.v1.Stream
@@ -5223,20 +5444,23 @@ var file_api_agent_v1_agent_proto_goTypes = []any{
 	(*Resize)(nil),             // 49: atoll.agent.v1.Resize
 	(*ExecOutput)(nil),         // 50: atoll.agent.v1.ExecOutput
 	(*ExecError)(nil),          // 51: atoll.agent.v1.ExecError
-	(*Stdin)(nil),              // 52: atoll.agent.v1.Stdin
-	(*Signal)(nil),             // 53: atoll.agent.v1.Signal
-	(*SignalReply)(nil),        // 54: atoll.agent.v1.SignalReply
-	(*Shutdown)(nil),           // 55: atoll.agent.v1.Shutdown
-	(*ShutdownReply)(nil),      // 56: atoll.agent.v1.ShutdownReply
-	(*SyncTime)(nil),           // 57: atoll.agent.v1.SyncTime
-	(*SyncTimeReply)(nil),      // 58: atoll.agent.v1.SyncTimeReply
-	(*PutFiles)(nil),           // 59: atoll.agent.v1.PutFiles
-	(*GetFiles)(nil),           // 60: atoll.agent.v1.GetFiles
-	(*FilesReply)(nil),         // 61: atoll.agent.v1.FilesReply
-	(*StatFile)(nil),           // 62: atoll.agent.v1.StatFile
-	(*StatFileReply)(nil),      // 63: atoll.agent.v1.StatFileReply
-	nil,                        // 64: atoll.agent.v1.Config.SysctlsEntry
-	(*ExecOutput_Started)(nil), // 65: atoll.agent.v1.ExecOutput.Started
+	(*Modules)(nil),            // 52: atoll.agent.v1.Modules
+	(*ModuleWanted)(nil),       // 53: atoll.agent.v1.ModuleWanted
+	(*ModulePart)(nil),         // 54: atoll.agent.v1.ModulePart
+	(*Stdin)(nil),              // 55: atoll.agent.v1.Stdin
+	(*Signal)(nil),             // 56: atoll.agent.v1.Signal
+	(*SignalReply)(nil),        // 57: atoll.agent.v1.SignalReply
+	(*Shutdown)(nil),           // 58: atoll.agent.v1.Shutdown
+	(*ShutdownReply)(nil),      // 59: atoll.agent.v1.ShutdownReply
+	(*SyncTime)(nil),           // 60: atoll.agent.v1.SyncTime
+	(*SyncTimeReply)(nil),      // 61: atoll.agent.v1.SyncTimeReply
+	(*PutFiles)(nil),           // 62: atoll.agent.v1.PutFiles
+	(*GetFiles)(nil),           // 63: atoll.agent.v1.GetFiles
+	(*FilesReply)(nil),         // 64: atoll.agent.v1.FilesReply
+	(*StatFile)(nil),           // 65: atoll.agent.v1.StatFile
+	(*StatFileReply)(nil),      // 66: atoll.agent.v1.StatFileReply
+	nil,                        // 67: atoll.agent.v1.Config.SysctlsEntry
+	(*ExecOutput_Started)(nil), // 68: atoll.agent.v1.ExecOutput.Started
 }
 var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	4,  // 0: atoll.agent.v1.Request.hello:type_name -> atoll.agent.v1.Hello
@@ -5244,69 +5468,70 @@ var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	34, // 2: atoll.agent.v1.Request.output:type_name -> atoll.agent.v1.OutputRequest
 	37, // 3: atoll.agent.v1.Request.watch:type_name -> atoll.agent.v1.WatchRequest
 	43, // 4: atoll.agent.v1.Request.exec:type_name -> atoll.agent.v1.Exec
-	52, // 5: atoll.agent.v1.Request.stdin:type_name -> atoll.agent.v1.Stdin
-	53, // 6: atoll.agent.v1.Request.signal:type_name -> atoll.agent.v1.Signal
-	55, // 7: atoll.agent.v1.Request.shutdown:type_name -> atoll.agent.v1.Shutdown
+	55, // 5: atoll.agent.v1.Request.stdin:type_name -> atoll.agent.v1.Stdin
+	56, // 6: atoll.agent.v1.Request.signal:type_name -> atoll.agent.v1.Signal
+	58, // 7: atoll.agent.v1.Request.shutdown:type_name -> atoll.agent.v1.Shutdown
 	44, // 8: atoll.agent.v1.Request.container:type_name -> atoll.agent.v1.Container
 	46, // 9: atoll.agent.v1.Request.accept:type_name -> atoll.agent.v1.Accept
-	57, // 10: atoll.agent.v1.Request.sync_time:type_name -> atoll.agent.v1.SyncTime
-	59, // 11: atoll.agent.v1.Request.put_files:type_name -> atoll.agent.v1.PutFiles
-	60, // 12: atoll.agent.v1.Request.get_files:type_name -> atoll.agent.v1.GetFiles
-	62, // 13: atoll.agent.v1.Request.stat_file:type_name -> atoll.agent.v1.StatFile
-	38, // 14: atoll.agent.v1.HelloReply.state:type_name -> atoll.agent.v1.Event
-	25, // 15: atoll.agent.v1.Config.hosts:type_name -> atoll.agent.v1.HostEntry
-	26, // 16: atoll.agent.v1.Config.interfaces:type_name -> atoll.agent.v1.Interface
-	28, // 17: atoll.agent.v1.Config.root:type_name -> atoll.agent.v1.Root
-	31, // 18: atoll.agent.v1.Config.process:type_name -> atoll.agent.v1.Process
-	27, // 19: atoll.agent.v1.Config.shares:type_name -> atoll.agent.v1.Share
-	7,  // 20: atoll.agent.v1.Config.tmpfs:type_name -> atoll.agent.v1.Tmpfs
-	64, // 21: atoll.agent.v1.Config.sysctls:type_name -> atoll.agent.v1.Config.SysctlsEntry
-	8,  // 22: atoll.agent.v1.Config.provision:type_name -> atoll.agent.v1.Provision
-	17, // 23: atoll.agent.v1.Provision.groups:type_name -> atoll.agent.v1.Group
-	16, // 24: atoll.agent.v1.Provision.users:type_name -> atoll.agent.v1.User
-	11, // 25: atoll.agent.v1.Provision.directories:type_name -> atoll.agent.v1.Directory
-	12, // 26: atoll.agent.v1.Provision.files:type_name -> atoll.agent.v1.File
-	15, // 27: atoll.agent.v1.Provision.links:type_name -> atoll.agent.v1.Link
-	18, // 28: atoll.agent.v1.Provision.units:type_name -> atoll.agent.v1.Unit
-	20, // 29: atoll.agent.v1.Provision.ssh_host_keys:type_name -> atoll.agent.v1.SSHHostKey
-	21, // 30: atoll.agent.v1.Provision.mounts:type_name -> atoll.agent.v1.FileSystemMount
-	22, // 31: atoll.agent.v1.Provision.secrets:type_name -> atoll.agent.v1.Secret
-	23, // 32: atoll.agent.v1.Provision.packages:type_name -> atoll.agent.v1.Packages
-	24, // 33: atoll.agent.v1.Provision.commands:type_name -> atoll.agent.v1.Command
-	10, // 34: atoll.agent.v1.Node.user:type_name -> atoll.agent.v1.Owner
-	10, // 35: atoll.agent.v1.Node.group:type_name -> atoll.agent.v1.Owner
-	9,  // 36: atoll.agent.v1.Directory.node:type_name -> atoll.agent.v1.Node
-	9,  // 37: atoll.agent.v1.File.node:type_name -> atoll.agent.v1.Node
-	13, // 38: atoll.agent.v1.File.contents:type_name -> atoll.agent.v1.Piece
-	13, // 39: atoll.agent.v1.File.append:type_name -> atoll.agent.v1.Piece
-	9,  // 40: atoll.agent.v1.Link.node:type_name -> atoll.agent.v1.Node
-	19, // 41: atoll.agent.v1.Unit.drop_ins:type_name -> atoll.agent.v1.DropIn
-	10, // 42: atoll.agent.v1.Secret.user:type_name -> atoll.agent.v1.Owner
-	10, // 43: atoll.agent.v1.Secret.group:type_name -> atoll.agent.v1.Owner
-	29, // 44: atoll.agent.v1.Root.disks:type_name -> atoll.agent.v1.RootDisk
-	30, // 45: atoll.agent.v1.RootDisk.verity:type_name -> atoll.agent.v1.Verity
-	32, // 46: atoll.agent.v1.Process.rlimits:type_name -> atoll.agent.v1.Rlimit
-	0,  // 47: atoll.agent.v1.Progress.failure:type_name -> atoll.agent.v1.FailureClass
-	1,  // 48: atoll.agent.v1.Output.stream:type_name -> atoll.agent.v1.Stream
-	39, // 49: atoll.agent.v1.Event.started:type_name -> atoll.agent.v1.EntrypointStarted
-	40, // 50: atoll.agent.v1.Event.exited:type_name -> atoll.agent.v1.EntrypointExited
-	41, // 51: atoll.agent.v1.Event.going_down:type_name -> atoll.agent.v1.GoingDown
-	2,  // 52: atoll.agent.v1.GoingDown.reason:type_name -> atoll.agent.v1.GoingDown.Reason
-	31, // 53: atoll.agent.v1.Exec.process:type_name -> atoll.agent.v1.Process
-	31, // 54: atoll.agent.v1.Container.process:type_name -> atoll.agent.v1.Process
-	45, // 55: atoll.agent.v1.Container.mounts:type_name -> atoll.agent.v1.Mount
-	49, // 56: atoll.agent.v1.ExecInput.resize:type_name -> atoll.agent.v1.Resize
-	65, // 57: atoll.agent.v1.ExecOutput.started:type_name -> atoll.agent.v1.ExecOutput.Started
-	40, // 58: atoll.agent.v1.ExecOutput.exit:type_name -> atoll.agent.v1.EntrypointExited
-	51, // 59: atoll.agent.v1.ExecOutput.error:type_name -> atoll.agent.v1.ExecError
-	0,  // 60: atoll.agent.v1.ExecError.failure:type_name -> atoll.agent.v1.FailureClass
-	0,  // 61: atoll.agent.v1.FilesReply.failure:type_name -> atoll.agent.v1.FailureClass
-	0,  // 62: atoll.agent.v1.StatFileReply.failure:type_name -> atoll.agent.v1.FailureClass
-	63, // [63:63] is the sub-list for method output_type
-	63, // [63:63] is the sub-list for method input_type
-	63, // [63:63] is the sub-list for extension type_name
-	63, // [63:63] is the sub-list for extension extendee
-	0,  // [0:63] is the sub-list for field type_name
+	60, // 10: atoll.agent.v1.Request.sync_time:type_name -> atoll.agent.v1.SyncTime
+	62, // 11: atoll.agent.v1.Request.put_files:type_name -> atoll.agent.v1.PutFiles
+	63, // 12: atoll.agent.v1.Request.get_files:type_name -> atoll.agent.v1.GetFiles
+	65, // 13: atoll.agent.v1.Request.stat_file:type_name -> atoll.agent.v1.StatFile
+	52, // 14: atoll.agent.v1.Request.modules:type_name -> atoll.agent.v1.Modules
+	38, // 15: atoll.agent.v1.HelloReply.state:type_name -> atoll.agent.v1.Event
+	25, // 16: atoll.agent.v1.Config.hosts:type_name -> atoll.agent.v1.HostEntry
+	26, // 17: atoll.agent.v1.Config.interfaces:type_name -> atoll.agent.v1.Interface
+	28, // 18: atoll.agent.v1.Config.root:type_name -> atoll.agent.v1.Root
+	31, // 19: atoll.agent.v1.Config.process:type_name -> atoll.agent.v1.Process
+	27, // 20: atoll.agent.v1.Config.shares:type_name -> atoll.agent.v1.Share
+	7,  // 21: atoll.agent.v1.Config.tmpfs:type_name -> atoll.agent.v1.Tmpfs
+	67, // 22: atoll.agent.v1.Config.sysctls:type_name -> atoll.agent.v1.Config.SysctlsEntry
+	8,  // 23: atoll.agent.v1.Config.provision:type_name -> atoll.agent.v1.Provision
+	17, // 24: atoll.agent.v1.Provision.groups:type_name -> atoll.agent.v1.Group
+	16, // 25: atoll.agent.v1.Provision.users:type_name -> atoll.agent.v1.User
+	11, // 26: atoll.agent.v1.Provision.directories:type_name -> atoll.agent.v1.Directory
+	12, // 27: atoll.agent.v1.Provision.files:type_name -> atoll.agent.v1.File
+	15, // 28: atoll.agent.v1.Provision.links:type_name -> atoll.agent.v1.Link
+	18, // 29: atoll.agent.v1.Provision.units:type_name -> atoll.agent.v1.Unit
+	20, // 30: atoll.agent.v1.Provision.ssh_host_keys:type_name -> atoll.agent.v1.SSHHostKey
+	21, // 31: atoll.agent.v1.Provision.mounts:type_name -> atoll.agent.v1.FileSystemMount
+	22, // 32: atoll.agent.v1.Provision.secrets:type_name -> atoll.agent.v1.Secret
+	23, // 33: atoll.agent.v1.Provision.packages:type_name -> atoll.agent.v1.Packages
+	24, // 34: atoll.agent.v1.Provision.commands:type_name -> atoll.agent.v1.Command
+	10, // 35: atoll.agent.v1.Node.user:type_name -> atoll.agent.v1.Owner
+	10, // 36: atoll.agent.v1.Node.group:type_name -> atoll.agent.v1.Owner
+	9,  // 37: atoll.agent.v1.Directory.node:type_name -> atoll.agent.v1.Node
+	9,  // 38: atoll.agent.v1.File.node:type_name -> atoll.agent.v1.Node
+	13, // 39: atoll.agent.v1.File.contents:type_name -> atoll.agent.v1.Piece
+	13, // 40: atoll.agent.v1.File.append:type_name -> atoll.agent.v1.Piece
+	9,  // 41: atoll.agent.v1.Link.node:type_name -> atoll.agent.v1.Node
+	19, // 42: atoll.agent.v1.Unit.drop_ins:type_name -> atoll.agent.v1.DropIn
+	10, // 43: atoll.agent.v1.Secret.user:type_name -> atoll.agent.v1.Owner
+	10, // 44: atoll.agent.v1.Secret.group:type_name -> atoll.agent.v1.Owner
+	29, // 45: atoll.agent.v1.Root.disks:type_name -> atoll.agent.v1.RootDisk
+	30, // 46: atoll.agent.v1.RootDisk.verity:type_name -> atoll.agent.v1.Verity
+	32, // 47: atoll.agent.v1.Process.rlimits:type_name -> atoll.agent.v1.Rlimit
+	0,  // 48: atoll.agent.v1.Progress.failure:type_name -> atoll.agent.v1.FailureClass
+	1,  // 49: atoll.agent.v1.Output.stream:type_name -> atoll.agent.v1.Stream
+	39, // 50: atoll.agent.v1.Event.started:type_name -> atoll.agent.v1.EntrypointStarted
+	40, // 51: atoll.agent.v1.Event.exited:type_name -> atoll.agent.v1.EntrypointExited
+	41, // 52: atoll.agent.v1.Event.going_down:type_name -> atoll.agent.v1.GoingDown
+	2,  // 53: atoll.agent.v1.GoingDown.reason:type_name -> atoll.agent.v1.GoingDown.Reason
+	31, // 54: atoll.agent.v1.Exec.process:type_name -> atoll.agent.v1.Process
+	31, // 55: atoll.agent.v1.Container.process:type_name -> atoll.agent.v1.Process
+	45, // 56: atoll.agent.v1.Container.mounts:type_name -> atoll.agent.v1.Mount
+	49, // 57: atoll.agent.v1.ExecInput.resize:type_name -> atoll.agent.v1.Resize
+	68, // 58: atoll.agent.v1.ExecOutput.started:type_name -> atoll.agent.v1.ExecOutput.Started
+	40, // 59: atoll.agent.v1.ExecOutput.exit:type_name -> atoll.agent.v1.EntrypointExited
+	51, // 60: atoll.agent.v1.ExecOutput.error:type_name -> atoll.agent.v1.ExecError
+	0,  // 61: atoll.agent.v1.ExecError.failure:type_name -> atoll.agent.v1.FailureClass
+	0,  // 62: atoll.agent.v1.FilesReply.failure:type_name -> atoll.agent.v1.FailureClass
+	0,  // 63: atoll.agent.v1.StatFileReply.failure:type_name -> atoll.agent.v1.FailureClass
+	64, // [64:64] is the sub-list for method output_type
+	64, // [64:64] is the sub-list for method input_type
+	64, // [64:64] is the sub-list for extension type_name
+	64, // [64:64] is the sub-list for extension extendee
+	0,  // [0:64] is the sub-list for field type_name
 }
 
 func init() { file_api_agent_v1_agent_proto_init() }
@@ -5329,6 +5554,7 @@ func file_api_agent_v1_agent_proto_init() {
 		(*Request_PutFiles)(nil),
 		(*Request_GetFiles)(nil),
 		(*Request_StatFile)(nil),
+		(*Request_Modules)(nil),
 	}
 	file_api_agent_v1_agent_proto_msgTypes[6].OneofWrappers = []any{}
 	file_api_agent_v1_agent_proto_msgTypes[7].OneofWrappers = []any{}
@@ -5368,7 +5594,7 @@ func file_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_agent_v1_agent_proto_rawDesc), len(file_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   63,
+			NumMessages:   66,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

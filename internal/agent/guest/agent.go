@@ -26,10 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	protocol  = 1
-	moduleDir = "/lib/modules/atoll"
-)
+const moduleDir = "/lib/modules/atoll"
 
 // Agent is the state of the guest.
 type Agent struct {
@@ -43,6 +40,8 @@ type Agent struct {
 	port      *port      // nil: the host comes by vsock
 	init      *imageInit // not nil: PID 1 is the image's init and this process stands beside it
 
+	moduleQueue moduleQueue
+
 	mu         sync.Mutex // guards what follows
 	configured bool
 	waiting    bool                            // configured without an entrypoint: for Exec and Container
@@ -52,6 +51,7 @@ type Agent struct {
 	entrypoint *entrypoint
 	reason     agentv1.GoingDown_Reason // why the machine will go down, once that is known
 	events     events
+	modprobe   net.Listener // where the kernel's modprobe asks; nil until a host has modules
 }
 
 // Run is the agent's life. It returns only when the agent cannot reach the host.
@@ -145,6 +145,8 @@ func (a *Agent) serve(s net.Conn) {
 		a.container(s, k.Container)
 	case *agentv1.Request_Accept:
 		a.acceptIn(s, k.Accept)
+	case *agentv1.Request_Modules:
+		a.modules(s)
 	case *agentv1.Request_Stdin:
 		a.stdin(s)
 	case *agentv1.Request_StatFile:
@@ -155,6 +157,8 @@ func (a *Agent) serve(s net.Conn) {
 		a.putFiles(s, k.PutFiles)
 	case *agentv1.Request_Signal:
 		transport.WriteMsg(s, &agentv1.SignalReply{Error: words(a.signal(k.Signal.GetName()))})
+	case *agentv1.Request_SyncTime:
+		transport.WriteMsg(s, syncTime(k.SyncTime))
 	case *agentv1.Request_Shutdown:
 		err := a.shutdown(k.Shutdown, func() { transport.WriteMsg(s, &agentv1.ShutdownReply{}) })
 		if err != nil {
@@ -175,7 +179,7 @@ func (a *Agent) hello() *agentv1.HelloReply {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return &agentv1.HelloReply{
-		Protocol: protocol, AgentVersion: a.version, Configured: a.configured, State: a.events.last(),
+		Protocol: transport.Protocol, AgentVersion: a.version, Configured: a.configured, State: a.events.last(),
 		BootId: strings.TrimSpace(string(boot)), StartUptimeNanos: int64(a.started), UptimeNanos: int64(uptime()),
 	}
 }

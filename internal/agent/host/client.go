@@ -8,8 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
@@ -17,17 +19,21 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// Protocol is the version of the agent protocol that this package speaks.
-const Protocol = 1
-
 // maxChunk bounds one piece of output or input, in bytes.
 const maxChunk = 64 << 10
 
 // Client speaks to one agent.
-type Client struct{ session *transport.Session }
+type Client struct {
+	session  *transport.Session
+	protocol atomic.Uint32 // what the agent speaks
+}
 
-// New takes the session over; Close ends it.
-func New(s *transport.Session) *Client { return &Client{s} }
+// New takes the session over; Close ends it. The agent is taken to speak this build's protocol until Hello has asked.
+func New(s *transport.Session) *Client {
+	c := &Client{session: s}
+	c.protocol.Store(transport.Protocol)
+	return c
+}
 
 // Done is closed when the session has ended.
 func (c *Client) Done() <-chan struct{} { return c.session.Done() }
@@ -62,16 +68,18 @@ func (f *Failure) Unwrap() error {
 	return errdefs.ErrUnknown
 }
 
-// Hello asks the agent for its version and state.
+// Hello asks the agent for its version and state. errdefs.ErrFailedPrecondition: its version is not one that can be worked with. What an
+// older agent that can be does not know is refused from then on, with the same class.
 func (c *Client) Hello(ctx context.Context) (*agentv1.HelloReply, error) {
 	reply := &agentv1.HelloReply{}
-	err := c.ask(ctx, &agentv1.Request{Kind: &agentv1.Request_Hello{Hello: &agentv1.Hello{Protocol: Protocol}}}, reply)
-	if err == nil && reply.GetProtocol() != Protocol {
-		err = fmt.Errorf("it speaks version %d of the protocol, not %d: %w", reply.GetProtocol(), Protocol, errdefs.ErrFailedPrecondition)
+	err := c.ask(ctx, &agentv1.Request{Kind: &agentv1.Request_Hello{Hello: &agentv1.Hello{Protocol: transport.Protocol}}}, reply)
+	if err == nil {
+		err = checkProtocol(reply.GetProtocol())
 	}
 	if err != nil {
 		return nil, fmt.Errorf("greeting the guest's agent: %w", err)
 	}
+	c.protocol.Store(reply.GetProtocol())
 	reply.AgentVersion, reply.BootId = printable(reply.AgentVersion), printable(reply.BootId)
 	return reply, nil
 }
@@ -260,6 +268,44 @@ func (c *Client) Shutdown(ctx context.Context, signal string, grace time.Duratio
 	return nil
 }
 
+// SyncTime brings the guest's clock to the host's and returns how far it was ahead. What is less than the time that an answer takes, or
+// than precise, is left alone.
+func (c *Client) SyncTime(ctx context.Context, precise time.Duration) (ahead time.Duration, err error) {
+	const tries = 3
+	ask := func(req *agentv1.SyncTime) (*agentv1.SyncTimeReply, error) {
+		reply := &agentv1.SyncTimeReply{}
+		err := c.ask(ctx, &agentv1.Request{Kind: &agentv1.Request_SyncTime{SyncTime: req}}, reply)
+		if err == nil && reply.GetError() != "" {
+			err = errors.New(printable(reply.GetError()))
+		}
+		if err != nil {
+			err = fmt.Errorf("setting the guest's clock: %w", err)
+		}
+		return reply, err
+	}
+	doubt := time.Duration(math.MaxInt64)
+	for range tries {
+		sent := time.Now()
+		reply, err := ask(&agentv1.SyncTime{UnixNanos: sent.UnixNano()})
+		if err != nil {
+			return 0, err
+		}
+		// It was read somewhere between the two: in the middle, give or take as much.
+		half := time.Since(sent) / 2
+		if half < doubt {
+			doubt, ahead = half, time.Duration(reply.GetOffsetNanos())-half
+		}
+		if doubt < precise {
+			break
+		}
+	}
+	if ahead.Abs() <= max(doubt, precise) {
+		return ahead, nil
+	}
+	_, err = ask(&agentv1.SyncTime{UnixNanos: time.Now().UnixNano(), CorrectNanos: int64(-ahead)})
+	return ahead, err
+}
+
 // violation ends the session of a guest that breaks the protocol.
 func (c *Client) violation() error {
 	c.session.Close()
@@ -277,6 +323,9 @@ func (c *Client) ask(ctx context.Context, req *agentv1.Request, reply message) e
 
 // open starts a stream that ends with ctx.
 func (c *Client) open(ctx context.Context, req *agentv1.Request) (*stream, error) {
+	if err := c.understood(req); err != nil {
+		return nil, err
+	}
 	conn, err := c.session.Open(ctx)
 	if err != nil {
 		return nil, lost(ctx, err)

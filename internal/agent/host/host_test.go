@@ -80,7 +80,8 @@ func TestHostileGuest(t *testing.T) {
 		call func(*Client) error
 		want error
 	}{
-		"other protocol": {func(s net.Conn, _ *agentv1.Request) { transport.WriteMsg(s, &agentv1.HelloReply{Protocol: 2}) }, hello, errdefs.ErrFailedPrecondition},
+		"no protocol":    {func(s net.Conn, _ *agentv1.Request) { transport.WriteMsg(s, &agentv1.HelloReply{}) }, hello, errdefs.ErrFailedPrecondition},
+		"newer protocol": {func(s net.Conn, _ *agentv1.Request) { transport.WriteMsg(s, &agentv1.HelloReply{Protocol: 99}) }, hello, errdefs.ErrFailedPrecondition},
 		"no answer":      {func(net.Conn, *agentv1.Request) {}, hello, errdefs.ErrUnavailable},
 		"long frame":     {func(s net.Conn, _ *agentv1.Request) { s.Write([]byte{0xff, 0xff, 0xff, 0xff}) }, hello, errdefs.ErrUnavailable},
 		"junk":           {func(s net.Conn, _ *agentv1.Request) { s.Write([]byte{0, 0, 0, 2, 0xff, 0xff}) }, hello, errdefs.ErrUnavailable},

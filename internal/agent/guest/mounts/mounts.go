@@ -58,6 +58,31 @@ func loadModule(path string) error {
 	return nil
 }
 
+// LoadedModules returns the names of the modules that the kernel has.
+func LoadedModules() []string {
+	data, _ := os.ReadFile("/proc/modules")
+	var names []string
+	for line := range strings.Lines(string(data)) {
+		name, _, _ := strings.Cut(line, " ")
+		names = append(names, name)
+	}
+	return names
+}
+
+// ModuleDevices makes the devices whose opening loads their module, as kmod's static nodes are.
+func ModuleDevices() {
+	for _, d := range []struct {
+		path  string
+		mode  uint32
+		minor uint32
+	}{{"/dev/fuse", 0o666, 229}, {"/dev/net/tun", 0o666, 200}, {"/dev/loop-control", 0o660, 237}} {
+		os.Mkdir(filepath.Dir(d.path), 0o755)
+		if unix.Mknod(d.path, unix.S_IFCHR|d.mode, int(unix.Mkdev(10, d.minor))) == nil {
+			os.Chmod(d.path, os.FileMode(d.mode))
+		}
+	}
+}
+
 // Root is the mounted root.
 type Root struct {
 	scratch int // its mount, which no path leads to after Switch; -1 when it is a tmpfs
