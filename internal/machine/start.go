@@ -145,7 +145,7 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 		e.mu.Unlock()
 		return s.fail(ctx, err)
 	}
-	e.cancelStart = nil
+	e.cancelStart, e.stopAsked = nil, false
 	e.run = s.run
 	err = ms.commitLocked(e, "start", func(m *Machine) {
 		m.State, m.Started, m.Steps, m.Lease, m.Ports = Running, time.Now(), s.m.Steps, s.m.Lease, s.m.Ports
