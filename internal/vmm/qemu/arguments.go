@@ -166,7 +166,7 @@ func arguments(spec vmm.Spec, h host) []string {
 	device := func(text string) { args = append(args, "-device", text) }
 	args = append(args, "-chardev", "socket,id=agent,fd=4,server=on,wait=off")
 	device("virtio-serial-device,id=ports,max_ports=2")
-	device("virtserialport,bus=ports.0,chardev=agent,name=atoll.agent")
+	device("virtserialport,bus=ports.0,chardev=agent,name=atoll.agent,id=agent") // only with an id QEMU tells when the guest closes it
 	device("virtio-rng-device")
 	for i, d := range spec.Disks {
 		node := fmt.Sprintf("driver=raw,node-name=disk%d,file.driver=file,file.filename=%s", i, escape(d.Path))
