@@ -160,30 +160,9 @@ func attributes(flag, given, first string, known ...string) (map[string]string, 
 
 func (c *buildCall) readSecrets() error {
 	for _, given := range c.secrets {
-		attrs, err := attributes("--secret", given, "", "id", "type", "src", "source", "env")
+		id, value, err := c.env.secret(given)
 		if err != nil {
 			return err
-		}
-		id, file, env := attrs["id"], attrs["src"], attrs["env"]
-		if file == "" {
-			file = attrs["source"]
-		}
-		if id == "" {
-			return usagef("--secret %q: id= is missing", given)
-		}
-		if attrs["type"] == "env" && env == "" {
-			env, file = file, "" // as docker has it: type=env,src=NAME
-		}
-		if file == "" && env == "" {
-			if _, ok := c.env.LookupEnv(id); ok {
-				env = id
-			} else {
-				file = id
-			}
-		}
-		value, err := c.secret(file, env)
-		if err != nil {
-			return fmt.Errorf("secret %q: %w", id, err)
 		}
 		if c.start.Secrets == nil {
 			c.start.Secrets = map[string][]byte{}
@@ -193,13 +172,42 @@ func (c *buildCall) readSecrets() error {
 	return nil
 }
 
-// secret reads a value here, so that the daemon needs no right to the file.
-func (c *buildCall) secret(file, env string) ([]byte, error) {
+// secret reads what --secret names here, so that the daemon needs no right to the file.
+func (e *environment) secret(given string) (id string, value []byte, err error) {
+	attrs, err := attributes("--secret", given, "", "id", "type", "src", "source", "env")
+	if err != nil {
+		return "", nil, err
+	}
+	id, file, env := attrs["id"], attrs["src"], attrs["env"]
+	if file == "" {
+		file = attrs["source"]
+	}
+	if id == "" {
+		return "", nil, usagef("--secret %q: id= is missing", given)
+	}
+	if attrs["type"] == "env" && env == "" {
+		env, file = file, "" // as docker has it: type=env,src=NAME
+	}
+	if file == "" && env == "" {
+		if _, ok := e.LookupEnv(id); ok {
+			env = id
+		} else {
+			file = id
+		}
+	}
+	value, err = e.secretValue(file, env)
+	if err != nil {
+		return "", nil, fmt.Errorf("secret %q: %w", id, err)
+	}
+	return id, value, nil
+}
+
+func (e *environment) secretValue(file, env string) ([]byte, error) {
 	if file != "" && env != "" {
 		return nil, usagef("src and env: give one of them")
 	}
 	if env != "" {
-		value, ok := c.env.LookupEnv(env)
+		value, ok := e.LookupEnv(env)
 		if !ok {
 			return nil, hint.With(fmt.Errorf("the environment has no %s: %w", env, errdefs.ErrNotFound), "export %s=…, or take a file: src=FILE", env)
 		}

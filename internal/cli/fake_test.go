@@ -85,6 +85,7 @@ type fake struct {
 	events      *atollv1.EventsRequest
 	checks      []*atollv1.Check
 	stop        chan struct{}
+	restarted   *atollv1.StartMachineRequest // the last that was to reprovision
 	sizes       []*atollv1.Size
 }
 
@@ -225,6 +226,9 @@ func (f *fake) Start(_ context.Context, r *connect.Request[atollv1.StartMachineR
 	m, err := f.find(r.Msg.GetMachine())
 	if err != nil {
 		return nil, err
+	}
+	if r.Msg.GetReprovision() {
+		f.set(m, func() { f.restarted = r.Msg })
 	}
 	if len(m.Argv) > 0 && !slices.Contains([]string{"echo", "warn", "cat", "exit", "sleep"}, m.Argv[0]) {
 		code, failure := guest(m.Argv, nil, nil)

@@ -13,6 +13,7 @@ import (
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
 	"github.com/atollvm/atoll/client"
 	"github.com/atollvm/atoll/internal/cli/ui"
+	"github.com/atollvm/atoll/internal/hint"
 )
 
 // each calls do for all names at once and prints what it returns in the order of the names. One failure stops no other.
@@ -51,27 +52,55 @@ func (e *environment) each(ctx context.Context, names []string, do func(context.
 }
 
 func newStartCmd(e *environment) *cobra.Command {
-	return &cobra.Command{
-		Use:               "start MACHINE...",
-		Short:             "Start machines",
-		Long:              `Start machines that were created or have stopped. Their disks are as they left them.`,
-		Example:           `  atoll start web db`,
+	var again bool
+	var flags *provisionFlags
+	cmd := &cobra.Command{
+		Use:   "start [OPTIONS] MACHINE...",
+		Short: "Start machines",
+		Long: `Start machines that were created or have stopped. Their disks are as they left
+them.
+
+What a machine was given to be set up with (--user-data, --add-user and the
+like) is done at its first boot, and only there. --reprovision does it again, on
+the disk as it is. With options of that kind it does what they say, from then on
+in place of all that was asked for before.`,
+		Example: `  atoll start web db
+  atoll start --reprovision web
+  atoll start --reprovision --user-data setup.sh --timezone Europe/Berlin web`,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: e.completeMachines(0),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			request, err := flags.provisioning(e, cmd)
+			if err != nil {
+				return err
+			}
+			if request != nil && !again {
+				return usageError{hint.With(errors.New("options for the first boot of a machine, which was set up before"), "add --reprovision to set it up again")}
+			}
 			var mu sync.Mutex
 			var warnings []string
-			err := e.each(cmd.Context(), args, func(ctx context.Context, c *client.Client, name string) (string, error) {
-				w, err := startMachine(ctx, c, name)
+			err = e.each(cmd.Context(), args, func(ctx context.Context, c *client.Client, name string) (string, error) {
+				stop := e.watchProvisioning(ctx, c, name, len(args) > 1)
+				defer stop()
+				res, err := c.Machines.Start(ctx, connect.NewRequest(&atollv1.StartMachineRequest{Machine: name, Reprovision: again, Provisioning: request}))
+				if err != nil {
+					return "", err
+				}
 				mu.Lock()
 				defer mu.Unlock()
-				warnings = append(warnings, w...)
-				return name, err
+				warnings = append(warnings, res.Msg.GetWarnings()...)
+				if again {
+					fmt.Fprintf(e.Stderr, "%s: provisioned again\n", name)
+				}
+				return name, nil
 			})
 			ui.Warnings(e.Stderr, warnings)
 			return err
 		},
 	}
+	cmd.Flags().BoolVar(&again, "reprovision", false, "set the guest up again, as at its first boot")
+	flags = addProvisionFlags(cmd)
+	return cmd
 }
 
 func newStopCmd(e *environment) *cobra.Command {

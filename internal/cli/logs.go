@@ -15,20 +15,25 @@ import (
 )
 
 func newLogsCmd(e *environment) *cobra.Command {
-	var follow, timestamps, boot bool
+	var follow, timestamps, boot, provisioning bool
 	var tail, since string
 	cmd := &cobra.Command{
 		Use:   "logs [OPTIONS] MACHINE",
 		Short: "Show what a machine's entrypoint has written",
 		Long: `Show what a machine's entrypoint has written, also after it has stopped: its
 stdout on stdout and its stderr on stderr. --boot shows the serial console
-instead, with what the kernel and the agent say.`,
+instead, with what the kernel and the agent say; --provisioning what user-data
+and the package manager wrote when the machine was set up.`,
 		Example: `  atoll logs -f --since 10m web
-  atoll logs --boot -n 20 web`,
+  atoll logs --boot -n 20 web
+  atoll logs --provisioning web`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: e.completeMachines(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			req := &atollv1.LogsRequest{Machine: args[0], Follow: follow, Boot: boot}
+			req := &atollv1.LogsRequest{Machine: args[0], Follow: follow, Boot: boot, Provisioning: provisioning}
+			if provisioning && (follow || boot || timestamps || since != "") {
+				return usagef("--provisioning goes with --tail only")
+			}
 			var err error
 			if req.Tail, req.TailAll, err = parseTail(tail); err != nil {
 				return err
@@ -60,6 +65,7 @@ instead, with what the kernel and the agent say.`,
 	f.BoolVarP(&timestamps, "timestamps", "t", false, "begin each line with its time")
 	f.StringVar(&since, "since", "", "only from then on: a time (2006-01-02T15:04:05Z), seconds since 1970, or a duration (10m)")
 	f.BoolVar(&boot, "boot", false, "the serial console instead of the entrypoint's output")
+	f.BoolVar(&provisioning, "provisioning", false, "what was written when the machine was set up instead")
 	return cmd
 }
 

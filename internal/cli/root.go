@@ -37,7 +37,7 @@ command needs it. ATOLL_HOST or --host choose another daemon.`
 	}
 	add(machines,
 		newRunCmd(e), newCreateCmd(e), newStartCmd(e), newStopCmd(e), newRestartCmd(e), newKillCmd(e), newRmCmd(e), newWaitCmd(e),
-		newPsCmd(e), newInspectCmd(e), newLogsCmd(e), newPortCmd(e), newExecCmd(e), newAttachCmd(e))
+		newPsCmd(e), newInspectCmd(e), newLogsCmd(e), newPortCmd(e), newExecCmd(e), newCpCmd(e), newAttachCmd(e), newConsoleCmd(e))
 	add(images,
 		newBuildCmd(e), newBuilderCmd(e), newImageCmd(e), newImagesCmd(e), newPullCmd(e), newPushCmd(e), newTagCmd(e), newRmiCmd(e),
 		newSaveCmd(e), newLoadCmd(e), newImportCmd(e), newHistoryCmd(e), newLoginCmd(e), newLogoutCmd(e), newBaseCmd(e), newKernelCmd(e))

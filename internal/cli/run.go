@@ -31,11 +31,17 @@ image's CMD, word for word.
 
 Without a terminal, signals such as that of Ctrl-C go to the entrypoint. The
 exit code is the entrypoint's, 128+n when signal n ended it; 126 when it could
-not be executed, 127 when it was not found, 125 when Atoll failed.`,
+not be executed, 127 when it was not found, 125 when Atoll failed.
+
+With --disk there is no IMAGE: the machine boots a disk image, such as a
+distribution's cloud image, with the system that is on it. The file stays as it
+is; what the machine writes goes to a disk of its own. Its serial console is
+the output.`,
 		Example: `  atoll run --rm debian:bookworm uname -a
   atoll run -d --name web -p 8080:80 --memory 1G hello
-  atoll run --rm -it debian:bookworm bash`,
-		Args:              cobra.MinimumNArgs(1),
+  atoll run --rm -it debian:bookworm bash
+  atoll run -d --name debian -p 2222:22 --disk debian-12-generic-amd64.qcow2`,
+		Args:              bootArgs,
 		ValidArgsFunction: e.completeImages(1),
 		RunE: guestCode(func(cmd *cobra.Command, args []string) error {
 			if err := e.setFromEnvironment(cmd); err != nil {
@@ -65,7 +71,7 @@ func newCreateCmd(e *environment) *cobra.Command {
 		Long: `Create a machine from an image and print its ID. The options are those of
 "atoll run"; "atoll start" starts it.`,
 		Example:           `  atoll create --name web -p 8080:80 hello`,
-		Args:              cobra.MinimumNArgs(1),
+		Args:              bootArgs,
 		ValidArgsFunction: e.completeImages(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := e.setFromEnvironment(cmd); err != nil {
@@ -95,8 +101,9 @@ func newCreateCmd(e *environment) *cobra.Command {
 
 // create makes the machine, with its image pulled first where the policy says so.
 func (e *environment) create(ctx context.Context, c *client.Client, spec *atollv1.MachineSpec, pull string) (*atollv1.Machine, []string, error) {
-	absent := pull == "always"
-	if pull == "missing" {
+	ofImage := spec.GetDisk() == ""
+	absent := ofImage && pull == "always"
+	if ofImage && pull == "missing" {
 		_, err := c.Images.Get(ctx, connect.NewRequest(&atollv1.GetImageRequest{Reference: spec.GetImage()}))
 		if absent = errdefs.IsNotFound(err); absent {
 			fmt.Fprintf(e.Stderr, "Image %s is not here; pulling it\n", spec.GetImage())
@@ -109,7 +116,7 @@ func (e *environment) create(ctx context.Context, c *client.Client, spec *atollv
 			return nil, nil, err
 		}
 	}
-	if spec.GetKernel() == "" {
+	if ofImage && spec.GetKernel() == "" {
 		if err := e.ensureKernel(ctx, c); err != nil {
 			return nil, nil, err
 		}
@@ -170,7 +177,9 @@ func (e *environment) run(ctx context.Context, spec *atollv1.MachineSpec, pull s
 // start starts the machine. The error of an entrypoint that could not be executed carries its code, 126 or 127, which the
 // machine knows, or, where it is gone already, the attached stream.
 func (e *environment) start(ctx context.Context, c *client.Client, m *atollv1.Machine, attached <-chan outcome) (warnings []string, err error) {
+	stop := e.watchProvisioning(ctx, c, m.GetId(), false)
 	res, err := c.Machines.Start(ctx, connect.NewRequest(&atollv1.StartMachineRequest{Machine: m.GetId()}))
+	stop()
 	if err == nil {
 		return res.Msg.GetWarnings(), nil
 	}

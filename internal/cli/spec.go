@@ -28,6 +28,7 @@ type specFlags struct {
 	pull        string
 	guest       guestFlags
 	health      healthFlags
+	provision   *provisionFlags
 }
 
 func addSpecFlags(cmd *cobra.Command) *specFlags {
@@ -60,8 +61,12 @@ func addSpecFlags(cmd *cobra.Command) *specFlags {
 	f.StringVar(&s.spec.Init, "init", "", "who is PID 1: agent; image, its own init; auto, the latter where the\nimage runs an init such as /sbin/init (default auto)")
 	s.guest.add(cmd, s.spec)
 	s.health.add(cmd)
+	f.Var(metadataValue{&s.spec.Metadata}, "metadata", "what 169.254.169.254 tells the guest about its machine: off; v2, to who has\na token; v1, to all that can reach it there (default v2)")
+	s.provision = addProvisionFlags(cmd)
 	f.StringArrayVar(&s.spec.Profiles, "profile", nil, "settings of this `NAME` hold where no flag says otherwise; later ones win")
+	addDiskFlags(cmd, s.spec)
 	complete(cmd, "init", "auto", "agent", "image")
+	complete(cmd, "metadata", "off", "v2", "v1")
 	complete(cmd, "pull", "always", "missing", "never")
 	complete(cmd, "vmm", "auto", "qemu")
 	return s
@@ -70,7 +75,12 @@ func addSpecFlags(cmd *cobra.Command) *specFlags {
 // machine returns the spec that the flags and the arguments after them ask for.
 func (s *specFlags) machine(e *environment, cmd *cobra.Command, args []string) (*atollv1.MachineSpec, error) {
 	spec := s.spec
-	spec.Image, spec.Command = args[0], args[1:]
+	if len(args) > 0 {
+		spec.Image, spec.Command = args[0], args[1:]
+	}
+	if err := resolveDisk(spec); err != nil {
+		return nil, err
+	}
 	switch s.pull {
 	case "always", "missing", "never":
 	default:
@@ -89,6 +99,8 @@ func (s *specFlags) machine(e *environment, cmd *cobra.Command, args []string) (
 		}
 	}
 	var faults []error
+	provisioning, err := s.provision.provisioning(e, cmd)
+	spec.Provisioning, faults = provisioning, append(faults, err)
 	for _, file := range s.envFiles {
 		lines, err := kvfile.Parse(file, e.LookupEnv)
 		if err != nil {

@@ -132,9 +132,10 @@ type machineDetail struct {
 	VMM     *vmmView     `json:"vmm"`
 	Steps   []stepView   `json:"steps"` // of the last start
 
-	HealthStatus *healthView `json:"healthStatus"` // null: there is no check
-	ExposedPorts []string    `json:"exposedPorts"` // of the image
-	Volumes      []string    `json:"volumes"`      // that it declares
+	HealthStatus *healthView         `json:"healthStatus"` // null: there is no check
+	ExposedPorts []string            `json:"exposedPorts"` // of the image
+	Volumes      []string            `json:"volumes"`      // that it declares
+	Provisioning provisionStatusView `json:"provisioning"`
 }
 
 type specView struct {
@@ -163,6 +164,10 @@ type specView struct {
 	Init          string   `json:"init"` // auto, agent or image
 	guestView
 	Profiles []string `json:"profiles"`
+	Disk     string   `json:"disk"`     // a disk image in the place of an image
+	Firmware string   `json:"firmware"` // that boots it: bios, uefi, or none
+
+	Provisioning *provisionView `json:"provisioning"` // null: nothing was asked for
 }
 
 type networkView struct {
@@ -194,8 +199,9 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Remove: s.GetRemove(), Hostname: s.GetHostname(), CPUs: s.GetCpus(), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(),
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
 		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(), guestView: newGuestView(s),
-		Profiles: list(s.GetProfiles()),
+		Profiles: list(s.GetProfiles()), Disk: s.GetDisk(), Firmware: s.GetFirmware(),
 	}, HealthStatus: newHealthView(m.GetHealth()), ExposedPorts: list(m.GetExposedPorts()), Volumes: list(m.GetVolumes())}
+	d.Spec.Provisioning, d.Provisioning = newProvisionView(s.GetProvisioning()), newProvisionStatusView(m.GetProvisioning())
 	if t := s.GetStopTimeout(); t != nil {
 		d.Spec.StopTimeout = t.AsDuration().String()
 	}

@@ -78,6 +78,8 @@ type Machine struct {
 	Kernel   string   `toml:"kernel"`
 	Network  string   `toml:"network"`
 	Profiles []string `toml:"profiles"` // for machines that name none
+	// ProvisionTimeout is how long a command or the package manager may write nothing before a machine's start fails; 0: 10m.
+	ProvisionTimeout Duration `toml:"provisionTimeout"`
 }
 
 // minVMMemory is what a build's VM boots with and has something left for a step.
@@ -170,6 +172,9 @@ func (s Settings) check() error {
 	}
 	if s.Machine.CPUs < 0 {
 		faults = append(faults, fmt.Errorf("machine: cpus %d: give 1 or more", s.Machine.CPUs))
+	}
+	if s.Machine.ProvisionTimeout < 0 {
+		faults = append(faults, fmt.Errorf("machine: provisionTimeout %s: give more than 0", time.Duration(s.Machine.ProvisionTimeout)))
 	}
 	if s.Build.VMCPUs < 0 {
 		faults = append(faults, fmt.Errorf("build: vmCPUs %d: give 1 or more", s.Build.VMCPUs))

@@ -174,7 +174,7 @@ func (k *kernelsOf) Boot(ctx context.Context, name string, features ...string) (
 	if err != nil {
 		return vmm.Kernel{}, "", err
 	}
-	return vmm.Kernel{Path: kn.Path, Initramfs: initramfs, Args: kn.Args, NeedsACPI: kn.NeedsACPI, ACPI: kn.ACPI}, kn.Name, nil
+	return vmm.Kernel{Path: kn.Path, Initramfs: initramfs, Args: kn.Args, NeedsACPI: kn.NeedsACPI, ACPI: kn.ACPI, BuiltIn: len(kn.Modules) == 0}, kn.Name, nil
 }
 
 func (k *kernelsOf) Modules(name string) machine.KernelModules {

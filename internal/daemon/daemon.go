@@ -152,6 +152,7 @@ func assemble(c Config, db *state.DB) (*system, error) {
 		return nil, err
 	}
 	s.machines, err = machine.Open(machine.Options{
+		Fetch: fetching(c.Settings, c.Log), ProvisionPatience: time.Duration(c.Settings.Machine.ProvisionTimeout),
 		Dir: at("machines"), Host: hostID, BootID: bootID(), DB: db,
 		Drivers: map[string]vmm.Driver{"auto": s.qemu, "qemu": s.qemu},
 		Images:  &imagesOf{s}, Disks: &disksOf{s}, Kernels: &kernelsOf{s}, Networks: s.networks,

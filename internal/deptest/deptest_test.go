@@ -31,6 +31,7 @@ var rules = []struct {
 	{"internal/vmm", module + "/internal/network", nil, "a NIC is a pair of sockets to a VMM"},
 	{"internal/network", module + "/internal/machine", nil, "an endpoint has an ID and a name, no more"},
 	{"internal/network", module + "/internal/vmm", nil, "the network does not care what sends the frames"},
+	{"internal/metadata", module + "/internal", nil, "the network's helper serves it: it knows a document, not machines"},
 	{"internal/image", module + "/internal/rootdisk", nil, "images are content; root disks are made from them"},
 	{"internal/image", module + "/internal/machine", nil, "images do not know who runs them"},
 	{"internal/rootdisk", module + "/internal/machine", nil, "disks do not know who runs them"},

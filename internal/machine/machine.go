@@ -10,8 +10,10 @@ import (
 	"time"
 
 	"github.com/atollvm/atoll/internal/agent/transport"
+	"github.com/atollvm/atoll/internal/diskimage"
 	"github.com/atollvm/atoll/internal/health"
 	"github.com/atollvm/atoll/internal/network"
+	"github.com/atollvm/atoll/internal/provision"
 	"github.com/atollvm/atoll/internal/vmm"
 	"github.com/opencontainers/go-digest"
 )
@@ -94,7 +96,12 @@ type Spec struct {
 	PublishAll    bool         // every port that the image exposes
 	Health        health.Check // over the image's
 	KernelArgs    []string
-	Profiles      []string // where some of all this came from; for people
+	Metadata      Metadata
+	// Provisioning is what is set in the guest at its first boot. Create takes it whole; a record has it redacted.
+	Provisioning provision.Request
+	Profiles     []string // where some of all this came from; for people
+	Disk         string   // path of a disk image that boots in the place of an image
+	Firmware     string   // with Disk: vmm.BIOS or vmm.UEFI
 }
 
 // Tmpfs is a file system in memory.
@@ -129,6 +136,7 @@ type Machine struct {
 	Error      string
 	FailedStep string
 	Image      Image
+	Disk       *diskimage.Image // of Spec.Disk, as it was at create
 	Created    time.Time
 	Started    time.Time
 	Finished   time.Time
@@ -140,6 +148,8 @@ type Machine struct {
 	AgentToken transport.Token // reopens the agent's channel
 	HostBoot   string          // the host's boot ID at the last start
 	Health     *health.State   // nil: there is no check. The state is replaced, not changed
+
+	Provisioning ProvisionStatus
 }
 
 // LastWord is why a guest goes down, in its agent's words.
@@ -238,15 +248,17 @@ type Networks interface {
 }
 
 // endpoint is the machine's NIC as the network sees it.
-func (m *Machine) endpoint() network.Endpoint {
+func (m *Machine) endpoint(n network.Network) (network.Endpoint, error) {
+	document, err := m.document(n)
 	return network.Endpoint{
-		ID:      m.ID.Short(),
-		Name:    m.Spec.Name,
-		Aliases: aliases(m),
-		MAC:     m.Lease.MAC,
-		Address: m.Lease.Address,
-		Ports:   m.ports(),
-	}
+		ID:       m.ID.Short(),
+		Name:     m.Spec.Name,
+		Aliases:  aliases(m),
+		MAC:      m.Lease.MAC,
+		Address:  m.Lease.Address,
+		Ports:    m.ports(),
+		Metadata: document,
+	}, err
 }
 
 func aliases(m *Machine) []string {

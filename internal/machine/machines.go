@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"sort"
@@ -12,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/atollvm/atoll/internal/diskimage"
 	"github.com/atollvm/atoll/internal/event"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/machine/outlog"
@@ -34,6 +36,10 @@ type Options struct {
 	Networks Networks
 	Events   *event.Bus
 	Log      *slog.Logger
+	// Fetch makes the requests of documents that refer to others; nil: Go's default.
+	Fetch *http.Transport
+	// ProvisionPatience is how long a step of provisioning may take without a word; 0: 10 min.
+	ProvisionPatience time.Duration
 }
 
 // Machines is all machines of this host.
@@ -79,6 +85,7 @@ func Open(o Options) (*Machines, error) {
 	ms := &Machines{Options: o, records: records, byID: map[ID]*entry{}, byName: map[string]*entry{}}
 	ms.life, ms.endLife = context.WithCancel(context.Background())
 	ms.workers.Go(ms.boundConsoles)
+	ms.workers.Go(ms.keepClocks)
 	all, err := records.All()
 	if err != nil {
 		return nil, fmt.Errorf("opening machines: %w", err)
@@ -87,6 +94,9 @@ func Open(o Options) (*Machines, error) {
 		if _, err := ms.addLocked(m); err != nil {
 			return nil, fmt.Errorf("opening machine %s: %w", m.ID.Short(), err)
 		}
+	}
+	if err := ms.sweep(); err != nil {
+		return nil, fmt.Errorf("opening machines: %w", err)
 	}
 	return ms, nil
 }
@@ -117,8 +127,33 @@ func (ms *Machines) boundConsoles() {
 	}
 }
 
+func (ms *Machines) dirOf(id ID) string { return filepath.Join(ms.Dir, id.Short()) }
+
+// sweep removes what a Create that was cut off has left: a directory without a record, in which no machine has run.
+func (ms *Machines) sweep() error {
+	dirs, err := os.ReadDir(ms.Dir)
+	if err != nil {
+		return err
+	}
+	known := map[string]bool{}
+	for id := range ms.byID {
+		known[id.Short()] = true
+	}
+	var errs []error
+	for _, d := range dirs {
+		path := filepath.Join(ms.Dir, d.Name())
+		if known[d.Name()] || !d.IsDir() || !idForm.MatchString(d.Name()) {
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(path, scratchFile)); errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, os.RemoveAll(path))
+		}
+	}
+	return errors.Join(errs...)
+}
+
 func (ms *Machines) addLocked(m Machine) (*entry, error) {
-	dir := filepath.Join(ms.Dir, m.ID.Short())
+	dir := ms.dirOf(m.ID)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -144,44 +179,55 @@ func (ms *Machines) Close() error {
 	return errors.Join(errs...)
 }
 
-// Create makes a machine: a record and a directory, nothing that runs.
-func (ms *Machines) Create(ctx context.Context, s Spec) (Machine, error) {
+// Create makes a machine: a record and a directory, nothing that runs. The warnings are for its user.
+func (ms *Machines) Create(ctx context.Context, s Spec) (m Machine, warnings []string, err error) {
 	chosen := s.Name != ""
 	if !chosen {
 		s.Name = madeUpName()
 	}
-	patient := s.StopTimeout == 0
+	patient, sized := s.StopTimeout == 0, s.DiskBytes != 0
 	s = s.withDefaults()
-	if err := s.validate(); err != nil {
-		return Machine{}, fmt.Errorf("creating machine: %w", err)
+	request := s.Provisioning
+	if s.Disk != "" {
+		err = request.CheckNoCloud()
+	} else {
+		warnings, err = request.Check()
 	}
+	if err := errors.Join(s.validate(), err); err != nil {
+		return Machine{}, nil, fmt.Errorf("creating machine: %w", err)
+	}
+	s.Provisioning = request.Redacted()
 	release := ms.Images.Hold() // until the record names the image as in use
 	defer release()
-	img, err := ms.Images.Find(ctx, s.Image, s.Platform)
+	img, disk, err := ms.bootable(ctx, &s, sized)
 	if err != nil {
-		return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
-	}
-	if _, err := argv(s, img); err != nil {
-		return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
-	}
-	if err := errors.Join(checkInit(s, img), checkExposed(s, img)); err != nil {
-		return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
+		return Machine{}, nil, fmt.Errorf("creating machine %q: %w", s.Name, err)
 	}
 	s.Labels = withImageLabels(s.Labels, img.Labels)
-	if patient && imageInit(s, img) {
+	if patient && (disk != nil || imageInit(s, img)) {
 		s.StopTimeout = DefaultInitStopTimeout
 	}
 	if s.Kernel != "" {
 		if _, _, err := ms.Kernels.Boot(ctx, s.Kernel); err != nil {
-			return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
+			return Machine{}, nil, fmt.Errorf("creating machine %q: %w", s.Name, err)
 		}
 	}
 	if s.Network != NoNetwork {
 		if _, _, err := ms.Networks.Get(s.Network); err != nil {
-			return Machine{}, fmt.Errorf("creating machine %q: %w", s.Name, err)
+			return Machine{}, nil, fmt.Errorf("creating machine %q: %w", s.Name, err)
 		}
 	}
-	m := Machine{ID: newID(), Host: ms.Host, Spec: s, State: Created, Image: img, Created: time.Now()}
+	m = Machine{ID: newID(), Host: ms.Host, Spec: s, State: Created, Image: img, Disk: disk, Created: time.Now()}
+	dir := ms.dirOf(m.ID)
+	m.Provisioning = ProvisionStatus{Due: DueFirst, Log: filepath.Join(dir, provisionLogFile)}
+	if err := prepareProvisioning(dir, request); err != nil {
+		return Machine{}, nil, errors.Join(fmt.Errorf("creating machine %q: keeping its provisioning: %w", s.Name, err), os.RemoveAll(dir))
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
+	}()
 
 	ms.mu.Lock()
 	defer ms.mu.Unlock()
@@ -191,19 +237,35 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (Machine, error) {
 	}
 	if other := ms.byName[m.Spec.Name]; other != nil {
 		err := fmt.Errorf("creating machine %q: the name is in use by machine %s: %w", m.Spec.Name, other.m.ID.Short(), errdefs.ErrAlreadyExists)
-		return Machine{}, hint.With(err, "choose another --name, or remove that one: atoll rm -f %s", m.Spec.Name)
+		return Machine{}, nil, hint.With(err, "choose another --name, or remove that one: atoll rm -f %s", m.Spec.Name)
 	}
 	e, err := ms.addLocked(m)
 	if err != nil {
-		return Machine{}, fmt.Errorf("creating machine %q: %w", m.Spec.Name, err)
+		return Machine{}, nil, fmt.Errorf("creating machine %q: %w", m.Spec.Name, err)
 	}
 	if err := ms.records.Put(string(m.ID), m); err != nil {
 		delete(ms.byID, m.ID)
 		delete(ms.byName, m.Spec.Name)
-		return Machine{}, errors.Join(fmt.Errorf("creating machine %q: %w", m.Spec.Name, err), e.log.Close(), os.RemoveAll(e.dir))
+		return Machine{}, nil, errors.Join(fmt.Errorf("creating machine %q: %w", m.Spec.Name, err), e.log.Close())
 	}
 	ms.publish(&m, "create", nil)
-	return m, nil
+	return m, warnings, nil
+}
+
+// bootable finds what a machine that is to be made will boot: an image or, where the spec asks for one, a disk image.
+func (ms *Machines) bootable(ctx context.Context, s *Spec, sized bool) (Image, *diskimage.Image, error) {
+	if s.Disk != "" {
+		disk, err := openDisk(s, sized)
+		return Image{}, disk, err
+	}
+	img, err := ms.Images.Find(ctx, s.Image, s.Platform)
+	if err == nil {
+		_, err = argv(*s, img)
+	}
+	if err == nil {
+		err = errors.Join(checkInit(*s, img), checkExposed(*s, img))
+	}
+	return img, nil, err
 }
 
 // Get returns the machine of that name, ID or unambiguous ID prefix.
@@ -313,7 +375,7 @@ func (ms *Machines) commitLocked(e *entry, action string, change func(m *Machine
 }
 
 func (ms *Machines) publish(m *Machine, action string, more map[string]string) {
-	a := map[string]string{"name": m.Spec.Name, "image": m.Spec.Image}
+	a := map[string]string{"name": m.Spec.Name, "image": first(m.Spec.Image, m.Spec.Disk)}
 	if action == "die" {
 		a["exitCode"], a["reason"] = fmt.Sprint(m.ExitCode), string(m.Reason)
 	}

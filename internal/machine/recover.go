@@ -20,28 +20,38 @@ func (ms *Machines) Recover(ctx context.Context) {
 	}
 	ms.mu.Unlock()
 
-	attached := map[string][]network.Endpoint{}
+	attached := map[string][]Machine{}
 	for _, e := range entries {
 		if ms.recoverOne(ctx, e) {
 			m := e.get()
-			if m.Spec.Network != NoNetwork {
-				ep := m.endpoint()
-				ep.Ports = m.Ports
-				attached[m.Spec.Network] = append(attached[m.Spec.Network], ep)
-			}
+			attached[m.Spec.Network] = append(attached[m.Spec.Network], m)
 		}
 	}
 	// Everything that is not in this list is detached: what a cut-off start or rm may have left.
 	for _, n := range ms.Networks.List() {
 		_, d, err := ms.Networks.Get(n.Name)
 		if err == nil {
-			err = d.Recover(ctx, n, attached[n.Name])
+			err = d.Recover(ctx, n, ms.endpoints(n, attached[n.Name]))
 		}
 		if err != nil {
 			// A port that cannot be bound again must not keep everything else from being managed.
 			ms.Log.Error("recovering a network", "network", n.Name, "err", err)
 		}
 	}
+}
+
+// endpoints are those of running machines, with the ports as bound.
+func (ms *Machines) endpoints(n network.Network, machines []Machine) []network.Endpoint {
+	var endpoints []network.Endpoint
+	for _, m := range machines {
+		ep, err := m.endpoint(n)
+		if err != nil { // it has its network all the same
+			ms.Log.Error("recovering a machine's metadata", "machine", m.ID, "err", err)
+		}
+		ep.Ports = m.Ports
+		endpoints = append(endpoints, ep)
+	}
+	return endpoints
 }
 
 // recoverOne says whether the machine runs.

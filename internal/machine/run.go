@@ -24,6 +24,9 @@ import (
 type run struct {
 	inst vmm.Instance
 	e    *entry
+	line *line
+
+	transcribed chan struct{} // closed when all of the console of a guest without an agent is in the output; nil: there is an agent
 
 	drained chan struct{} // closed when the entrypoint's output is complete
 	foreign bool          // an earlier daemon started the VMM: its agent may speak another version
@@ -35,10 +38,11 @@ type run struct {
 	agent     *host.Client  // nil while the channel is down
 	connected chan struct{} // closed while it is up
 	killed    bool          // Atoll ended the VMM
+	synced    time.Time     // when its clock was last compared
 }
 
 func newRun(inst vmm.Instance, e *entry) *run {
-	return &run{inst: inst, e: e, drained: make(chan struct{}), connected: make(chan struct{})}
+	return &run{inst: inst, e: e, line: newLine(inst), drained: make(chan struct{}), connected: make(chan struct{})}
 }
 
 // connect opens the agent's channel, as soon as the guest is there.
@@ -100,12 +104,12 @@ func causeOf(ctx context.Context, err error) error {
 	return err
 }
 
-func (r *run) configure(ctx context.Context, c *agentv1.Config, progress func(step string)) error {
+func (r *run) configure(ctx context.Context, c *agentv1.Config, contents []host.Content, tell host.Configuring) error {
 	agent, err := r.client()
 	if err != nil {
 		return err
 	}
-	return agent.Configure(ctx, c, progress)
+	return agent.ConfigureWith(ctx, c, contents, tell)
 }
 
 // client returns the agent, or errdefs.ErrUnavailable while the channel is down.
@@ -129,6 +133,10 @@ const reconnecting = 5 * time.Second
 // await returns the agent as soon as there is one.
 func (r *run) await(ctx context.Context) (*host.Client, error) {
 	r.e.mu.Lock()
+	if r.e.m.ownSystem() {
+		defer r.e.mu.Unlock()
+		return nil, noAgent(&r.e.m)
+	}
 	connected, refused := r.connected, r.refused
 	r.e.mu.Unlock()
 	if refused != nil {
@@ -168,8 +176,13 @@ func (ms *Machines) supervise(e *entry, r *run) {
 	ms.workers.Go(func() {
 		ctx, cancel := context.WithCancel(ms.life)
 		defer cancel()
-		ms.workers.Go(func() { ms.listen(ctx, e, r) })
-		ms.watchHealth(ctx, e, r)
+		if m := e.get(); m.ownSystem() {
+			r.transcribed = make(chan struct{})
+			ms.workers.Go(func() { defer close(r.transcribed); ms.transcribe(ms.life, e, r) })
+		} else {
+			ms.workers.Go(func() { ms.listen(ctx, e, r) })
+			ms.watchHealth(ctx, e, r)
+		}
 		select {
 		case <-r.inst.Done():
 			cancel()
@@ -198,7 +211,9 @@ func (ms *Machines) listen(ctx context.Context, e *entry, r *run) {
 			}
 			r.drop()
 		} else {
-			err = r.connect(ctx, e.get().AgentToken)
+			if err = r.connect(ctx, e.get().AgentToken); err == nil {
+				ms.workers.Go(func() { ms.syncClock(ctx, e, r) }) // nobody knows what has been meanwhile
+			}
 		}
 		if errdefs.IsFailedPrecondition(err) && ctx.Err() == nil {
 			ms.Log.Warn("a machine's agent cannot be worked with until the machine is restarted", "machine", e.get().ID, "err", err)
@@ -298,6 +313,9 @@ func (ms *Machines) keepLastWord(e *entry, l LastWord) bool {
 // ended records the end of a machine whose VMM is gone, and lets go of what only a running machine holds.
 func (ms *Machines) ended(e *entry, r *run) {
 	exit := r.inst.Exit()
+	if r.transcribed != nil {
+		<-r.transcribed
+	}
 	if err := r.close(); err != nil {
 		ms.Log.Debug("closing an ended instance", "machine", e.get().ID, "err", err)
 	}
@@ -315,7 +333,7 @@ func (r *run) verdict(exit vmm.Exit) (Reason, int, string) {
 		return ReasonPanic, 255, "the guest's kernel panicked"
 	case r.killed:
 		return ReasonKilled, 137, ""
-	case exit.Reason == vmm.ReasonGuest && r.e.m.imageInit(): // its init has the last word
+	case exit.Reason == vmm.ReasonGuest && (r.e.m.imageInit() || r.e.m.ownSystem()): // its init has the last word
 		if exit.Reset {
 			return ReasonReboot, 0, ""
 		}

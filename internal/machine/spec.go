@@ -51,13 +51,20 @@ func (s Spec) withDefaults() Spec {
 	if s.StopTimeout == 0 {
 		s.StopTimeout = DefaultStopTimeout
 	}
+	if s.Disk != "" && s.Firmware == "" && s.Kernel == "" {
+		s.Firmware = defaultFirmware()
+	}
 	if s.Init == "" {
 		s.Init = InitAuto
 	}
 	if s.Hostname == "" {
-		s.Hostname = strings.Trim(strings.ReplaceAll(s.Name, "_", "-"), ".-")
+		s.Hostname = defaultHostname(s.Name)
 	}
 	return s
+}
+
+func defaultHostname(name string) string {
+	return strings.Trim(strings.ReplaceAll(name, "_", "-"), ".-")
 }
 
 // validate gathers every fault of a spec with its defaults.
@@ -73,7 +80,11 @@ func (s Spec) validate() error {
 	} else if !hostnameForm.MatchString(s.Hostname) {
 		fault("a hostname has letters, digits, '-' and '.', at most 64", "hostname %q", shorten(s.Hostname))
 	}
-	if s.Image == "" {
+	if s.Disk != "" {
+		s.checkDisk(fault)
+	} else if s.Firmware != "" {
+		fault("give a --disk, or leave out --firmware", "firmware is only for disk images")
+	} else if s.Image == "" {
 		fault("name the image to run: atoll run IMAGE", "no image")
 	}
 	if s.CPUs < 1 || s.CPUs > 4*runtime.NumCPU() {
@@ -115,6 +126,9 @@ func (s Spec) validate() error {
 	}
 	if s.Network == NoNetwork && len(s.Ports) > 0 {
 		fault("leave out --network none or -p", "ports cannot be published without a network")
+	}
+	if s.Metadata.Disabled && s.Metadata.V1 {
+		fault("use --metadata off or --metadata v1", "the metadata service is to be off and to answer without a token")
 	}
 	if s.StopTimeout < 0 {
 		fault("give a time from 0 on", "stop timeout %s", s.StopTimeout)

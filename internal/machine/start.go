@@ -17,15 +17,19 @@ import (
 	"github.com/atollvm/atoll/internal/health"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/network"
+	"github.com/atollvm/atoll/internal/provision/plan"
 	"github.com/atollvm/atoll/internal/vmm"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 )
 
 const (
-	startTimeout   = 2 * time.Minute // from the VMM's start to the entrypoint's; emulation on a busy host is slow
+	startTimeout   = 2 * time.Minute // of each step of a start; emulation on a busy host is slow
 	cleanupTimeout = 20 * time.Second
 	scratchFile    = "scratch.ext4"
 )
+
+var errNoProgress = fmt.Errorf("no progress for too long: %w", context.DeadlineExceeded)
 
 // starting is one start under way: what its steps have made so far.
 type starting struct {
@@ -41,6 +45,13 @@ type starting struct {
 	run     *run
 	undo    []func(ctx context.Context) error
 	running string // the step under way, also the guest's own
+
+	patience      *time.Timer // ends a start that makes no progress
+	plan          *plan.Plan  // what the guest is provisioned with
+	digest        digest.Digest
+	log           *provisionLog
+	provisionStep string // that of provisioning which is under way; "" before the first
+	warnings      []string
 }
 
 // step is one named part of a start. Do registers what undoes it.
@@ -74,20 +85,21 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 	if err != nil {
 		return m, nil, fmt.Errorf("starting machine %q: %w", m.Spec.Name, err)
 	}
-	var warnings []string
-	if caps.Warning != "" {
-		warnings = append(warnings, caps.Warning)
-	}
 	token := transport.NewToken()
-	s := &starting{ms: ms, e: e}
-	ctx, cancel := context.WithTimeout(ctx, startTimeout)
-	defer cancel()
-	e.setCancel(cancel)
+	s := &starting{ms: ms, e: e, log: &provisionLog{dir: e.dir}}
+	if caps.Warning != "" {
+		s.warnings = append(s.warnings, caps.Warning)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	s.patience = time.AfterFunc(startTimeout, func() { cancel(errNoProgress) })
+	defer s.patience.Stop()
+	e.setCancel(func() { cancel(nil) })
 	defer e.setCancel(nil)
 	// Before the record tells that it starts: whoever is attached waits for this boot's output.
 	if err := e.log.Begin(); err != nil {
 		e.log.End()
-		return m, warnings, fmt.Errorf("starting machine %q: %w", m.Spec.Name, err)
+		return m, s.warnings, fmt.Errorf("starting machine %q: %w", m.Spec.Name, err)
 	}
 	began := time.Now()
 	// The one write before the VMM runs: after a crash from here on, Recover undoes what it finds.
@@ -95,15 +107,17 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 		m.State, m.Reason, m.ExitCode, m.Error, m.FailedStep = Starting, "", 0, "", ""
 		m.Started, m.Finished, m.Steps, m.Ports = time.Time{}, time.Time{}, nil, nil
 		m.AgentToken, m.HostBoot, m.Last, m.Health = token, ms.BootID, nil, nil
+		m.Provisioning.FailedStep, m.Provisioning.ExitCode = "", nil
 		m.VMM = VMMStatus{Driver: driver.Name(), Accelerator: caps.Accelerator, Console: filepath.Join(e.dir, vmm.ConsoleFile)}
 		s.m = *m
 	})
 	if err != nil {
 		e.log.End()
-		return e.get(), warnings, fmt.Errorf("starting machine %q: %w", m.Spec.Name, err)
+		return e.get(), s.warnings, fmt.Errorf("starting machine %q: %w", m.Spec.Name, err)
 	}
 	s.m.Steps = []StepTime{{"record", time.Since(began)}}
-	err = s.all(ctx, []step{
+	steps := []step{
+		{stepProvisioning, s.compile},
 		{"kernel", s.findKernel},
 		{"root disk", s.makeRoot},
 		{"scratch disk", s.makeScratch},
@@ -112,20 +126,28 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 		{"agent", s.connectAgent},
 		{"verity", s.verify},
 		{"guest", s.configureGuest},
-	})
+	}
+	if m.ownSystem() {
+		steps = s.diskSteps(driver)
+	}
+	err = s.all(ctx, steps)
+	if err == nil {
+		err = s.provisioned()
+	}
+	err = errors.Join(err, s.log.close())
 	e.mu.Lock()
 	if err == nil {
 		err = ctx.Err() // a kill came with the last step
 	}
 	if err != nil {
 		e.mu.Unlock()
-		return s.fail(ctx, err, warnings)
+		return s.fail(ctx, err)
 	}
 	e.cancelStart = nil
 	e.run = s.run
 	err = ms.commitLocked(e, "start", func(m *Machine) {
 		m.State, m.Started, m.Steps, m.Lease, m.Ports = Running, time.Now(), s.m.Steps, s.m.Lease, s.m.Ports
-		m.VMM = s.m.VMM
+		m.VMM, m.Spec.Hostname, m.Provisioning = s.m.VMM, s.m.Spec.Hostname, s.m.Provisioning
 		if m.healthArgv() != nil {
 			m.Health = &health.State{Status: health.Starting}
 		}
@@ -135,7 +157,7 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 		ms.Log.Error("recording a started machine", "machine", m.ID, "err", err)
 	}
 	ms.supervise(e, s.run)
-	return e.get(), warnings, nil
+	return e.get(), s.warnings, nil
 }
 
 func (ms *Machines) driver(ctx context.Context, name string) (vmm.Driver, vmm.Capabilities, error) {
@@ -150,6 +172,7 @@ func (ms *Machines) driver(ctx context.Context, name string) (vmm.Driver, vmm.Ca
 func (s *starting) all(ctx context.Context, steps []step) error {
 	for _, st := range steps {
 		s.running = st.name
+		s.patience.Reset(startTimeout)
 		began := time.Now()
 		if err := st.do(ctx); err != nil {
 			return err
@@ -200,10 +223,11 @@ func (s *starting) verify(context.Context) error {
 	return err
 }
 
-// makeScratch makes the disk at the first start; later ones find what the machine wrote.
+// makeScratch makes the disk at the first start; later ones find what the machine wrote. Until a first boot has been finished each try
+// has a disk of its own.
 func (s *starting) makeScratch(context.Context) error {
 	path := s.scratch()
-	if _, err := os.Stat(path); err == nil {
+	if _, err := os.Stat(path); err == nil && s.m.Provisioning.Due != DueFirst {
 		return nil
 	}
 	tmp := path + ".new"
@@ -230,7 +254,11 @@ func (s *starting) attachNetwork(ctx context.Context) error {
 	}
 	s.net, s.m.Lease = n, lease
 	s.undo = append(s.undo, func(ctx context.Context) error { return d.Detach(ctx, n, s.m.ID.Short()) })
-	a, err := d.Attach(ctx, n, s.m.endpoint())
+	ep, err := s.m.endpoint(n)
+	if err != nil {
+		return err
+	}
+	a, err := d.Attach(ctx, n, ep)
 	if err != nil {
 		return err
 	}
@@ -254,14 +282,21 @@ func (s *starting) startVMM(ctx context.Context, d vmm.Driver) error {
 }
 
 func (s *starting) spec() vmm.Spec {
+	if s.m.ownSystem() {
+		return s.diskSpec()
+	}
 	var disks []vmm.Disk
 	for _, d := range slices.Backward(s.root) { // the topmost first, as the agent joins them
 		disks = append(disks, vmm.Disk{Path: d.Path, ReadOnly: true})
 	}
+	kernel := s.kernel
+	if s.plan != nil { // else it is only to be recovered
+		kernel.Args = kernelArgs(kernel.Args, s.plan)
+	}
 	return vmm.Spec{
 		ID:          s.m.ID.Short(),
 		Dir:         s.e.dir,
-		Kernel:      s.kernel,
+		Kernel:      kernel,
 		CPUs:        s.m.Spec.CPUs,
 		MemoryBytes: s.m.Spec.MemoryBytes,
 		Disks:       append(disks, vmm.Disk{Path: s.scratch()}),
@@ -281,13 +316,14 @@ func (s *starting) configureGuest(ctx context.Context) error {
 	}
 	began := time.Now()
 	last := ""
-	err = s.run.configure(ctx, c, func(name string) {
+	err = s.run.configure(ctx, c, s.contents(), host.Configuring{Output: s.guestOutput, Step: func(name string) {
 		if last != "" {
 			s.m.Steps = append(s.m.Steps, StepTime{last, time.Since(began)})
 		}
 		last, began = "guest: "+name, time.Now()
 		s.running = last
-	})
+		s.guestStep(name)
+	}})
 	if err == nil && s.m.imageInit() {
 		// The agent goes on in another process now, which answers a new session only.
 		s.running = "agent beside init"
@@ -338,6 +374,7 @@ func (s *starting) config() (*agentv1.Config, error) {
 		}}
 		c.Hosts = []*agentv1.HostEntry{{Address: s.m.Lease.Address.String(), Names: []string{sp.Hostname, sp.Name}}}
 	}
+	s.provision(c)
 	return c, s.addNames(c)
 }
 
@@ -356,12 +393,12 @@ func (s *starting) rootConfig() *agentv1.Root {
 }
 
 // fail undoes what the steps did, in reverse, and records why.
-func (s *starting) fail(ctx context.Context, cause error, warnings []string) (Machine, []string, error) {
-	if errors.Is(cause, context.DeadlineExceeded) && ctx.Err() != nil {
-		cause = fmt.Errorf("%w (%s after the start)", cause, startTimeout)
-	}
+func (s *starting) fail(ctx context.Context, cause error) (Machine, []string, error) {
+	status := s.provisionFailed(cause)
 	code := exitCodeOf(cause)
-	if f := (*host.Failure)(nil); errors.As(cause, &f) { // the agent's own words say more than the console, and the step is named already
+	if s.provisionStep != "" {
+		cause = s.withOutput(cause)
+	} else if f := (*host.Failure)(nil); errors.As(cause, &f) { // the agent's own words say more than the console, and the step is named already
 		cause = &host.Failure{Class: f.Class, Message: f.Message}
 	} else if s.reason == "" { // else it is not the guest's fault
 		cause = withConsole(cause, s.m.VMM.Console, s.run != nil)
@@ -378,13 +415,13 @@ func (s *starting) fail(ctx context.Context, cause error, warnings []string) (Ma
 	commitErr := s.ms.commit(s.e, "die", func(m *Machine) {
 		m.State, m.Error, m.FailedStep, m.ExitCode, m.Finished, m.Steps = Failed, cause.Error(), s.running, code, time.Now(), s.m.Steps
 		m.Reason = s.reason
-		m.Lease = s.m.Lease
+		m.Lease, m.Provisioning = s.m.Lease, status
 		m.VMM.PID = 0
 	})
 	if ctx.Err() != nil {
 		s.ms.afterwards(s.e) // nobody may be there any more to throw it away
 	}
-	return s.e.get(), warnings, errors.Join(err, commitErr)
+	return s.e.get(), s.warnings, errors.Join(err, commitErr)
 }
 
 func (e *entry) setCancel(cancel context.CancelFunc) {

@@ -65,17 +65,25 @@ func (ms *Machines) stop(ctx context.Context, e *entry, grace *time.Duration) (M
 // askDown asks the guest to go down and kills it when it does not. A caller that gives up, or a daemon that ends, kills nothing: the
 // guest has its order.
 func (ms *Machines) askDown(ctx context.Context, e *entry, r *run, grace time.Duration) error {
-	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+killAfter)
+	patience := grace + killAfter
+	if m := e.get(); m.ownSystem() {
+		patience = grace // it says nothing
+	}
+	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
 	defer cancel()
 	// In a goroutine of its own: a guest that no longer reads its channel holds the call up.
 	go func() {
+		if m := e.get(); m.ownSystem() {
+			ms.press(asking, r)
+			return
+		}
 		if agent, err := r.await(asking); err == nil {
 			if err := agent.Shutdown(asking, "", grace); err != nil {
 				ms.Log.Debug("asking the guest to shut down", "machine", e.get().ID, "err", err)
 			}
 		}
 	}()
-	down, err := ms.wentDown(ctx, r, grace+killAfter)
+	down, err := ms.wentDown(ctx, r, patience)
 	if err == nil && !down && e.get().Last != nil {
 		down, err = ms.wentDown(ctx, r, downTimeout)
 	}
@@ -167,6 +175,9 @@ func (ms *Machines) Kill(ctx context.Context, name, signal string) error {
 }
 
 func (r *run) signal(ctx context.Context, m *Machine, name string) error {
+	if m.ownSystem() && goingDown(name) {
+		return r.press(ctx)
+	}
 	agent, err := r.await(ctx)
 	if err != nil {
 		return err

@@ -5,6 +5,7 @@ package network
 
 import (
 	"context"
+	"encoding/json"
 	"net/netip"
 )
 
@@ -25,6 +26,9 @@ type Endpoint struct {
 	MAC     string
 	Address netip.Addr
 	Ports   []PortMapping
+	// Metadata is the document (metadata.Document) that is served to this NIC, and to no other, at 169.254.169.254; empty: none.
+	// It is replaced by attaching again, without a break.
+	Metadata json.RawMessage `json:",omitempty"`
 }
 
 // PortMapping publishes a guest's port on the host.

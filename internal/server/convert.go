@@ -25,9 +25,11 @@ func specFrom(s *atollv1.MachineSpec) (machine.Spec, error) {
 		Env: s.GetEnv(), WorkingDir: s.GetWorkingDir(), User: s.GetUser(), TTY: s.GetTty(), Stdin: s.GetStdin(), Remove: s.GetRemove(),
 		Hostname: s.GetHostname(), CPUs: int(s.GetCpus()), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(), Ports: ports,
 		Labels: s.GetLabels(), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(), StopSignal: s.GetStopSignal(),
-		Verity: s.GetVerity(), Init: s.GetInit(), Profiles: s.GetProfiles(),
+		Verity: s.GetVerity(), Init: s.GetInit(), Profiles: s.GetProfiles(), Disk: s.GetDisk(), Firmware: s.GetFirmware(),
 	}
 	guestFrom(s, &spec)
+	spec.Metadata = machine.Metadata{Disabled: s.GetMetadata().GetDisabled(), V1: s.GetMetadata().GetV1()}
+	spec.Provisioning = requestFrom(s.GetProvisioning())
 	if t := s.GetStopTimeout(); t != nil {
 		spec.StopTimeout = t.AsDuration()
 	}
@@ -92,13 +94,18 @@ func machineTo(m machine.Machine) *atollv1.Machine {
 			WorkingDir: s.WorkingDir, User: s.User, Tty: s.TTY, Stdin: s.Stdin, Remove: s.Remove, Hostname: s.Hostname, Cpus: uint32(s.CPUs),
 			MemoryBytes: s.MemoryBytes, DiskBytes: s.DiskBytes, Ports: portsTo(s.Ports), Labels: s.Labels, Network: s.Network, Kernel: s.Kernel,
 			Vmm: s.VMM, Platform: s.Platform, StopSignal: s.StopSignal, StopTimeout: durationpb.New(s.StopTimeout),
-			Verity: s.Verity, Init: s.Init, Profiles: s.Profiles,
+			Verity: s.Verity, Init: s.Init, Profiles: s.Profiles, Disk: s.Disk, Firmware: s.Firmware,
 		},
 		Health: healthTo(&m), ExposedPorts: m.Image.ExposedPorts, Volumes: m.Image.Volumes,
 		CreatedAt: stamp(m.Created), StartedAt: stamp(m.Started), FinishedAt: stamp(m.Finished),
 		Vmm: &atollv1.VMMStatus{Driver: m.VMM.Driver, Accelerator: m.VMM.Accelerator, Pid: int32(m.VMM.PID), Kernel: m.VMM.Kernel, Console: m.VMM.Console},
 	}
 	guestTo(s, out.Spec)
+	out.Spec.Metadata = &atollv1.Metadata{Disabled: s.Metadata.Disabled, V1: s.Metadata.V1}
+	out.Spec.Provisioning, out.Provisioning = provisioningTo(s.Provisioning), provisionStatusTo(m)
+	if s.Disk != "" {
+		out.ImageRef = s.Disk
+	}
 	for _, st := range m.Steps {
 		out.Steps = append(out.Steps, &atollv1.StepTime{Name: st.Name, Took: durationpb.New(st.Took)})
 	}

@@ -14,6 +14,7 @@ import (
 	"connectrpc.com/connect"
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
 	"github.com/atollvm/atoll/api/atoll/v1/atollv1connect"
+	"github.com/atollvm/atoll/internal/machine"
 	"github.com/atollvm/atoll/internal/machine/outlog"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
@@ -32,15 +33,21 @@ func (s *machines) Create(ctx context.Context, req *connect.Request[atollv1.Crea
 	if err != nil {
 		return nil, err
 	}
-	m, err := s.Machines.Create(ctx, spec)
+	m, warnings, err := s.Machines.Create(ctx, spec)
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&atollv1.CreateMachineResponse{Machine: machineTo(m)}), nil
+	return connect.NewResponse(&atollv1.CreateMachineResponse{Machine: machineTo(m), Warnings: warnings}), nil
 }
 
 func (s *machines) Start(ctx context.Context, req *connect.Request[atollv1.StartMachineRequest]) (*connect.Response[atollv1.StartMachineResponse], error) {
-	m, warnings, err := s.Machines.Start(ctx, req.Msg.GetMachine())
+	start := s.Machines.Start
+	if req.Msg.GetReprovision() {
+		start = func(ctx context.Context, name string) (machine.Machine, []string, error) {
+			return s.Machines.Reprovision(ctx, name, requestOrNil(req.Msg.GetProvisioning()))
+		}
+	}
+	m, warnings, err := start(ctx, req.Msg.GetMachine())
 	if err != nil {
 		return nil, err
 	}
@@ -108,6 +115,9 @@ func (s *machines) Get(_ context.Context, req *connect.Request[atollv1.GetMachin
 func (s *machines) Logs(ctx context.Context, req *connect.Request[atollv1.LogsRequest], out *connect.ServerStream[atollv1.LogsResponse]) error {
 	if req.Msg.GetBoot() {
 		return s.bootLog(ctx, req.Msg, out)
+	}
+	if req.Msg.GetProvisioning() {
+		return s.provisionLog(req.Msg, out)
 	}
 	r, err := s.Machines.Logs(req.Msg.GetMachine())
 	if err != nil {

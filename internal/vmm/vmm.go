@@ -13,6 +13,7 @@ type Spec struct {
 	ID          string // names the instance in logs; safe as a file name
 	Dir         string // exists, mode 0700: the driver keeps its sockets, pid file, argv and console.log here
 	Kernel      Kernel
+	Firmware    *Firmware // boots the first disk, in a machine with PCI and ACPI; then Kernel is empty
 	CPUs        int
 	MemoryBytes int64
 	Disks       []Disk // in this order: the guest sees /dev/vda, /dev/vdb, …
@@ -21,23 +22,41 @@ type Spec struct {
 	// Tethered: the instance ends with the process that starts it, however that ends. There is nothing to recover then.
 	Tethered  bool
 	PowersOff bool // the guest switches itself off; without it only a reset is sure to end the VMM
+	NoAgent   bool // nothing in the guest listens to us: the agent's port is left out
 }
+
+// Firmware is what a machine has that boots from its disk, like hardware. A reset of the guest is its own affair: the instance goes on.
+type Firmware struct {
+	Kind   string // BIOS or UEFI; the latter keeps its variables in Spec.Dir
+	UUID   string // of the machine, in SMBIOS
+	Serial string // its serial number there
+}
+
+// The kinds of firmware.
+const (
+	BIOS = "bios"
+	UEFI = "uefi"
+)
 
 // Kernel is what boots: an uncompressed ELF kernel, its initramfs, and what the kernel is able to do.
 type Kernel struct {
 	Path      string
-	Initramfs string
+	Initramfs string // empty: none
 	Args      string // the kernel's own part of the command line; the driver adds what its machine type needs
 	// NeedsACPI: the kernel cannot find virtio-mmio devices from its command line (Debian's kernels).
 	NeedsACPI bool
+	// BuiltIn: it reaches a disk without modules.
+	BuiltIn bool
 	// ACPI: the kernel can find them by ACPI, which has room for more.
 	ACPI bool
 }
 
-// Disk is a raw disk image.
+// Disk is a disk image, raw unless it says otherwise.
 type Disk struct {
 	Path     string
-	ReadOnly bool // shared with other instances: the driver takes no lock on it
+	ReadOnly bool  // shared with other instances: the driver takes no lock on it
+	QCOW2    bool  // whatever the file itself says of a backing file is not followed
+	Backing  *Disk // of a QCOW2 disk: where the guest reads what the disk does not hold itself; read-only
 }
 
 // NIC is a network card whose frames travel as datagrams, one Ethernet frame each, between two unix sockets.
@@ -116,6 +135,18 @@ const (
 type Pauser interface {
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
+}
+
+// PowerButton is a driver extra: instances whose guest can be asked to switch itself off. A guest that is not listening yet misses it.
+type PowerButton interface {
+	PressPowerButton(ctx context.Context) error
+}
+
+// Console is a driver extra: the serial console as a raw byte stream, from now on. All that the guest writes goes to ConsoleFile too,
+// whether or not there is a connection. One at a time, which must be read: a guest waits for a reader that does not keep up.
+// errdefs.ErrUnavailable: the VMM has ended, and why.
+type Console interface {
+	DialConsole(ctx context.Context) (net.Conn, error)
 }
 
 // ConsoleFile is the file in Spec.Dir that gets the serial console, kept after the instance ended.

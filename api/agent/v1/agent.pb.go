@@ -4488,10 +4488,11 @@ func (x *ShutdownReply) GetError() string {
 	return ""
 }
 
-// SyncTime sets the guest's clock to the host's.
+// SyncTime compares the guest's clock with the host's. The host knows how long the answer took, and sends what is to be corrected.
 type SyncTime struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	UnixNanos     int64                  `protobuf:"varint,1,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"`
+	UnixNanos     int64                  `protobuf:"varint,1,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"`          // the host's clock when it was sent
+	CorrectNanos  int64                  `protobuf:"varint,2,opt,name=correct_nanos,json=correctNanos,proto3" json:"correct_nanos,omitempty"` // added to the guest's clock: half a second and more at once, less little by little
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4533,9 +4534,16 @@ func (x *SyncTime) GetUnixNanos() int64 {
 	return 0
 }
 
+func (x *SyncTime) GetCorrectNanos() int64 {
+	if x != nil {
+		return x.CorrectNanos
+	}
+	return 0
+}
+
 type SyncTimeReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	OffsetNanos   int64                  `protobuf:"varint,1,opt,name=offset_nanos,json=offsetNanos,proto3" json:"offset_nanos,omitempty"` // how far the guest's clock was ahead
+	OffsetNanos   int64                  `protobuf:"varint,1,opt,name=offset_nanos,json=offsetNanos,proto3" json:"offset_nanos,omitempty"` // how far the guest's clock was ahead of unix_nanos when that came
 	Error         string                 `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -5309,10 +5317,11 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\vgrace_nanos\x18\x02 \x01(\x03R\n" +
 	"graceNanos\"%\n" +
 	"\rShutdownReply\x12\x14\n" +
-	"\x05error\x18\x01 \x01(\tR\x05error\")\n" +
+	"\x05error\x18\x01 \x01(\tR\x05error\"N\n" +
 	"\bSyncTime\x12\x1d\n" +
 	"\n" +
-	"unix_nanos\x18\x01 \x01(\x03R\tunixNanos\"H\n" +
+	"unix_nanos\x18\x01 \x01(\x03R\tunixNanos\x12#\n" +
+	"\rcorrect_nanos\x18\x02 \x01(\x03R\fcorrectNanos\"H\n" +
 	"\rSyncTimeReply\x12!\n" +
 	"\foffset_nanos\x18\x01 \x01(\x03R\voffsetNanos\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\"g\n" +

@@ -933,6 +933,7 @@ type Provisioning struct {
 	Files             []*File                `protobuf:"bytes,10,rep,name=files,proto3" json:"files,omitempty"`
 	Mounts            []*FileSystemMount     `protobuf:"bytes,11,rep,name=mounts,proto3" json:"mounts,omitempty"`
 	Secrets           []*Secret              `protobuf:"bytes,12,rep,name=secrets,proto3" json:"secrets,omitempty"`
+	Withheld          []string               `protobuf:"bytes,13,rep,name=withheld,proto3" json:"withheld,omitempty"` // of Get and List: what was given and is left out, as userData or secrets.NAME
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -1047,6 +1048,13 @@ func (x *Provisioning) GetMounts() []*FileSystemMount {
 func (x *Provisioning) GetSecrets() []*Secret {
 	if x != nil {
 		return x.Secrets
+	}
+	return nil
+}
+
+func (x *Provisioning) GetWithheld() []string {
+	if x != nil {
+		return x.Withheld
 	}
 	return nil
 }
@@ -1754,6 +1762,8 @@ type ProvisioningStatus struct {
 	FailedStep    string                 `protobuf:"bytes,3,opt,name=failed_step,json=failedStep,proto3" json:"failed_step,omitempty"`
 	ExitCode      *int32                 `protobuf:"varint,4,opt,name=exit_code,json=exitCode,proto3,oneof" json:"exit_code,omitempty"` // of the command that failed, or 0
 	Log           string                 `protobuf:"bytes,5,opt,name=log,proto3" json:"log,omitempty"`                                  // path of the output of commands and of the package manager
+	Step          string                 `protobuf:"bytes,6,opt,name=step,proto3" json:"step,omitempty"`                                // under way now, while the machine is starting
+	Due           bool                   `protobuf:"varint,7,opt,name=due,proto3" json:"due,omitempty"`                                 // the next start applies it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1821,6 +1831,20 @@ func (x *ProvisioningStatus) GetLog() string {
 		return x.Log
 	}
 	return ""
+}
+
+func (x *ProvisioningStatus) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *ProvisioningStatus) GetDue() bool {
+	if x != nil {
+		return x.Due
+	}
+	return false
 }
 
 type NetworkStatus struct {
@@ -10163,7 +10187,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\aretries\x18\x06 \x01(\rR\aretries\"6\n" +
 	"\bMetadata\x12\x1a\n" +
 	"\bdisabled\x18\x01 \x01(\bR\bdisabled\x12\x0e\n" +
-	"\x02v1\x18\x02 \x01(\bR\x02v1\"\xb7\x03\n" +
+	"\x02v1\x18\x02 \x01(\bR\x02v1\"\xd3\x03\n" +
 	"\fProvisioning\x12$\n" +
 	"\x05users\x18\x01 \x03(\v2\x0e.atoll.v1.UserR\x05users\x12.\n" +
 	"\x13ssh_authorized_keys\x18\x02 \x03(\tR\x11sshAuthorizedKeys\x12\"\n" +
@@ -10178,7 +10202,8 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05files\x18\n" +
 	" \x03(\v2\x0e.atoll.v1.FileR\x05files\x121\n" +
 	"\x06mounts\x18\v \x03(\v2\x19.atoll.v1.FileSystemMountR\x06mounts\x12*\n" +
-	"\asecrets\x18\f \x03(\v2\x10.atoll.v1.SecretR\asecrets\"\xe4\x01\n" +
+	"\asecrets\x18\f \x03(\v2\x10.atoll.v1.SecretR\asecrets\x12\x1a\n" +
+	"\bwithheld\x18\r \x03(\tR\bwithheld\"\xe4\x01\n" +
 	"\x04User\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x15\n" +
 	"\x03uid\x18\x02 \x01(\rH\x00R\x03uid\x88\x01\x01\x12\x12\n" +
@@ -10244,14 +10269,16 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05start\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05start\x12,\n" +
 	"\x03end\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x03end\x12\x1b\n" +
 	"\texit_code\x18\x03 \x01(\x05R\bexitCode\x12\x16\n" +
-	"\x06output\x18\x04 \x01(\tR\x06output\"\xc4\x01\n" +
+	"\x06output\x18\x04 \x01(\tR\x06output\"\xea\x01\n" +
 	"\x12ProvisioningStatus\x123\n" +
 	"\adone_at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x06doneAt\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x1f\n" +
 	"\vfailed_step\x18\x03 \x01(\tR\n" +
 	"failedStep\x12 \n" +
 	"\texit_code\x18\x04 \x01(\x05H\x00R\bexitCode\x88\x01\x01\x12\x10\n" +
-	"\x03log\x18\x05 \x01(\tR\x03logB\f\n" +
+	"\x03log\x18\x05 \x01(\tR\x03log\x12\x12\n" +
+	"\x04step\x18\x06 \x01(\tR\x04step\x12\x10\n" +
+	"\x03due\x18\a \x01(\bR\x03dueB\f\n" +
 	"\n" +
 	"_exit_code\"\x96\x01\n" +
 	"\rNetworkStatus\x12\x12\n" +

@@ -149,8 +149,16 @@ func (a *Agent) serve(s net.Conn) {
 		a.modules(s)
 	case *agentv1.Request_Stdin:
 		a.stdin(s)
+	case *agentv1.Request_StatFile:
+		a.statFile(s, k.StatFile)
+	case *agentv1.Request_GetFiles:
+		a.getFiles(s, k.GetFiles)
+	case *agentv1.Request_PutFiles:
+		a.putFiles(s, k.PutFiles)
 	case *agentv1.Request_Signal:
 		transport.WriteMsg(s, &agentv1.SignalReply{Error: words(a.signal(k.Signal.GetName()))})
+	case *agentv1.Request_SyncTime:
+		transport.WriteMsg(s, syncTime(k.SyncTime))
 	case *agentv1.Request_Shutdown:
 		err := a.shutdown(k.Shutdown, func() { transport.WriteMsg(s, &agentv1.ShutdownReply{}) })
 		if err != nil {

@@ -53,6 +53,7 @@ func (a *Agent) configure(host io.ReadWriter, c *agentv1.Config) {
 		{"", provision.early},
 		{"", provision.files},
 		{"network", func() error { return netconf.Set(c.GetInterfaces()) }},
+		when(len(c.GetNtpServers()) > 0, step{"time servers", func() (err error) { c.NtpServers, err = a.askTime(c); return err }}),
 		when(len(c.GetSysctls()) > 0, step{"sysctls", func() error { return setSysctls(c.GetSysctls()) }}),
 		{"", provision.late},
 		when(c.GetRoot().GetReadOnly(), step{"read-only root", func() error { return makeReadOnly(c) }}),

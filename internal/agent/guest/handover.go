@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"context"
 	"errors"
 	"io"
 	"os"
@@ -12,6 +13,7 @@ import (
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/guest/mounts"
 	"github.com/atollvm/atoll/internal/agent/guest/process"
+	"github.com/atollvm/atoll/internal/agent/guest/timekeeping"
 	"github.com/atollvm/atoll/internal/agent/transport"
 	"golang.org/x/sys/unix"
 )
@@ -91,7 +93,7 @@ func (a *Agent) prepareInit(c *agentv1.Config) (*successor, error) {
 	}
 	theirs.Close()
 	null.Close()
-	if err := transport.WriteMsg(ours, &agentv1.Config{Process: p, Hostname: c.GetHostname(), Provision: &agentv1.Provision{Locale: c.GetProvision().GetLocale()}}); err != nil {
+	if err := transport.WriteMsg(ours, &agentv1.Config{Process: p, Hostname: c.GetHostname(), NtpServers: c.GetNtpServers(), Provision: &agentv1.Provision{Locale: c.GetProvision().GetLocale()}}); err != nil {
 		return nil, err
 	}
 	return &successor{path: path, argv: p.GetArgv(), env: env, limits: limits(p), slave: slave, hand: ours}, nil
@@ -155,6 +157,9 @@ func beside(version string, c *agentv1.Config, life int) error {
 	a.setLanguage(c)
 	a.events.add(&agentv1.Event{Kind: &agentv1.Event_Started{Started: &agentv1.EntrypointStarted{Pid: 1}}})
 	go a.copyConsole(init.Stdout)
+	if servers := c.GetNtpServers(); len(servers) > 0 {
+		go timekeeping.Follow(context.Background(), servers, a.log)
+	}
 
 	vsock := make(chan error, 1)
 	go func() { vsock <- transport.ServeVsock(a.accept) }()

@@ -2,6 +2,7 @@ package guest
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"strconv"
@@ -76,6 +77,12 @@ func (a *Agent) provision(c *agentv1.Config, contents io.Reader, t *telling) pro
 			}
 			return do(r)
 		}
+	}
+	if len(p.GetUnits()) > 0 && !c.GetInit() {
+		return provisioning{early: func() error {
+			t.step("provisioning: units")
+			return fmt.Errorf("systemd unit %q: systemd is not this machine's init (systemd.units needs it): run the image with --init image", p.GetUnits()[0].GetName())
+		}}
 	}
 	return provisioning{
 		early: part((*provision.Provisioner).Early),

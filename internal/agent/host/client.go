@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -44,6 +46,8 @@ type Failure struct {
 	Step    string // of the configuration; empty for Exec
 	Class   agentv1.FailureClass
 	Message string
+	// ExitCode is that of a command of the configuration that failed.
+	ExitCode *int
 }
 
 func (f *Failure) Error() string {
@@ -80,33 +84,112 @@ func (c *Client) Hello(ctx context.Context) (*agentv1.HelloReply, error) {
 	return reply, nil
 }
 
+// Content is what a streamed piece of a configuration holds.
+type Content struct {
+	Size int64
+	Open func() (io.ReadCloser, error)
+}
+
+// Configuring is what a guest tells while it is being configured. Its functions are called one at a time.
+type Configuring struct {
+	Step   func(name string) // each step as it begins
+	Output func([]byte)      // what commands and the package manager write in that step; it may hold anything
+}
+
 // Configure hands the guest its whole configuration and starts the entrypoint; progress gets each step as it begins.
 // The error is a *Failure where the guest says what went wrong.
 func (c *Client) Configure(ctx context.Context, config *agentv1.Config, progress func(step string)) error {
+	return c.ConfigureWith(ctx, config, nil, Configuring{Step: progress, Output: func([]byte) {}})
+}
+
+// ConfigureWith is Configure with the contents of the streamed pieces, and with what the guest's commands write.
+func (c *Client) ConfigureWith(ctx context.Context, config *agentv1.Config, contents []Content, tell Configuring) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	s, err := c.open(ctx, &agentv1.Request{Kind: &agentv1.Request_Configure{Configure: config}})
 	if err != nil {
 		return fmt.Errorf("configuring the guest: %w", err)
 	}
 	defer s.Close()
-	const maxSteps = 100
+	if len(contents) > 0 {
+		var sending sync.WaitGroup
+		defer sending.Wait()
+		defer cancel(nil) // what a guest that failed does not take is not sent
+		sending.Go(func() {
+			if err := s.sendContents(contents); err != nil && !errors.Is(err, errdefs.ErrUnavailable) {
+				cancel(fmt.Errorf("configuring the guest: sending files: %w", err)) // not the guest's fault: the host's disk
+			}
+		})
+	}
+	const maxSteps = 1000
 	step := ""
-	for range maxSteps {
+	for steps := 0; steps < maxSteps; {
 		p := &agentv1.Progress{}
 		if err := s.recv(p); err != nil {
 			return fmt.Errorf("configuring the guest: after step %q: %w", step, err)
 		}
-		if p.GetStep() != "" {
-			step = printable(p.GetStep())
+		if len(p.GetOutput()) > maxChunk {
+			return fmt.Errorf("configuring the guest: output of %d bytes: %w", len(p.GetOutput()), c.violation())
 		}
+		name := printable(p.GetStep())
 		switch {
 		case p.GetError() != "":
-			return &Failure{Step: step, Class: p.GetFailure(), Message: printable(p.GetError())}
+			f := &Failure{Step: first(name, step), Class: p.GetFailure(), Message: printable(p.GetError())}
+			if p.ExitCode != nil {
+				code := int(p.GetExitCode()) & 0xff
+				f.ExitCode = &code
+			}
+			return f
 		case p.GetDone():
 			return nil
+		case len(p.GetOutput()) > 0:
+			tell.Output(p.GetOutput())
+			continue
 		}
-		progress(step)
+		step = name
+		steps++
+		tell.Step(step)
 	}
 	return fmt.Errorf("configuring the guest: more than %d steps: %w", maxSteps, c.violation())
+}
+
+func first(a, b string) string {
+	if a != "" {
+		return a
+	}
+	return b
+}
+
+// sendContents sends the contents one after the other, each with its end marked.
+func (s *stream) sendContents(contents []Content) error {
+	for _, c := range contents {
+		if err := s.sendContent(c); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *stream) sendContent(c Content) error {
+	r, err := c.Open()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	buf := make([]byte, maxChunk)
+	for left := c.Size; ; {
+		n, err := io.ReadFull(r, buf[:min(left, maxChunk)])
+		if err != nil && left > 0 {
+			return fmt.Errorf("content of %d bytes ends %d bytes early: %w", c.Size, left-int64(n), err)
+		}
+		left -= int64(n)
+		if err := s.send(&agentv1.Content{Data: buf[:n], End: left == 0}); err != nil {
+			return err
+		}
+		if left == 0 {
+			return nil
+		}
+	}
 }
 
 // Output hands over the entrypoint's output after the given sequence number, and acknowledges each piece that do took, so that
@@ -183,6 +266,44 @@ func (c *Client) Shutdown(ctx context.Context, signal string, grace time.Duratio
 		return fmt.Errorf("shutting the guest down: %w", err)
 	}
 	return nil
+}
+
+// SyncTime brings the guest's clock to the host's and returns how far it was ahead. What is less than the time that an answer takes, or
+// than precise, is left alone.
+func (c *Client) SyncTime(ctx context.Context, precise time.Duration) (ahead time.Duration, err error) {
+	const tries = 3
+	ask := func(req *agentv1.SyncTime) (*agentv1.SyncTimeReply, error) {
+		reply := &agentv1.SyncTimeReply{}
+		err := c.ask(ctx, &agentv1.Request{Kind: &agentv1.Request_SyncTime{SyncTime: req}}, reply)
+		if err == nil && reply.GetError() != "" {
+			err = errors.New(printable(reply.GetError()))
+		}
+		if err != nil {
+			err = fmt.Errorf("setting the guest's clock: %w", err)
+		}
+		return reply, err
+	}
+	doubt := time.Duration(math.MaxInt64)
+	for range tries {
+		sent := time.Now()
+		reply, err := ask(&agentv1.SyncTime{UnixNanos: sent.UnixNano()})
+		if err != nil {
+			return 0, err
+		}
+		// It was read somewhere between the two: in the middle, give or take as much.
+		half := time.Since(sent) / 2
+		if half < doubt {
+			doubt, ahead = half, time.Duration(reply.GetOffsetNanos())-half
+		}
+		if doubt < precise {
+			break
+		}
+	}
+	if ahead.Abs() <= max(doubt, precise) {
+		return ahead, nil
+	}
+	_, err = ask(&agentv1.SyncTime{UnixNanos: time.Now().UnixNano(), CorrectNanos: int64(-ahead)})
+	return ahead, err
 }
 
 // violation ends the session of a guest that breaks the protocol.

@@ -84,6 +84,9 @@ func Run(t *testing.T, newRig func(t *testing.T) Rig) {
 		{"Crash", testCrash},
 		{"Recover", testRecover},
 		{"RecoverAfterCrash", testRecoverAfterCrash},
+		{"Metadata", testMetadata},
+		{"MetadataSpoofing", testMetadataSpoofing},
+		{"MetadataHoarder", testMetadataHoarder},
 	} {
 		t.Run(tt.name, func(t *testing.T) { tt.test(t, newRig(t)) })
 	}

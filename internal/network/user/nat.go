@@ -38,6 +38,10 @@ func (s *segment) flow(id stack.TransportEndpointID) (from *endpoint, to netip.A
 // natTCP answers a machine's connection with one of the host's. It runs in a goroutine of its own.
 func (s *segment) natTCP(r *tcp.ForwarderRequest) {
 	from, to, ok := s.flow(r.ID())
+	if from != nil && to == metadataAt {
+		from.metadata.Load().accept(r)
+		return
+	}
 	if !ok {
 		r.Complete(true)
 		return

@@ -27,6 +27,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/atollvm/atoll/internal/metadata"
 	"github.com/atollvm/atoll/internal/network"
 )
 
@@ -57,7 +58,8 @@ type endpoint struct {
 	attachment network.Attachment
 	nic        *nic
 	published  []io.Closer
-	ctx        context.Context // ends with the attachment, and every connection with it
+	metadata   atomic.Pointer[metadataServer] // nil: none
+	ctx        context.Context                // ends with the attachment, and every connection with it
 	cancel     context.CancelFunc
 }
 
@@ -157,7 +159,8 @@ func (s *segment) forward(from *nic, frame *buffer.View) {
 	s.toGateway(b, frame)
 }
 
-// toGateway keeps back what the stack would answer in another's name: ARP requests, and echo requests.
+// toGateway keeps back what the stack would answer in another's name: ARP requests, and echo requests. The metadata service's address is
+// its own as well, for a guest that has it on its link and no route.
 func (s *segment) toGateway(b []byte, frame *buffer.View) {
 	packet := b[header.EthernetMinimumSize:]
 	var target []byte
@@ -167,11 +170,15 @@ func (s *segment) toGateway(b []byte, frame *buffer.View) {
 	case protocol == header.IPv4ProtocolNumber && packet[9] == uint8(header.ICMPv4ProtocolNumber):
 		target = packet[16:20]
 	}
-	if target != nil && netip.AddrFrom4([4]byte(target)) != s.network.Gateway {
+	if target != nil && !s.answersFor(netip.AddrFrom4([4]byte(target))) {
 		frame.Release()
 		return
 	}
 	s.link.deliver(frame)
+}
+
+func (s *segment) answersFor(a netip.Addr) bool {
+	return a == s.network.Gateway || a == metadata.Address
 }
 
 func (s *segment) attach(e network.Endpoint) (network.Attachment, error) {
@@ -182,7 +189,7 @@ func (s *segment) attach(e network.Endpoint) (network.Attachment, error) {
 	s.mu.RUnlock()
 	if old != nil {
 		if old.same(e) {
-			return old.attachment, nil
+			return old.attachment, s.setMetadata(old, e.Metadata)
 		}
 		s.detachOne(e.ID)
 	}
@@ -203,6 +210,10 @@ func (s *segment) attach(e network.Endpoint) (network.Attachment, error) {
 	}
 	ep := &endpoint{Endpoint: e, nic: n, attachment: network.Attachment{Local: local, Remote: remote}}
 	ep.ctx, ep.cancel = context.WithCancel(s.ctx)
+	if err := s.setMetadata(ep, e.Metadata); err != nil {
+		ep.close()
+		return network.Attachment{}, err
+	}
 	for _, m := range e.Ports {
 		bound, err := s.publish(ep, m)
 		if err != nil {
@@ -263,6 +274,7 @@ func (ep *endpoint) close() {
 		p.Close()
 	}
 	ep.cancel()
+	ep.metadata.Load().end()
 	ep.nic.close()
 	os.Remove(ep.attachment.Remote)
 }

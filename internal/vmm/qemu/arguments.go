@@ -3,6 +3,7 @@ package qemu
 import (
 	"bytes"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -24,6 +25,7 @@ const (
 	mmioDevices = 8   // virtio-mmio slots of microvm without ACPI
 	acpiDevices = 23  // and with it: QEMU 7.2 has 24 (hw/i386/microvm.c), but with all in use Linux 6.1 does not find every device
 	ownDevices  = 2   // the agent's port and the random number device take a slot each
+	pciDevices  = 26  // of the 32 slots of a PCI bus; the machine itself takes up to three, as does what makes panics known
 )
 
 // host is what the command line depends on besides the spec.
@@ -31,6 +33,7 @@ type host struct {
 	arch        string
 	accelerator string
 	tscKHz      int // of the host's clock; 0 when it is not constant
+	uefi        uefi
 }
 
 // check refuses what QEMU would refuse later, or only by hanging. It gathers every fault.
@@ -49,28 +52,40 @@ func check(spec vmm.Spec, h host) error {
 	if n, most := len(spec.Disks)+len(spec.NICs)+len(spec.Shares), slots(spec, h)-ownDevices; n > most {
 		invalid("%d disks, NICs and shares, but there is room for %d", n, most)
 	}
-	sockets := []string{filepath.Join(spec.Dir, agentSocket)}
+	paths := []string{filepath.Join(spec.Dir, agentSocket)}
 	for i, s := range spec.Shares {
-		sockets = append(sockets, shareSocket(spec.Dir, i))
+		paths = append(paths, shareSocket(spec.Dir, i))
 		if len(s.Tag) < 1 || len(s.Tag) > maxTag {
 			invalid("share %s: tag %q: it needs 1 to %d bytes", s.Path, s.Tag, maxTag)
 		}
 	}
 	for _, n := range spec.NICs {
-		sockets = append(sockets, n.Local, n.Remote)
+		paths = append(paths, n.Local, n.Remote)
 	}
-	for _, s := range sockets {
+	for _, s := range paths {
 		if len(s) > maxSocket {
 			faults = append(faults, hint.With(fmt.Errorf("socket %s: its path is longer than %d bytes: %w", s, maxSocket, errdefs.ErrInvalidArgument),
 				"use a shorter ATOLL_HOME"))
 		}
 	}
-	if err := checkKernel(spec.Kernel.Path, h.arch); err != nil {
-		faults = append(faults, err)
+	var files []string
+	switch f := spec.Firmware; {
+	case f == nil:
+		if err := checkKernel(spec.Kernel.Path, h.arch); err != nil {
+			faults = append(faults, err)
+		}
+		if spec.Kernel.Initramfs != "" {
+			files = append(files, spec.Kernel.Initramfs)
+		}
+	case f.Kind == vmm.BIOS && h.arch != "amd64":
+		invalid("there is no BIOS on %s", h.arch)
+		faults[len(faults)-1] = hint.With(faults[len(faults)-1], "use UEFI firmware")
 	}
-	files := []string{spec.Kernel.Initramfs}
 	for _, d := range spec.Disks {
 		files = append(files, d.Path)
+		if d.Backing != nil {
+			files = append(files, d.Backing.Path)
+		}
 	}
 	for _, s := range spec.Shares {
 		files = append(files, s.Path)
@@ -83,8 +98,11 @@ func check(spec vmm.Spec, h host) error {
 	return errors.Join(faults...)
 }
 
-// slots is how many virtio-mmio devices the machine has room for.
+// slots is how many virtio devices the machine has room for.
 func slots(spec vmm.Spec, h host) int {
+	if spec.Firmware != nil {
+		return pciDevices
+	}
 	if h.arch == "amd64" && !useACPI(spec) {
 		return mmioDevices
 	}
@@ -134,11 +152,11 @@ func checkKernel(path, arch string) error {
 		"get a kernel that works: atoll kernel pull")
 }
 
-// arguments is QEMU's command line without its name. The listening sockets of QMP and of the agent are inherited as fd 3 and 4.
+// arguments is QEMU's command line without its name. The listening sockets are inherited from fd 3 on, in the order of sockets.
 func arguments(spec vmm.Spec, h host) []string {
 	args := []string{
 		"-name", escape(spec.ID),
-		"-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
+		"-no-user-config", "-nodefaults", "-display", "none",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 		"-machine", machine(spec, h),
 		"-accel", h.accelerator,
@@ -152,42 +170,85 @@ func arguments(spec vmm.Spec, h host) []string {
 			"-object", fmt.Sprintf("memory-backend-memfd,id=memory,share=on,size=%dM", spec.MemoryBytes>>20),
 			"-global", "virtio-mmio.force-legacy=false")
 	}
+	bus := "device" // virtio-mmio, whose devices QEMU names so
+	if spec.Firmware == nil {
+		args = append(args, "-no-reboot", "-kernel", spec.Kernel.Path)
+		if spec.Kernel.Initramfs != "" {
+			args = append(args, "-initrd", spec.Kernel.Initramfs)
+		}
+		args = append(args, "-append", kernelArguments(spec, h))
+	} else {
+		bus = "pci"
+		args = append(args, firmwareArguments(spec, h)...)
+	}
 	args = append(args,
-		"-kernel", spec.Kernel.Path,
-		"-initrd", spec.Kernel.Initramfs,
-		"-append", kernelArguments(spec, h),
 		"-chardev", "socket,id=qmp,fd=3,server=on,wait=off",
 		"-mon", "chardev=qmp,mode=control",
-		"-chardev", "file,id=console,append=on,path="+escape(filepath.Join(spec.Dir, vmm.ConsoleFile)), // append: the machine room may empty it
+		// The log gets everything, with a connection or without. It is appended to: the machine room may empty it.
+		"-chardev", "socket,id=console,fd=4,server=on,wait=off,logappend=on,logfile="+escape(filepath.Join(spec.Dir, vmm.ConsoleFile)),
 		"-serial", "chardev:console",
 	)
 	// QEMU gives devices their virtio-mmio slots in the order of the command line, which is the guest's order too. Slots are not named:
 	// with ACPI, Linux 6.1 finds nothing in slot 0.
-	device := func(text string) { args = append(args, "-device", text) }
-	args = append(args, "-chardev", "socket,id=agent,fd=4,server=on,wait=off")
-	device("virtio-serial-device,id=ports,max_ports=2")
-	device("virtserialport,bus=ports.0,chardev=agent,name=atoll.agent,id=agent") // only with an id QEMU tells when the guest closes it
-	device("virtio-rng-device")
+	device := func(format string, more ...any) { args = append(args, "-device", fmt.Sprintf(format, more...)) }
+	if !spec.NoAgent {
+		args = append(args, "-chardev", "socket,id=agent,fd=5,server=on,wait=off")
+		device("virtio-serial-%s,id=ports,max_ports=2", bus)
+		device("virtserialport,bus=ports.0,chardev=agent,name=atoll.agent,id=agent") // only with an id QEMU tells when the guest closes it
+	}
+	device("virtio-rng-%s", bus)
 	for i, d := range spec.Disks {
-		node := fmt.Sprintf("driver=raw,node-name=disk%d,file.driver=file,file.filename=%s", i, escape(d.Path))
-		if d.ReadOnly {
-			node += ",read-only=on,file.locking=off"
-		} else {
-			node += ",discard=unmap"
+		args = append(args, blockdevs(d, fmt.Sprint("disk", i))...)
+		text := fmt.Sprintf("virtio-blk-%s,drive=disk%d", bus, i)
+		if spec.Firmware != nil && i == 0 {
+			text += ",bootindex=0"
 		}
-		args = append(args, "-blockdev", node)
-		device(fmt.Sprintf("virtio-blk-device,drive=disk%d", i))
+		device("%s", text)
 	}
 	for i, n := range spec.NICs {
 		args = append(args, "-netdev", fmt.Sprintf("dgram,id=nic%d,local.type=unix,local.path=%s,remote.type=unix,remote.path=%s",
 			i, escape(n.Local), escape(n.Remote)))
-		device(fmt.Sprintf("virtio-net-device,netdev=nic%d,mac=%s,host_mtu=%d", i, n.MAC, n.MTU))
+		text := fmt.Sprintf("virtio-net-%s,netdev=nic%d,mac=%s,host_mtu=%d", bus, i, n.MAC, n.MTU)
+		if spec.Firmware != nil {
+			text += ",romfile=" // nobody boots from the network
+		}
+		device("%s", text)
 	}
 	for i, s := range spec.Shares {
 		args = append(args, "-chardev", fmt.Sprintf("socket,id=share%d,path=%s", i, escape(shareSocket(spec.Dir, i))))
-		device(fmt.Sprintf("vhost-user-fs-device,chardev=share%d,tag=%s,queue-size=1024", i, escape(s.Tag)))
+		device("vhost-user-fs-%s,chardev=share%d,tag=%s,queue-size=1024", bus, i, escape(s.Tag))
 	}
 	return args
+}
+
+// blockdevs are the arguments that make a disk's image, and first what lies below it.
+func blockdevs(d vmm.Disk, node string) []string {
+	format := "raw"
+	if d.QCOW2 {
+		format = "qcow2"
+	}
+	text := fmt.Sprintf("driver=%s,node-name=%s,file.driver=file,file.filename=%s", format, node, escape(d.Path))
+	if d.ReadOnly {
+		text += ",read-only=on,file.locking=off"
+	} else {
+		text += ",discard=unmap"
+	}
+	if d.Backing == nil {
+		return []string{"-blockdev", text}
+	}
+	base := node + "-base"
+	if !d.Backing.QCOW2 {
+		return append(blockdevs(vmm.Disk{Path: d.Backing.Path, ReadOnly: true}, base), "-blockdev", text+",backing="+base)
+	}
+	// As JSON, which alone can say that there is nothing below: QEMU would open what the file's header names.
+	below, err := json.Marshal(map[string]any{
+		"driver": "qcow2", "node-name": base, "read-only": true, "backing": nil,
+		"file": map[string]any{"driver": "file", "filename": d.Backing.Path, "locking": "off"},
+	})
+	if err != nil {
+		panic(err) // strings and constants: it cannot fail
+	}
+	return []string{"-blockdev", string(below), "-blockdev", text + ",backing=" + base}
 }
 
 // escape keeps a comma in a value from ending it.
@@ -196,6 +257,8 @@ func escape(value string) string { return strings.ReplaceAll(value, ",", ",,") }
 func machine(spec vmm.Spec, h host) string {
 	name := "microvm,acpi=off"
 	switch {
+	case spec.Firmware != nil:
+		name = firmwareMachine(spec, h)
 	case h.arch == "arm64":
 		name = "virt,gic-version=max"
 	case useACPI(spec):

@@ -22,12 +22,22 @@ import (
 
 // What an instance keeps in its directory while it runs.
 const (
-	agentSocket = "agent.sock"
-	qmpSocket   = "qmp.sock"
-	pidFile     = "qemu.pid"
-	argvFile    = "argv.json"
-	stderrFile  = "qemu.stderr"
+	qmpSocket     = "qmp.sock"
+	consoleSocket = "tty.sock"
+	agentSocket   = "agent.sock"
+	pidFile       = "qemu.pid"
+	argvFile      = "argv.json"
+	stderrFile    = "qemu.stderr"
 )
+
+// sockets are those that QEMU inherits, from fd 3 on.
+func sockets(spec vmm.Spec) []string {
+	names := []string{qmpSocket, consoleSocket}
+	if !spec.NoAgent {
+		names = append(names, agentSocket)
+	}
+	return names
+}
 
 // Options is what New needs.
 type Options struct {
@@ -44,9 +54,11 @@ type Driver struct {
 }
 
 var (
-	_ vmm.Driver   = (*Driver)(nil)
-	_ vmm.Instance = (*instance)(nil)
-	_ vmm.Pauser   = (*instance)(nil)
+	_ vmm.Driver      = (*Driver)(nil)
+	_ vmm.Instance    = (*instance)(nil)
+	_ vmm.Pauser      = (*instance)(nil)
+	_ vmm.PowerButton = (*instance)(nil)
+	_ vmm.Console     = (*instance)(nil)
 )
 
 // New returns the driver. It looks at nothing yet.
@@ -73,11 +85,21 @@ func (d *Driver) start(ctx context.Context, spec vmm.Spec) (*instance, error) {
 		return nil, err
 	}
 	h := f.host()
+	if spec.Firmware != nil && spec.Firmware.Kind == vmm.UEFI {
+		if h.uefi, err = findUEFI(h.arch); err != nil {
+			return nil, err
+		}
+	}
 	if err := check(spec, h); err != nil {
 		return nil, err
 	}
 	if pid, err := find(spec.Dir); err == nil {
 		return nil, fmt.Errorf("%s: process %d runs there: %w", spec.Dir, pid, errdefs.ErrAlreadyExists)
+	}
+	if h.uefi.code != "" {
+		if err := h.uefi.makeVariables(spec.Dir); err != nil {
+			return nil, err
+		}
 	}
 	argv := append([]string{f.Key.Binary}, arguments(spec, h)...)
 	shares, err := startShares(spec)
@@ -145,7 +167,7 @@ func launch(spec vmm.Spec, argv []string) (*os.Process, error) {
 	}
 	defer stderr.Close()
 	files := []*os.File{null, stderr, stderr}
-	for _, name := range []string{qmpSocket, agentSocket} { // fd 3 and 4, as in arguments
+	for _, name := range sockets(spec) {
 		f, err := listen(filepath.Join(spec.Dir, name))
 		if err != nil {
 			return nil, err
@@ -182,7 +204,7 @@ func listen(path string) (*os.File, error) {
 // clean removes what an instance leaves behind, except its console.
 func clean(spec vmm.Spec) error {
 	var paths []string
-	for _, name := range []string{agentSocket, qmpSocket, pidFile, argvFile, stderrFile} {
+	for _, name := range []string{agentSocket, consoleSocket, qmpSocket, pidFile, argvFile, stderrFile} {
 		paths = append(paths, filepath.Join(spec.Dir, name))
 	}
 	for _, n := range spec.NICs {

@@ -48,8 +48,9 @@ type instance struct {
 	done    chan struct{}
 	exit    vmm.Exit // valid after done
 
-	mu    sync.Mutex // guards agent
-	agent net.Conn
+	mu      sync.Mutex // guards the rest
+	agent   net.Conn
+	console net.Conn
 }
 
 // shutdown is the data of QMP's SHUTDOWN event.
@@ -199,6 +200,9 @@ func (i *instance) reason(state *os.ProcessState) vmm.Exit {
 		if line := panicLine(filepath.Join(i.spec.Dir, vmm.ConsoleFile)); line != "" {
 			return vmm.Exit{Reason: vmm.ReasonPanic, Detail: line}
 		}
+		if i.down != nil && i.down.Reason == "guest-panic" { // said by its pvpanic device
+			return vmm.Exit{Reason: vmm.ReasonPanic, Detail: i.down.Reason}
+		}
 		if i.down != nil {
 			return vmm.Exit{Reason: vmm.ReasonGuest, Detail: i.down.Reason, Reset: i.down.Reason == "guest-reset"}
 		}
@@ -270,27 +274,36 @@ func (i *instance) ready(ctx context.Context) error {
 }
 
 func (i *instance) DialAgent(ctx context.Context) (net.Conn, error) {
-	conn, err := i.dialAgent(ctx)
+	conn, err := i.dial(ctx, agentSocket, &i.agent)
 	if err != nil {
 		return nil, fmt.Errorf("opening the agent's port of %s: %w", i.spec.ID, err)
 	}
 	return conn, nil
 }
 
-func (i *instance) dialAgent(ctx context.Context) (net.Conn, error) {
+func (i *instance) DialConsole(ctx context.Context) (net.Conn, error) {
+	conn, err := i.dial(ctx, consoleSocket, &i.console)
+	if err != nil {
+		return nil, fmt.Errorf("opening the console of %s: %w", i.spec.ID, err)
+	}
+	return conn, nil
+}
+
+// dial connects to one of QEMU's sockets in place of the connection that is there.
+func (i *instance) dial(ctx context.Context, socket string, current *net.Conn) (net.Conn, error) {
 	if err := i.ready(ctx); err != nil {
 		return nil, err
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.agent != nil {
-		i.agent.Close() // QEMU serves one at a time: the next one waits in the queue until this one is closed
+	if *current != nil {
+		(*current).Close() // QEMU serves one at a time: the next one waits in the queue until this one is closed
 	}
-	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(i.spec.Dir, agentSocket))
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(i.spec.Dir, socket))
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 	}
-	i.agent = conn
+	*current = conn
 	return conn, nil
 }
 
@@ -326,6 +339,10 @@ func (i *instance) Pause(ctx context.Context) error { return i.command(ctx, "pau
 
 func (i *instance) Resume(ctx context.Context) error { return i.command(ctx, "resuming", "cont") }
 
+func (i *instance) PressPowerButton(ctx context.Context) error {
+	return i.command(ctx, "pressing the power button of", "system_powerdown")
+}
+
 func (i *instance) command(ctx context.Context, doing, name string) error {
 	err := i.ready(ctx)
 	if err == nil {
@@ -343,8 +360,10 @@ func (i *instance) Close() error {
 	<-i.watched
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.agent != nil {
-		i.agent.Close()
+	for _, conn := range []net.Conn{i.agent, i.console} {
+		if conn != nil {
+			conn.Close()
+		}
 	}
 	if err := i.pidfd.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
 		return err

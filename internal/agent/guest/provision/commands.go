@@ -51,11 +51,11 @@ func (r *Provisioner) commands(which func(*agentv1.Command) bool) error {
 func (r *Provisioner) command(name string, c *agentv1.Command) (err error) {
 	argv := c.GetArgv()
 	if c.Script != nil {
-		close, cerr := r.root.scratch(scriptDir, "mode=0700", 0)
+		release, cerr := r.root.scratch(scriptDir, "mode=0700", 0)
 		if cerr != nil {
 			return fmt.Errorf("%s: making a place for its script: %w", name, cerr)
 		}
-		defer func() { err = errors.Join(err, close()) }()
+		defer func() { err = errors.Join(err, release()) }()
 		file := scriptDir + "/script"
 		if err := r.root.put(file, c.GetScript(), 0o700); err != nil {
 			return fmt.Errorf("%s: writing its script: %w", name, err)
@@ -73,8 +73,8 @@ func interpreter(script []byte, file string) []string {
 	return []string{"/bin/sh", file}
 }
 
-// scratch mounts a tmpfs on a directory until close, which also removes the directory where it was not there.
-func (t *tree) scratch(dir, options string, flags uintptr) (close func() error, err error) {
+// scratch mounts a tmpfs on a directory until release, which also removes the directory where it was not there.
+func (t *tree) scratch(dir, options string, flags uintptr) (release func() error, err error) {
 	had := t.isDir(dir)
 	if err := t.makeDir(dir); err != nil {
 		return nil, err
@@ -83,8 +83,11 @@ func (t *tree) scratch(dir, options string, flags uintptr) (close func() error, 
 	if err != nil {
 		return nil, err
 	}
-	err = unix.Mount("atoll", fdPath(on), "tmpfs", flags|unix.MS_NOSUID|unix.MS_NODEV, options)
-	unix.Close(on)
+	defer unix.Close(on)
+	flags |= unix.MS_NOSUID | unix.MS_NODEV
+	if err = unix.Mount("atoll", fdPath(on), "tmpfs", flags, options+",noswap"); errors.Is(err, unix.EINVAL) { // Linux 6.4
+		err = unix.Mount("atoll", fdPath(on), "tmpfs", flags, options)
+	}
 	if err != nil {
 		return nil, err
 	}

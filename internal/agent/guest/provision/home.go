@@ -61,7 +61,7 @@ func (r *Provisioner) makeHome(c *account, defs loginDefs) error {
 	if err := mkdirAt(p.dir, p.name, c.uid, c.gid, mode); err != nil {
 		return err
 	}
-	return r.copySkeleton("/etc/skel", c.home, c.uid, c.gid)
+	return r.copyTree("/etc/skel", c.home, func(*unix.Stat_t) (uint32, uint32) { return c.uid, c.gid })
 }
 
 // moveHome moves a home to where there is none.
@@ -142,31 +142,47 @@ func (p *place) handOver(from, to uint32) error {
 	return nil
 }
 
-func (r *Provisioner) copySkeleton(from, to string, uid, gid uint32) error {
-	return r.copyTree(from, to, func(*unix.Stat_t) (uint32, uint32) { return uid, gid })
+// copyTree copies what is in a directory: directories, files and links. Not the copy itself, where an image's links lead from one into
+// the other.
+func (r *Provisioner) copyTree(from, to string, owner func(*unix.Stat_t) (uid, gid uint32)) error {
+	fd, err := r.root.dir(to)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	c := copying{Provisioner: r, owner: owner}
+	if err := unix.Fstat(fd, &c.copy); err != nil {
+		return err
+	}
+	return c.directory(from, to)
 }
 
-// copyTree copies what is in a directory: directories, files and links.
-func (r *Provisioner) copyTree(from, to string, owner func(*unix.Stat_t) (uid, gid uint32)) error {
-	names, err := r.root.list(from)
+type copying struct {
+	*Provisioner
+	copy  unix.Stat_t
+	owner func(*unix.Stat_t) (uid, gid uint32)
+}
+
+func (c *copying) directory(from, to string) error {
+	names, err := c.root.list(from)
 	if err != nil {
 		return err
 	}
 	for _, name := range names {
-		if err := r.copyNode(path.Join(from, name), path.Join(to, name), owner); err != nil {
-			return fmt.Errorf("%q: %w", name, err)
+		if err := c.node(path.Join(from, name), path.Join(to, name)); err != nil {
+			return fmt.Errorf("copying %q: %w", name, err)
 		}
 	}
 	return nil
 }
 
-func (r *Provisioner) copyNode(from, to string, owner func(*unix.Stat_t) (uid, gid uint32)) error {
-	src, err := r.root.at(from, false)
+func (c *copying) node(from, to string) error {
+	src, err := c.root.at(from, false)
 	if err != nil {
 		return err
 	}
 	defer src.close()
-	dst, err := r.root.at(to, false)
+	dst, err := c.root.at(to, false)
 	if err != nil {
 		return err
 	}
@@ -175,13 +191,15 @@ func (r *Provisioner) copyNode(from, to string, owner func(*unix.Stat_t) (uid, g
 	if err != nil || st == nil {
 		return err
 	}
-	uid, gid := owner(st)
+	uid, gid := c.owner(st)
 	switch {
+	case st.Dev == c.copy.Dev && st.Ino == c.copy.Ino:
+		return nil
 	case isDir(st):
 		if err := mkdirAt(dst.dir, dst.name, uid, gid, st.Mode); err != nil {
 			return err
 		}
-		return r.copyTree(from, to, owner)
+		return c.directory(from, to)
 	case isLink(st):
 		target, err := readlink(src.dir, src.name)
 		if err != nil {

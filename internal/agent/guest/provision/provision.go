@@ -59,6 +59,7 @@ type Provisioner struct {
 	deferred []deferredFile
 	again    []part // what the packages may make possible
 	late     bool   // they are there
+	changed  bool   // the root is not as the image has it any more
 }
 
 type part struct {
@@ -108,7 +109,7 @@ func Apply(p *agentv1.Provision, o Options) error {
 
 // Early runs the commands that come before everything else, without a network.
 func (r *Provisioner) Early() error {
-	return r.run([]part{{"early commands", slices.ContainsFunc(r.GetCommands(), r.wantsEarly), func() error { return r.commands(r.wantsEarly) }}})
+	return r.commands(r.wantsEarly)
 }
 
 // Files does what changes files, and needs no network.
@@ -116,14 +117,18 @@ func (r *Provisioner) Files() error {
 	if !r.GetFirst() {
 		return nil
 	}
-	return r.run([]part{
+	if err := r.run([]part{
 		{"groups", len(r.GetGroups()) > 0, r.groups},
 		{"users", len(r.GetUsers()) > 0, r.users},
 		{"directories", len(r.GetDirectories()) > 0, r.directories},
 		{"files", len(r.GetFiles()) > 0, r.files},
 		{"links", len(r.GetLinks()) > 0, r.links},
 		{"units", len(r.GetUnits()) > 0, r.units},
-		{"ssh host keys", len(r.GetSshHostKeys()) > 0, r.sshHostKeys},
+	}); err != nil {
+		return err
+	}
+	return r.run([]part{
+		{"ssh host keys", len(r.GetSshHostKeys()) > 0 && (r.root.isDir(sshDir) || r.wantsPackages()), r.sshHostKeys},
 		{"timezone", r.GetTimezone() != "", r.timezone},
 		{"locale", r.GetLocale() != "", r.locale},
 		{"certificate authorities", len(r.GetCaCertificates()) > 0, r.authorities},
@@ -144,13 +149,13 @@ func (r *Provisioner) Late() error {
 	if err := r.run(r.again); err != nil {
 		return err
 	}
-	if err := r.run([]part{
-		{"deferred files", len(r.deferred) > 0, r.deferredFiles},
-		{"commands", slices.ContainsFunc(r.GetCommands(), r.wants), func() error { return r.commands(r.wants) }},
-	}); err != nil {
+	if err := r.run([]part{{"deferred files", len(r.deferred) > 0, r.deferredFiles}}); err != nil {
 		return err
 	}
-	if !r.GetFirst() {
+	if err := r.commands(r.wants); err != nil {
+		return err
+	}
+	if !r.GetFirst() || !r.changed {
 		return nil
 	}
 	// The host notes that the first boot was finished: then the disk must hold what it did.
@@ -170,6 +175,7 @@ func (r *Provisioner) run(parts []part) error {
 		if !p.needed {
 			continue
 		}
+		r.changed = true
 		r.o.Step(p.name)
 		if err := p.do(); err != nil {
 			return err

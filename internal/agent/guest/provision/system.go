@@ -8,7 +8,6 @@ import (
 	"io"
 	"io/fs"
 	"path"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -57,12 +56,10 @@ func (r *Provisioner) sshHostKeys() error {
 	return nil
 }
 
-var zoneName = regexp.MustCompile(`^[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*$`)
-
 // timezone says which zone local time is of: by a link to the image's own data, else by the host's.
 func (r *Provisioner) timezone() error {
 	zone := r.GetTimezone()
-	if !zoneName.MatchString(zone) {
+	if !only(zone, "_+-/") || path.Clean("/"+zone) != "/"+zone {
 		return element("timezone", zone, errors.New("not a name of a zone"))
 	}
 	file := "/usr/share/zoneinfo/" + zone
@@ -83,12 +80,10 @@ func (r *Provisioner) timezone() error {
 	return element("timezone", zone, err)
 }
 
-var localeName = regexp.MustCompile(`^[A-Za-z0-9_]+(\.[A-Za-z0-9-]+)?(@[A-Za-z0-9]+)?$`)
-
 // locale sets the language of what starts later, and makes its data where the image can and has not.
 func (r *Provisioner) locale() error {
 	name := r.GetLocale()
-	if !localeName.MatchString(name) {
+	if language, charset, modifier := splitLocale(name); language == "" || !only(language, "_") || !only(charset, "-") || !only(modifier, "") {
 		return element("locale", name, errors.New("not a name of a locale, as de_DE.UTF-8"))
 	}
 	have, err := r.haveLocale(name)

@@ -111,8 +111,8 @@ type place struct {
 
 func (p *place) close() { unix.Close(p.dir) }
 
-// at opens the directory of a path. Missing ones are made, 0755 and root's, when make says so. The path "/" is ".".
-func (t *tree) at(name string, make bool) (*place, error) {
+// at opens the directory of a path. Missing ones are made, 0755 and root's, when missing says so. The path "/" is ".".
+func (t *tree) at(name string, missing bool) (*place, error) {
 	if err := checkPath(name); err != nil {
 		return nil, err
 	}
@@ -123,7 +123,7 @@ func (t *tree) at(name string, make bool) (*place, error) {
 	}
 	dir, base := path.Split(name)
 	open := t.dir
-	if make {
+	if missing {
 		open = func(name string) (int, error) { return t.makeDirs(name, 0) }
 	}
 	fd, err := open(dir)

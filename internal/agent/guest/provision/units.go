@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -23,7 +22,13 @@ const (
 // unitDirs are where units are, the first that has one counts.
 var unitDirs = []string{unitDir, "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"}
 
-var unitName = regexp.MustCompile(`^[A-Za-z0-9:_.\\-]+(@[A-Za-z0-9:_.\\-]*)?\.(service|socket|device|mount|automount|swap|target|path|timer|slice|scope)$`)
+// unitTypes are the ends of units' names.
+var unitTypes = []string{".service", ".socket", ".device", ".mount", ".automount", ".swap", ".target", ".path", ".timer", ".slice", ".scope"}
+
+func isUnitName(name string) bool {
+	prefix, instance, _ := strings.Cut(strings.TrimSuffix(name, path.Ext(name)), "@")
+	return len(name) <= 255 && slices.Contains(unitTypes, path.Ext(name)) && prefix != "" && only(prefix, `:_.\-`) && only(instance, `:_.\-`)
+}
 
 // units writes, masks and enables systemd units.
 func (r *Provisioner) units() error {
@@ -42,7 +47,7 @@ func (r *Provisioner) units() error {
 }
 
 func (r *Provisioner) unit(u *agentv1.Unit) error {
-	if len(u.GetName()) > 255 || !unitName.MatchString(u.GetName()) {
+	if !isUnitName(u.GetName()) {
 		return errors.New("not a name of a unit")
 	}
 	for _, d := range u.GetDropIns() {
@@ -85,7 +90,9 @@ func (r *Provisioner) writePresets() error {
 			verb = "enable "
 		}
 		said[template] = true
-		presets[verb+template] = append(presets[verb+template], instance)
+		if presets[verb+template] = append(presets[verb+template], instance); instance == "" {
+			presets[verb+template] = slices.DeleteFunc(presets[verb+template], func(i string) bool { return i == "" })
+		}
 	}
 	if len(presets) == 0 {
 		return nil
@@ -307,7 +314,7 @@ func (r *Provisioner) disableUnit(name string, seen map[string]bool) (found bool
 	for _, dir := range dirs {
 		full := path.Join(unitDir, dir)
 		if target := r.root.readlink(full); target != "" {
-			if dir != name && unitName.MatchString(dir) && path.Base(target) == name {
+			if dir != name && isUnitName(dir) && path.Base(target) == name {
 				if err := r.root.remove(full); err != nil {
 					return true, err
 				}
@@ -322,7 +329,7 @@ func (r *Provisioner) disableUnit(name string, seen map[string]bool) (found bool
 			return true, err
 		}
 		for _, link := range links {
-			if target := r.root.readlink(path.Join(full, link)); target != "" && unitName.MatchString(link) && is(link, target) {
+			if target := r.root.readlink(path.Join(full, link)); target != "" && isUnitName(link) && is(link, target) {
 				if err := r.root.remove(path.Join(full, link)); err != nil {
 					return true, err
 				}
@@ -368,7 +375,7 @@ func expandUnit(text, name, instance string) (string, error) {
 			return "", fmt.Errorf("[Install] says %q: %%%c is not known there", text, text[i])
 		}
 	}
-	if out := b.String(); unitName.MatchString(out) {
+	if out := b.String(); isUnitName(out) {
 		return out, nil
 	}
 	return "", fmt.Errorf("[Install] says %q, which is no name of a unit", text)

@@ -1,0 +1,263 @@
+package filetar
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+func stream(t *testing.T, headers ...tar.Header) *bytes.Buffer {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, h := range headers {
+		body := ""
+		if h.Typeflag == tar.TypeReg && h.Size == 0 {
+			body = "content of " + h.Name
+			h.Size = int64(len(body))
+		}
+		if h.Mode == 0 {
+			h.Mode = 0o644
+		}
+		if err := w.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(w, body)
+	}
+	w.Close()
+	return &b
+}
+
+func write(t *testing.T, path, data string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(data), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestTreeComesThroughAsItIs(t *testing.T) {
+	from, to := filepath.Join(t.TempDir(), "tree"), t.TempDir()
+	write(t, from+"/sub/a", "hello")
+	old := time.Date(2001, 2, 3, 4, 5, 6, 789, time.UTC)
+	for _, err := range []error{
+		os.Link(from+"/sub/a", from+"/twin"), os.Symlink("sub/a", from+"/link"), os.Symlink("/etc/passwd", from+"/away"), os.Chmod(from+"/sub/a", 0o640),
+		syscall.Mkfifo(from+"/fifo", 0o600), os.Chtimes(from+"/sub", old, old), os.Chmod(from+"/sub", 0o500),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() { os.Chmod(from+"/sub", 0o700); os.Chmod(to+"/copy/sub", 0o700) })
+	var b bytes.Buffer
+	if err := Pack(&b, from, PackOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := Unpack(t.Context(), &b, to, UnpackOptions{Name: "copy"}); err != nil {
+		t.Fatal(err)
+	}
+	if data, err := os.ReadFile(to + "/copy/twin"); string(data) != "hello" {
+		t.Errorf("twin: %q, %v", data, err)
+	}
+	a, _ := os.Stat(to + "/copy/sub/a")
+	twin, _ := os.Stat(to + "/copy/twin")
+	if a == nil || !os.SameFile(a, twin) || a.Mode().Perm() != 0o640 {
+		t.Errorf("the hard link: %v and %v", a, twin)
+	}
+	for name, want := range map[string]string{"link": "sub/a", "away": "/etc/passwd"} {
+		if got, _ := os.Readlink(to + "/copy/" + name); got != want {
+			t.Errorf("link %s leads to %q, want %q", name, got, want)
+		}
+	}
+	if fi, err := os.Stat(to + "/copy/sub"); err != nil || fi.Mode().Perm() != 0o500 || !fi.ModTime().Equal(old) {
+		t.Errorf("directory: %v, %v", fi, err)
+	}
+	if fi, err := os.Lstat(to + "/copy/fifo"); err != nil || fi.Mode()&fs.ModeNamedPipe == 0 {
+		t.Errorf("fifo: %v, %v", fi, err)
+	}
+}
+
+func TestHolesStayHoles(t *testing.T) {
+	dir, to := t.TempDir(), t.TempDir()
+	const size = 1 << 30
+	f, err := os.Create(dir + "/holes")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Truncate(size)
+	f.WriteAt([]byte("begin"), 0)
+	f.WriteAt([]byte("middle"), 500<<20)
+	f.Close()
+	write(t, dir+"/next", "after it") // what follows in the stream
+	write(t, dir+"/zeros", strings.Repeat("\x00", 1<<20)+"x")
+	var b bytes.Buffer
+	if err := Pack(&b, dir, PackOptions{Name: "."}); err != nil {
+		t.Fatal(err)
+	}
+	if b.Len() > 2<<20 {
+		t.Errorf("the stream has %d bytes: the holes travel", b.Len())
+	}
+	if err := Unpack(t.Context(), &b, to, UnpackOptions{Name: "."}); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]int64{"holes": size, "zeros": 1<<20 + 1} {
+		fi, err := os.Stat(filepath.Join(to, name))
+		if err != nil || fi.Size() != want || fi.Sys().(*syscall.Stat_t).Blocks > 64 {
+			t.Errorf("%s: %v, %v", name, fi, err)
+		}
+	}
+	got := make([]byte, 6)
+	g, _ := os.Open(to + "/holes")
+	defer g.Close()
+	if _, err := g.ReadAt(got, 500<<20); err != nil || string(got) != "middle" {
+		t.Errorf("in the middle: %q, %v", got, err)
+	}
+	if data, _ := os.ReadFile(to + "/next"); string(data) != "after it" {
+		t.Errorf("the next file: %q", data)
+	}
+}
+
+// A stranger's stream writes nothing outside of the directory, by name or by link, and nothing that is dangerous in it.
+func TestHostileStreams(t *testing.T) {
+	outside := t.TempDir()
+	write(t, outside+"/victim", "untouched")
+	reg := func(name string) tar.Header { return tar.Header{Typeflag: tar.TypeReg, Name: name} }
+	for name, tc := range map[string]struct {
+		headers []tar.Header
+		fails   bool
+	}{
+		"dots":                 {[]tar.Header{reg("x/../../victim")}, true},
+		"dots at the end":      {[]tar.Header{{Typeflag: tar.TypeDir, Name: "x/.."}}, true},
+		"absolute":             {[]tar.Header{reg(outside + "/victim")}, false}, // what it is called in there does not matter
+		"link to a directory":  {[]tar.Header{{Typeflag: tar.TypeSymlink, Name: "x/l", Linkname: outside}, reg("x/l/victim")}, true},
+		"link to dots":         {[]tar.Header{{Typeflag: tar.TypeSymlink, Name: "x/l", Linkname: "../../../../../../" + outside}, reg("x/l/victim")}, true},
+		"link over a link":     {[]tar.Header{{Typeflag: tar.TypeSymlink, Name: "x/l", Linkname: outside + "/victim"}, reg("x/l")}, false},
+		"the tree is a link":   {[]tar.Header{{Typeflag: tar.TypeSymlink, Name: "x", Linkname: outside}, reg("x/victim")}, true},
+		"hard link out":        {[]tar.Header{{Typeflag: tar.TypeLink, Name: "x/h", Linkname: "../victim"}}, true},
+		"hard link by a link":  {[]tar.Header{{Typeflag: tar.TypeSymlink, Name: "x/l", Linkname: outside}, {Typeflag: tar.TypeLink, Name: "x/h", Linkname: "x/l/victim"}}, true},
+		"second tree":          {[]tar.Header{reg("x/a"), reg("y/b")}, true},
+		"device":               {[]tar.Header{{Typeflag: tar.TypeBlock, Name: "x/dev", Devmajor: 8}}, false},
+		"huge":                 {[]tar.Header{{Typeflag: tar.TypeReg, Name: "x/huge", Size: 1 << 62}}, true},
+		"directory mode later": {[]tar.Header{{Typeflag: tar.TypeDir, Name: "x/d"}, {Typeflag: tar.TypeSymlink, Name: "x/d", Linkname: outside}}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			var b bytes.Buffer
+			w := tar.NewWriter(&b)
+			for _, h := range tc.headers {
+				if h.Typeflag == tar.TypeReg && h.Size == 0 {
+					h.Size = 5
+				}
+				h.Mode = 0o6755
+				if err := w.WriteHeader(&h); err != nil {
+					t.Fatal(err)
+				}
+				if h.Size == 5 {
+					io.WriteString(w, "taken")
+				}
+			}
+			w.Flush()
+			err := Unpack(t.Context(), &b, dir, UnpackOptions{Name: "x", NoReplaceKind: true})
+			if (err != nil) != tc.fails {
+				t.Errorf("got %v", err)
+			}
+			if data, err := os.ReadFile(outside + "/victim"); string(data) != "untouched" {
+				t.Fatalf("the file outside: %q, %v", data, err)
+			}
+			if entries, _ := os.ReadDir(outside); len(entries) != 1 {
+				t.Fatalf("outside: %v", entries)
+			}
+			filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+				if err != nil {
+					t.Fatal(err)
+				}
+				fi, _ := d.Info()
+				if fi.Mode()&(fs.ModeDevice|fs.ModeSetuid|fs.ModeSetgid) != 0 || strings.HasPrefix(d.Name(), ".atoll-") {
+					t.Errorf("left behind: %s %v", path, fi.Mode())
+				}
+				return nil
+			})
+		})
+	}
+}
+
+func TestNamesInErrorsAreQuoted(t *testing.T) {
+	err := Unpack(t.Context(), stream(t, tar.Header{Typeflag: tar.TypeReg, Name: "x/\x1b[2J\n/../y"}), t.TempDir(), UnpackOptions{Name: "x"})
+	if err == nil || strings.ContainsAny(err.Error(), "\x1b\n") {
+		t.Errorf("got %q", err)
+	}
+}
+
+func TestKindsAreNotReplaced(t *testing.T) {
+	dir := t.TempDir()
+	write(t, dir+"/x/dir/in", "kept")
+	write(t, dir+"/x/file", "kept")
+	for _, h := range []tar.Header{{Typeflag: tar.TypeReg, Name: "x/dir"}, {Typeflag: tar.TypeDir, Name: "x/file/"}} {
+		if err := Unpack(t.Context(), stream(t, h), dir, UnpackOptions{NoReplaceKind: true}); err == nil || !strings.Contains(err.Error(), "cannot overwrite") {
+			t.Errorf("%s: %v", h.Name, err)
+		}
+		if err := Unpack(t.Context(), stream(t, h), dir, UnpackOptions{}); err != nil {
+			t.Errorf("%s: %v", h.Name, err)
+		}
+	}
+}
+
+// What is there stays until the new file is whole.
+func TestBrokenStreamLeavesTheOldFile(t *testing.T) {
+	dir := t.TempDir()
+	write(t, dir+"/f", "old")
+	b := stream(t, tar.Header{Typeflag: tar.TypeReg, Name: "f", Size: 100 << 10}).Bytes()
+	err := Unpack(t.Context(), io.MultiReader(bytes.NewReader(b[:512]), bytes.NewReader(make([]byte, 60<<10))), dir, UnpackOptions{})
+	if !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("got %v", err)
+	}
+	entries, _ := os.ReadDir(dir)
+	if data, _ := os.ReadFile(dir + "/f"); string(data) != "old" || len(entries) != 1 {
+		t.Errorf("%q, beside it %v", data, entries)
+	}
+}
+
+func TestBase(t *testing.T) {
+	for p, want := range map[string]string{"/a/b": "b", "a": "a", "a/b/": "b", "a/.": ".", "/": ".", "": ".", ".": ".", "/a/..": ".", "/a/../b": "b"} {
+		if got := Base(p); got != want {
+			t.Errorf("Base(%q) = %q, want %q", p, got, want)
+		}
+	}
+}
+
+// FuzzUnpack: whatever the stream, nothing appears beside the directory.
+func FuzzUnpack(f *testing.F) {
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	w.WriteHeader(&tar.Header{Typeflag: tar.TypeSymlink, Name: "x/l", Linkname: ".."})
+	w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "x/l/out", Size: 3})
+	io.WriteString(w, "out")
+	w.Close()
+	f.Add(b.Bytes(), "x")
+	f.Add(b.Bytes(), "")
+	f.Fuzz(func(t *testing.T, data []byte, name string) {
+		if name != "" && name != "." && !filepath.IsLocal(name) {
+			t.Skip()
+		}
+		parent := t.TempDir()
+		dir := filepath.Join(parent, "in")
+		os.Mkdir(dir, 0o755)
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond) // a hole may have any size
+		defer cancel()
+		_ = Unpack(ctx, io.LimitReader(bytes.NewReader(data), 1<<20), dir, UnpackOptions{Name: name, NoReplaceKind: true})
+		if entries, _ := os.ReadDir(parent); len(entries) != 1 || entries[0].Name() != "in" {
+			t.Fatalf("beside the directory: %v", entries)
+		}
+	})
+}
