@@ -80,7 +80,7 @@ func (r *Request) applyDocuments(ctx context.Context, p *plan.Plan, o Options) e
 	case ignitionOrButane:
 		err = applyIgnition(ctx, r.UserData, p, o)
 	default:
-		err = applyCloudConfig(ctx, r.UserData, p)
+		err = applyCloudConfig(ctx, r.UserData, p, o)
 	}
 	if err != nil {
 		return fmt.Errorf("user-data: %w", err)

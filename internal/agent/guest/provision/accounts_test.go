@@ -79,9 +79,9 @@ func TestUsers(t *testing.T) {
 
 func TestUsersChangeAndGo(t *testing.T) {
 	root := accountsRoot(t, map[string]string{
-		"etc/passwd": "root:x:0:0:root:/root:/bin/bash\nold:x:1003:1003:Old:/home/old:/bin/sh\ngone:x:1004:1004::/home/gone:/bin/sh\nlib:x:1005:1005::/:/bin/sh\nplain:hash:1006:100::/home/plain:/bin/sh\n",
+		"etc/passwd": "root:x:0:0:root:/root:/bin/bash\nold:x:1003:1003:Old:/home/old:/bin/sh\ngone:x:1004:1004::/home/gone:/bin/sh\nlib:x:1005:1005::/usr/lib:/bin/sh\nplain:hash:1006:100::/home/plain:/bin/sh\n",
 		"etc/group":  "root:x:0:\nusers:x:100:gone\ngone:x:1004:\nold:x:1003:old,gone\nlib:x:1005:x\nunused:x:7:\n", "etc/gshadow": "none",
-		"home/old/x": "x", "home/old/.ssh/authorized_keys": "have", "home/gone/x": "x", "var/mail/gone": "mail", "etc/sudoers.d/90-atoll-gone": "gone ALL=ALL\n",
+		"usr/lib/x": "x", "home/old/x": "x", "home/old/.ssh/authorized_keys": "have", "home/gone/x": "x", "var/mail/gone": "mail", "etc/sudoers.d/90-atoll-gone": "gone ALL=ALL\n",
 	})
 	for _, p := range []string{"home/old", "home/old/x", "home/gone"} {
 		if err := os.Chown(filepath.Join(root, p), map[bool]int{true: 1004, false: 1003}[p == "home/gone"], 1003); err != nil {
@@ -108,7 +108,7 @@ func TestUsersChangeAndGo(t *testing.T) {
 	}
 	wantLooks(t, root, map[string]string{
 		"home/old": "none", "srv/homes/old": "dir 0755 2000:1003", "srv/homes/old/x": "0644 2000:1003 x", "srv/homes/old/.ssh/authorized_keys": "0600 2000:3000 have\nnew\n",
-		"home/gone": "none", "var/mail/gone": "none", "etc/sudoers.d/90-atoll-gone": "none", "bin/bash": "0644 0:0 ", "etc/gshadow": "none",
+		"home/gone": "none", "var/mail/gone": "none", "etc/sudoers.d/90-atoll-gone": "none", "usr/lib/x": "0644 0:0 x", "etc/gshadow": "none",
 	})
 }
 
