@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"strings"
 	"time"
@@ -46,9 +47,10 @@ func (s Spec) checkDisk(fault func(help, format string, args ...any)) {
 	}{
 		{"--entrypoint", s.SetEntrypoint}, {"--env", len(s.Env) > 0}, {"--workdir", s.WorkingDir != ""}, {"--user", s.User != ""}, {"--tty", s.TTY},
 		{"--interactive", s.Stdin}, {"--platform", s.Platform != ""}, {"--stop-signal", s.StopSignal != ""}, {"--verity", s.Verity},
-		{"--init", s.Init != InitAuto}, {"--read-only", s.ReadOnly}, {"--tmpfs", len(s.Tmpfs) > 0}, {"--ulimit", len(s.Ulimits) > 0},
+		{"--init", s.Init != InitAuto}, {"--read-only", s.ReadOnly}, {"--tmpfs or --shm-size", len(s.Tmpfs) > 0}, {"--ulimit", len(s.Ulimits) > 0},
 		{"--sysctl", len(s.Sysctls) > 0}, {"--add-host", len(s.AddHosts) > 0}, {"--dns", len(s.DNS)+len(s.DNSSearch)+len(s.DNSOptions) > 0},
-		{"--publish-all", s.PublishAll}, {"a health check", len(s.Health.Test) > 0}, {"--kernel-args without --kernel", len(s.KernelArgs) > 0 && s.Kernel == ""},
+		{"--publish-all", s.PublishAll}, {"--health-… or --no-healthcheck", !reflect.ValueOf(s.Health).IsZero()},
+		{"--kernel-args without --kernel", len(s.KernelArgs) > 0 && s.Kernel == ""},
 	} {
 		if f.given {
 			fault(help, "%s does not go with --disk", f.flag)

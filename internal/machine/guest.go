@@ -137,6 +137,17 @@ func tmpfsConfig(list []Tmpfs) (out []*agentv1.Tmpfs) {
 	return out
 }
 
+// volumes are the image's, as paths below the root, the outer before the inner.
+func volumes(img Image) (out []string) {
+	for _, v := range img.Volumes {
+		if v = path.Join("/", v); v != "/" && !slices.Contains(out, v) {
+			out = append(out, v)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
 // checkUlimit goes by Docker's own rules.
 func checkUlimit(u Ulimit) error {
 	text := fmt.Sprintf("%s=%d:%d", u.Name, u.Soft, u.Hard)

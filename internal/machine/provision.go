@@ -232,7 +232,7 @@ func (s *starting) contents() []host.Content {
 
 // isEmpty says that the guest need not be told of a plan.
 func isEmpty(p *plan.Plan) bool {
-	return !p.GetFirst() && len(p.GetMounts())+len(p.GetSecrets())+len(p.GetCommands()) == 0
+	return !p.GetFirst() && len(p.GetMounts())+len(p.GetSecrets())+len(p.GetCommands()) == 0 && p.GetLocale() == ""
 }
 
 // kernelArgs is a kernel's command line as the plan would have it.

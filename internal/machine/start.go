@@ -145,7 +145,7 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 		e.mu.Unlock()
 		return s.fail(ctx, err)
 	}
-	e.cancelStart = nil
+	e.cancelStart, e.stopAsked = nil, false
 	e.run = s.run
 	err = ms.commitLocked(e, "start", func(m *Machine) {
 		m.State, m.Started, m.Steps, m.Lease, m.Ports = Running, time.Now(), s.m.Steps, s.m.Lease, s.m.Ports
@@ -185,6 +185,11 @@ func (s *starting) all(ctx context.Context, steps []step) error {
 }
 
 func (s *starting) findKernel(ctx context.Context) error {
+	if s.plan != nil {
+		if faults := kernelArgsFaults(s.plan.KernelArgs, s.m.ownSystem()); faults != nil {
+			return fmt.Errorf("%w: %w", errors.Join(faults...), errdefs.ErrInvalidArgument)
+		}
+	}
 	k, name, err := s.ms.Kernels.Boot(ctx, s.m.Spec.Kernel, s.features()...)
 	k.Args = strings.TrimSpace(strings.Join(append([]string{k.Args}, s.m.Spec.KernelArgs...), " "))
 	s.kernel, s.m.VMM.Kernel = k, name
@@ -365,7 +370,7 @@ func (s *starting) config() (*agentv1.Config, error) {
 			StopSignal: first(sp.StopSignal, img.StopSignal),
 			Rlimits:    rlimits(sp.Ulimits),
 		},
-		Volumes: img.Volumes,
+		Volumes: volumes(img),
 		Tmpfs:   tmpfsConfig(sp.Tmpfs),
 		Sysctls: sp.Sysctls,
 	}
