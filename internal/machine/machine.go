@@ -85,7 +85,9 @@ type Spec struct {
 	StopTimeout   time.Duration
 	Verity        bool   // root disks must verify
 	Init          string // InitAuto, InitAgent or InitImage
-	ReadOnly      bool   // the root
+	LogMaxBytes   int64  // of one file of the entrypoint's output
+	LogMaxFiles   int
+	ReadOnly      bool // the root
 	Tmpfs         []Tmpfs
 	Ulimits       []Ulimit
 	Sysctls       map[string]string

@@ -145,7 +145,7 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 		e.mu.Unlock()
 		return s.fail(ctx, err)
 	}
-	e.cancelStart = nil
+	e.cancelStart, e.stopAsked = nil, false
 	e.run = s.run
 	err = ms.commitLocked(e, "start", func(m *Machine) {
 		m.State, m.Started, m.Steps, m.Lease, m.Ports = Running, time.Now(), s.m.Steps, s.m.Lease, s.m.Ports
@@ -261,6 +261,11 @@ func (s *starting) attachNetwork(ctx context.Context) error {
 	}
 	s.net, s.m.Lease = n, lease
 	s.undo = append(s.undo, func(ctx context.Context) error { return d.Detach(ctx, n, s.m.ID.Short()) })
+	if s.request == nil {
+		if s.request, err = s.ms.requestFor(&s.m); err != nil {
+			return err
+		}
+	}
 	ep, err := s.m.endpoint(n, s.request)
 	if err != nil {
 		return err
