@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"connectrpc.com/connect"
@@ -15,17 +16,23 @@ import (
 
 func newAttachCmd(e *environment) *cobra.Command {
 	var noStdin bool
+	var who presence
 	cmd := &cobra.Command{
 		Use:   "attach [OPTIONS] MACHINE",
 		Short: "Join the terminal or streams of a machine's entrypoint",
 		Long: `Join the terminal or the streams of a running machine's entrypoint. What it
-wrote before is in "atoll logs". Signals go to the entrypoint; the exit code is
-its own.`,
+wrote before is in "atoll logs". Several may be attached at once. Signals go to
+the entrypoint; the exit code is its own. At a terminal ctrl-p ctrl-q leaves the
+machine, which runs on.`,
 		Example:           `  atoll attach web`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: e.completeMachines(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
+			var err error
+			if who.keys, err = parseDetachKeys(who.keyNames); err != nil {
+				return err
+			}
 			c, err := e.connect(ctx)
 			if err != nil {
 				return err
@@ -48,11 +55,26 @@ its own.`,
 				return err
 			}
 			defer a.close()
-			return a.wait(ctx)
+			a.take(who)
+			return runsOn(m, a.wait(ctx))
 		},
 	}
 	cmd.Flags().BoolVar(&noStdin, "no-stdin", false, "do not send standard input")
+	addSigProxy(cmd, &who.sigProxy)
+	addDetachKeys(cmd, &who.keyNames)
 	return cmd
+}
+
+func addSigProxy(cmd *cobra.Command, on *bool) {
+	cmd.Flags().BoolVar(on, "sig-proxy", true, "without a terminal, send signals such as that of Ctrl-C to the entrypoint; else they end this command only")
+}
+
+// runsOn tells that a daemon which went has not taken its machine along.
+func runsOn(m *atollv1.Machine, err error) error {
+	if errors.Is(err, errDisconnected) || errdefs.IsUnavailable(err) {
+		return hint.With(fmt.Errorf("machine %q runs on: %w", m.GetSpec().GetName(), err), "atoll attach %s", m.GetSpec().GetName())
+	}
+	return err
 }
 
 // attachment is an open Attach stream whose output is being copied.
@@ -60,6 +82,14 @@ type attachment struct {
 	session
 	close  context.CancelFunc
 	result chan outcome
+}
+
+// take has somebody take part in the way asked for.
+func (a *attachment) take(who presence) {
+	a.keys = who.keys
+	if !who.sigProxy {
+		a.signal = nil
+	}
 }
 
 // openAttach joins the machine's entrypoint; when it returns, nothing that the entrypoint writes is missed.

@@ -115,3 +115,18 @@ func TestParseEscape(t *testing.T) {
 		}
 	}
 }
+
+func TestTypeInto(t *testing.T) {
+	for _, c := range []struct {
+		in     string
+		escape byte
+		sent   string
+		left   bool
+	}{{"ab\x1dc", 0x1d, "ab", true}, {"\x1d", 0x1d, "", true}, {"ab\x1dc", 0, "ab\x1dc", false}, {"", 0x1d, "", false}} {
+		var sent string
+		left := typeInto(strings.NewReader(c.in), c.escape, func(p []byte) error { sent += string(p); return nil })
+		if sent != c.sent || left != c.left {
+			t.Errorf("%q: sent %q, left %t", c.in, sent, left)
+		}
+	}
+}

@@ -35,7 +35,7 @@ alternatives, and an event must pass each key.`,
 					return usagef("--filter %q: want KEY=VALUE", f)
 				}
 			}
-			from, err := parseSince(since, e.now())
+			from, err := parseTime("since", since, e.now())
 			if err != nil {
 				return err
 			}

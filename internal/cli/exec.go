@@ -12,11 +12,15 @@ import (
 
 func newExecCmd(e *environment) *cobra.Command {
 	start := &atollv1.ExecStart{}
-	var env []string
+	var env, envFiles []string
+	var keys string
 	cmd := &cobra.Command{
 		Use:   "exec [OPTIONS] MACHINE COMMAND [ARG...]",
 		Short: "Run a command in a running machine",
 		Long: `Run a command in a running machine, word for word: no shell looks at it.
+
+Its environment is the machine's, with what --env-file and --env add. At a
+terminal ctrl-p ctrl-q leaves the command, which runs on.
 
 The exit code is the command's own, 128+n when signal n ended it; 126 when it
 could not be executed, 127 when it was not found, 125 when Atoll failed.`,
@@ -29,8 +33,15 @@ could not be executed, 127 when it was not found, 125 when Atoll failed.`,
 			if err := e.checkTerminal(start.Stdin && !start.Detach, start.Tty); err != nil {
 				return err
 			}
-			start.Machine, start.Argv, start.Env = args[0], args[1:], e.environ(env)
-			return e.exec(cmd.Context(), start)
+			detachKeys, err := parseDetachKeys(keys)
+			if err != nil {
+				return err
+			}
+			if start.Env, err = e.allEnviron(envFiles, env); err != nil {
+				return err
+			}
+			start.Machine, start.Argv = args[0], args[1:]
+			return e.exec(cmd.Context(), start, detachKeys)
 		}),
 	}
 	f := cmd.Flags()
@@ -41,10 +52,12 @@ could not be executed, 127 when it was not found, 125 when Atoll failed.`,
 	f.StringVarP(&start.User, "user", "u", "", "user and group: `NAME|UID[:GROUP|GID]`")
 	f.StringVarP(&start.WorkingDir, "workdir", "w", "", "working directory")
 	f.StringArrayVarP(&env, "env", "e", nil, "set an environment variable: `KEY=VALUE`, or KEY to take it from here")
+	f.StringArrayVar(&envFiles, "env-file", nil, "read environment variables from a `FILE` of KEY=VALUE lines")
+	addDetachKeys(cmd, &keys)
 	return cmd
 }
 
-func (e *environment) exec(ctx context.Context, start *atollv1.ExecStart) error {
+func (e *environment) exec(ctx context.Context, start *atollv1.ExecStart, detachKeys []byte) error {
 	c, err := e.connect(ctx)
 	if err != nil {
 		return err
@@ -60,7 +73,7 @@ func (e *environment) exec(ctx context.Context, start *atollv1.ExecStart) error 
 	}
 	// Where sending fails, receiving tells why.
 	_ = stream.Send(&atollv1.ExecRequest{Kind: &atollv1.ExecRequest_Start{Start: start}})
-	s := &session{env: e, stdin: start.Stdin, tty: start.Tty && !start.Detach, transmit: func(in input) error {
+	s := &session{env: e, stdin: start.Stdin, tty: start.Tty && !start.Detach, keys: detachKeys, transmit: func(in input) error {
 		switch {
 		case in.close:
 			return stream.Send(&atollv1.ExecRequest{Kind: &atollv1.ExecRequest_CloseStdin{CloseStdin: true}})
@@ -72,6 +85,11 @@ func (e *environment) exec(ctx context.Context, start *atollv1.ExecStart) error 
 		return stream.Send(&atollv1.ExecRequest{Kind: &atollv1.ExecRequest_Stdin{Stdin: in.data}})
 	}}
 	s.signal = func(name string) error { return s.send(input{name: name}) }
+	s.leave = func() error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return stream.Send(&atollv1.ExecRequest{Kind: &atollv1.ExecRequest_Detach{Detach: true}})
+	}
 	result := make(chan outcome, 1)
 	go func() { result <- e.copyExec(stream, start.Detach) }()
 	o := s.interact(ctx, result)
@@ -100,7 +118,7 @@ func (e *environment) copyExec(stream *connect.BidiStreamForClient[atollv1.ExecR
 		case *atollv1.ExecResponse_Failure:
 			failure = errors.New(k.Failure)
 		case *atollv1.ExecResponse_ExitCode:
-			return outcome{int(k.ExitCode), failure}
+			return outcome{code: int(k.ExitCode), err: failure}
 		}
 		if err != nil {
 			return outcome{err: err}

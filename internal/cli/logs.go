@@ -2,29 +2,37 @@ package cli
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"strconv"
 	"time"
 
 	"connectrpc.com/connect"
+	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
+	"github.com/atollvm/atoll/internal/cli/ui"
+	"github.com/atollvm/atoll/internal/hint"
 )
 
 func newLogsCmd(e *environment) *cobra.Command {
 	var follow, timestamps, boot, provisioning bool
-	var tail, since string
+	var tail, since, until string
 	cmd := &cobra.Command{
 		Use:   "logs [OPTIONS] MACHINE",
 		Short: "Show what a machine's entrypoint has written",
 		Long: `Show what a machine's entrypoint has written, also after it has stopped: its
 stdout on stdout and its stderr on stderr. --boot shows the serial console
 instead, with what the kernel and the agent say; --provisioning what user-data
-and the package manager wrote when the machine was set up.`,
+and the package manager wrote when the machine was set up.
+
+--follow goes on until the machine stops; over a restart of the machine, and
+over one of the daemon.`,
 		Example: `  atoll logs -f --since 10m web
+  atoll logs --since 2026-01-15T12:00:00 --until 2026-01-15T13:00:00 web
   atoll logs --boot -n 20 web
   atoll logs --provisioning web`,
 		Args:              cobra.ExactArgs(1),
@@ -38,25 +46,13 @@ and the package manager wrote when the machine was set up.`,
 			if req.Tail, req.TailAll, err = parseTail(tail); err != nil {
 				return err
 			}
-			if req.Since, err = parseSince(since, e.now()); err != nil {
+			if req.Since, err = parseTime("since", since, e.now()); err != nil {
 				return err
 			}
-			c, err := e.connect(cmd.Context())
-			if err != nil {
+			if req.Until, err = parseTime("until", until, e.now()); err != nil {
 				return err
 			}
-			stream, err := c.Machines.Logs(cmd.Context(), connect.NewRequest(req))
-			if err != nil {
-				return err
-			}
-			stdout, stderr := &stamper{w: e.Stdout, on: timestamps}, &stamper{w: e.Stderr, on: timestamps}
-			return each(stream, func(r *atollv1.LogsResponse) error {
-				w := stdout
-				if r.GetStream() == atollv1.Stream_STREAM_STDERR {
-					w = stderr
-				}
-				return w.write(clock(r.GetTime()), r.GetData())
-			})
+			return e.logs(cmd.Context(), req, timestamps)
 		},
 	}
 	f := cmd.Flags()
@@ -64,9 +60,66 @@ and the package manager wrote when the machine was set up.`,
 	f.StringVarP(&tail, "tail", "n", "all", "only the last `N` lines")
 	f.BoolVarP(&timestamps, "timestamps", "t", false, "begin each line with its time")
 	f.StringVar(&since, "since", "", "only from then on: a time (2006-01-02T15:04:05Z), seconds since 1970, or a duration (10m)")
+	f.StringVar(&until, "until", "", "only up to then, written as for --since")
 	f.BoolVar(&boot, "boot", false, "the serial console instead of the entrypoint's output")
 	f.BoolVar(&provisioning, "provisioning", false, "what was written when the machine was set up instead")
 	return cmd
+}
+
+func (e *environment) logs(ctx context.Context, req *atollv1.LogsRequest, timestamps bool) error {
+	stdout, stderr := &stamper{w: e.Stdout, on: timestamps}, &stamper{w: e.Stderr, on: timestamps}
+	show := func(r *atollv1.LogsResponse) error {
+		w := stdout
+		if r.GetStream() == atollv1.Stream_STREAM_STDERR {
+			w = stderr
+		}
+		if r.GetSeq() > 0 {
+			req.AfterBoot, req.AfterSeq, req.TailAll = r.GetBoot(), r.GetSeq(), true
+		}
+		return w.write(clock(r.GetTime()), r.GetData())
+	}
+	for {
+		c, err := e.connect(ctx)
+		if err != nil {
+			return err
+		}
+		stream, err := c.Machines.Logs(ctx, connect.NewRequest(req))
+		if err == nil {
+			err = each(stream, show)
+		}
+		if err == nil || !req.GetFollow() || req.GetBoot() || req.GetProvisioning() || !isBroken(err) && !errdefs.IsUnavailable(err) {
+			return err
+		}
+		if err := e.awaitDaemon(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// daemonAway is how long a command that follows waits for a daemon that has ended. It starts none: somebody may have ended that on purpose.
+const daemonAway = time.Minute
+
+func (e *environment) awaitDaemon(ctx context.Context) error {
+	cfg, err := e.config()
+	if err != nil {
+		return err
+	}
+	ui.Warnings(e.Stderr, []string{"the daemon has ended; going on when it runs again"})
+	e.client.Close()
+	e.client = nil
+	ctx, cancel := context.WithTimeoutCause(ctx, daemonAway,
+		hint.With(fmt.Errorf("%w, and was not started again for %s", errDisconnected, daemonAway), "any command starts it, such as atoll ps"))
+	defer cancel()
+	poll := time.NewTicker(100 * time.Millisecond)
+	defer poll.Stop()
+	for listening(ctx, cfg.Host) != nil {
+		select {
+		case <-poll.C:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
 }
 
 func parseTail(s string) (n int64, all bool, err error) {
@@ -80,7 +133,8 @@ func parseTail(s string) (n int64, all bool, err error) {
 	return n, n < 0, nil
 }
 
-func parseSince(s string, now time.Time) (*timestamppb.Timestamp, error) {
+// parseTime reads the value of --since or --until.
+func parseTime(flag, s string, now time.Time) (*timestamppb.Timestamp, error) {
 	if s == "" {
 		return nil, nil
 	}
@@ -98,7 +152,7 @@ func parseSince(s string, now time.Time) (*timestamppb.Timestamp, error) {
 	if f, err := strconv.ParseFloat(s, 64); err == nil {
 		return timestamppb.New(time.UnixMicro(int64(f * 1e6))), nil
 	}
-	return nil, usagef("--since %q: want a time such as 2006-01-02T15:04:05Z, or a duration such as 10m", s)
+	return nil, usagef("--%s %q: want a time such as 2006-01-02T15:04:05Z, or a duration such as 10m", flag, s)
 }
 
 // stamper puts the time before each line.

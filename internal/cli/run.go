@@ -21,6 +21,7 @@ const lastWord = 5 * time.Second
 
 func newRunCmd(e *environment) *cobra.Command {
 	var detach bool
+	var who presence
 	var flags *specFlags
 	cmd := &cobra.Command{
 		Use:   "run [OPTIONS] IMAGE [COMMAND] [ARG...]",
@@ -29,9 +30,10 @@ func newRunCmd(e *environment) *cobra.Command {
 --detach is given. An image that is not here is pulled. COMMAND replaces the
 image's CMD, word for word.
 
-Without a terminal, signals such as that of Ctrl-C go to the entrypoint. The
-exit code is the entrypoint's, 128+n when signal n ended it; 126 when it could
-not be executed, 127 when it was not found, 125 when Atoll failed.
+Without a terminal, signals such as that of Ctrl-C go to the entrypoint. At one,
+ctrl-p ctrl-q leaves the machine, which runs on. The exit code is the
+entrypoint's, 128+n when signal n ended it; 126 when it could not be executed,
+127 when it was not found, 125 when Atoll failed.
 
 With --disk there is no IMAGE: the machine boots a disk image, such as a
 distribution's cloud image, with the system that is on it. The file stays as it
@@ -54,13 +56,25 @@ the output.`,
 			if err := e.checkTerminal(spec.Stdin && !detach, spec.Tty); err != nil {
 				return err
 			}
-			return e.run(cmd.Context(), spec, flags.pull, detach)
+			if who.keys, err = parseDetachKeys(who.keyNames); err != nil {
+				return err
+			}
+			return e.run(cmd.Context(), spec, flags.pull, detach, who)
 		}),
 	}
 	flags = addSpecFlags(cmd)
 	completeBy(cmd, "profile", e.completeProfiles(0))
 	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "print the machine's ID and leave it running")
+	addSigProxy(cmd, &who.sigProxy)
+	addDetachKeys(cmd, &who.keyNames)
 	return cmd
+}
+
+// presence is how somebody attached takes part.
+type presence struct {
+	sigProxy bool
+	keyNames string
+	keys     []byte
 }
 
 func newCreateCmd(e *environment) *cobra.Command {
@@ -139,7 +153,7 @@ func (e *environment) ensureKernel(ctx context.Context, c *client.Client) error 
 	return err
 }
 
-func (e *environment) run(ctx context.Context, spec *atollv1.MachineSpec, pull string, detach bool) error {
+func (e *environment) run(ctx context.Context, spec *atollv1.MachineSpec, pull string, detach bool, who presence) error {
 	c, err := e.connect(ctx)
 	if err != nil {
 		return err
@@ -162,16 +176,13 @@ func (e *environment) run(ctx context.Context, spec *atollv1.MachineSpec, pull s
 		return e.discard(ctx, c, m, err)
 	}
 	defer a.close()
+	a.take(who)
 	more, err := e.start(ctx, c, m, a.result)
 	ui.Warnings(e.Stderr, append(warnings, more...))
 	if err != nil {
 		return err
 	}
-	err = a.wait(ctx)
-	if errors.Is(err, errDisconnected) || errdefs.IsUnavailable(err) {
-		return hint.With(fmt.Errorf("machine %q runs on: %w", m.GetSpec().GetName(), err), "atoll attach %s", m.GetSpec().GetName())
-	}
-	return err
+	return runsOn(m, a.wait(ctx))
 }
 
 // start starts the machine. The error of an entrypoint that could not be executed carries its code, 126 or 127, which the

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
@@ -32,8 +33,11 @@ type session struct {
 	env   *environment
 	stdin bool
 	tty   bool
-	// signal delivers a signal to the guest's process.
+	// signal delivers a signal to the guest's process; nil: signals are not for the guest.
 	signal func(name string) error
+	// keys leave a terminal; then leave is called, which may be nil.
+	keys  []byte
+	leave func() error
 
 	mu       sync.Mutex // a stream takes one message at a time
 	transmit func(input) error
@@ -41,8 +45,9 @@ type session struct {
 
 // outcome is how a session ended.
 type outcome struct {
-	code int
-	err  error
+	code     int
+	err      error
+	detached bool // the user has left
 }
 
 var errDisconnected = errors.New("the daemon ended the connection")
@@ -65,23 +70,54 @@ func (s *session) interact(ctx context.Context, result <-chan outcome) outcome {
 		}
 		defer s.followSize()()
 	}
-	defer s.forwardSignals()()
+	if s.signal != nil && !s.tty { // a terminal sends its own; what comes beside, such as its hanging up, is not for the guest
+		defer s.forwardSignals()()
+	}
+	detached := make(chan struct{})
 	if s.stdin {
-		go s.feed() // cannot be waited for: a read of a terminal has no end
+		go s.feed(detached) // cannot be waited for: a read of a terminal has no end
 	}
 	select {
 	case r := <-result:
 		return r
+	case <-detached:
+		return s.left(ctx, result)
 	case <-ctx.Done():
 		return outcome{err: context.Cause(ctx)}
 	}
 }
 
-func (s *session) feed() {
+// left ends a session whose user has left.
+func (s *session) left(ctx context.Context, result <-chan outcome) outcome {
+	if s.leave != nil {
+		if err := s.leave(); err != nil {
+			return outcome{err: fmt.Errorf("detaching: %w", err)}
+		}
+		select {
+		case <-result: // the daemon has ended the stream
+		case <-time.After(lastWord):
+		case <-ctx.Done():
+		}
+	}
+	s.env.sayDetached()
+	return outcome{detached: true}
+}
+
+// feed closes detached when the detach keys are typed.
+func (s *session) feed(detached chan<- struct{}) {
 	buf := make([]byte, 32<<10)
+	scanner := &keyScanner{}
+	if s.tty {
+		scanner.keys = s.keys
+	}
 	for {
 		n, err := s.env.Stdin.Read(buf)
-		if n > 0 && s.send(input{data: buf[:n]}) != nil {
+		data, found := scanner.scan(buf[:n])
+		if len(data) > 0 && s.send(input{data: data}) != nil {
+			return
+		}
+		if found {
+			close(detached)
 			return
 		}
 		if err != nil {

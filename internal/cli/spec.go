@@ -64,6 +64,8 @@ func addSpecFlags(cmd *cobra.Command) *specFlags {
 	f.Var(metadataValue{&s.spec.Metadata}, "metadata", "what 169.254.169.254 tells the guest about its machine: off; v2, to who has\na token; v1, to all that can reach it there (default v2)")
 	s.provision = addProvisionFlags(cmd)
 	f.StringArrayVar(&s.spec.Profiles, "profile", nil, "settings of this `NAME` hold where no flag says otherwise; later ones win")
+	f.Var(logOption{s.spec}, "log-opt", "bound the entrypoint's output that is kept: max-size=`SIZE` of a file (default 10m), max-file=N\nof files (default 2)")
+	complete(cmd, "log-opt", "max-size=", "max-file=")
 	addDiskFlags(cmd, s.spec)
 	complete(cmd, "init", "auto", "agent", "image")
 	complete(cmd, "metadata", "off", "v2", "v1")
@@ -101,18 +103,8 @@ func (s *specFlags) machine(e *environment, cmd *cobra.Command, args []string) (
 	var faults []error
 	provisioning, err := s.provision.provisioning(e, cmd)
 	spec.Provisioning, faults = provisioning, append(faults, err)
-	for _, file := range s.envFiles {
-		lines, err := kvfile.Parse(file, e.LookupEnv)
-		if err != nil {
-			faults = append(faults, fmt.Errorf("reading --env-file %s: %w", file, err))
-		}
-		spec.Env = append(spec.Env, lines...)
-	}
-	spec.Env = append(spec.Env, e.environ(s.env)...)
-	for _, v := range s.env {
-		if strings.HasPrefix(v, "=") || v == "" {
-			faults = append(faults, usagef("--env %q: no name", v))
-		}
+	if spec.Env, err = e.allEnviron(s.envFiles, s.env); err != nil {
+		faults = append(faults, err)
 	}
 	for _, p := range s.ports {
 		mappings, err := network.ParsePort(p)
@@ -140,6 +132,24 @@ func portMessage(m network.PortMapping) *atollv1.PortMapping {
 		p.HostAddress = m.HostAddress.String()
 	}
 	return p
+}
+
+// allEnviron reads the variables of files, then those of flags. It gathers every fault.
+func (e *environment) allEnviron(files, vars []string) (env []string, err error) {
+	var faults []error
+	for _, file := range files {
+		lines, err := kvfile.Parse(file, e.LookupEnv)
+		if err != nil {
+			faults = append(faults, fmt.Errorf("reading --env-file %s: %w", file, err))
+		}
+		env = append(env, lines...)
+	}
+	for _, v := range vars {
+		if strings.HasPrefix(v, "=") || v == "" {
+			faults = append(faults, usagef("--env %q: no name", v))
+		}
+	}
+	return append(env, e.environ(vars)...), errors.Join(faults...)
 }
 
 // environ gives variables without = the value they have here. One that is not set here is left out, as by Docker.

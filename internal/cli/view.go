@@ -162,6 +162,8 @@ type specView struct {
 	Verity        bool     `json:"verity"`
 	StopTimeout   string   `json:"stopTimeout"`
 	Init          string   `json:"init"` // auto, agent or image
+	LogMaxBytes   int64    `json:"logMaxBytes"`
+	LogMaxFiles   uint32   `json:"logMaxFiles"`
 	guestView
 	Profiles []string `json:"profiles"`
 	Disk     string   `json:"disk"`     // a disk image in the place of an image
@@ -200,6 +202,7 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
 		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(), guestView: newGuestView(s),
 		Profiles: list(s.GetProfiles()), Disk: s.GetDisk(), Firmware: s.GetFirmware(),
+		LogMaxBytes: s.GetLogMaxBytes(), LogMaxFiles: s.GetLogMaxFiles(),
 	}, HealthStatus: newHealthView(m.GetHealth()), ExposedPorts: list(m.GetExposedPorts()), Volumes: list(m.GetVolumes())}
 	d.Spec.Provisioning, d.Provisioning = newProvisionView(s.GetProvisioning()), newProvisionStatusView(m.GetProvisioning())
 	if t := s.GetStopTimeout(); t != nil {

@@ -245,7 +245,7 @@ func TestHostileGuests(t *testing.T) {
 				}
 				return nil
 			})
-			if size > 3*logLimit {
+			if size > 2*DefaultLogMaxFiles*DefaultLogMaxBytes {
 				t.Errorf("%d bytes of files", size)
 			}
 			within(t, 5*time.Second, "rm", func() {

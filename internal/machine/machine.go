@@ -85,7 +85,9 @@ type Spec struct {
 	StopTimeout   time.Duration
 	Verity        bool   // root disks must verify
 	Init          string // InitAuto, InitAgent or InitImage
-	ReadOnly      bool   // the root
+	LogMaxBytes   int64  // of one file of the entrypoint's output
+	LogMaxFiles   int
+	ReadOnly      bool // the root
 	Tmpfs         []Tmpfs
 	Ulimits       []Ulimit
 	Sysctls       map[string]string
@@ -248,8 +250,8 @@ type Networks interface {
 }
 
 // endpoint is the machine's NIC as the network sees it.
-func (m *Machine) endpoint(n network.Network) (network.Endpoint, error) {
-	document, err := m.document(n)
+func (m *Machine) endpoint(n network.Network, request *provision.Request) (network.Endpoint, error) {
+	document, err := m.document(n, request)
 	return network.Endpoint{
 		ID:       m.ID.Short(),
 		Name:     m.Spec.Name,

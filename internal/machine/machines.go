@@ -69,9 +69,8 @@ type entry struct {
 	gone    bool
 
 	cancelStart context.CancelFunc // while a start is under way
+	stopAsked   bool               // since the last start
 }
-
-const logLimit = 32 << 20 // of each of a machine's two log files
 
 // Open reads the records. Recover must follow before anything else is called.
 func Open(o Options) (*Machines, error) {
@@ -157,7 +156,7 @@ func (ms *Machines) addLocked(m Machine) (*entry, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	l, err := outlog.Open(dir, logLimit)
+	l, err := outlog.Open(dir, m.Spec.logLimits())
 	if err != nil {
 		return nil, err
 	}

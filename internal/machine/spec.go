@@ -57,6 +57,12 @@ func (s Spec) withDefaults() Spec {
 	if s.Init == "" {
 		s.Init = InitAuto
 	}
+	if s.LogMaxBytes == 0 {
+		s.LogMaxBytes = DefaultLogMaxBytes
+	}
+	if s.LogMaxFiles == 0 {
+		s.LogMaxFiles = DefaultLogMaxFiles
+	}
 	if s.Hostname == "" {
 		s.Hostname = defaultHostname(s.Name)
 	}
@@ -123,6 +129,12 @@ func (s Spec) validate() error {
 	}
 	if s.Init != InitAuto && s.Init != InitAgent && s.Init != InitImage {
 		fault("use auto, agent or image", "init %q", shorten(s.Init))
+	}
+	if s.LogMaxBytes < MinLogMaxBytes {
+		fault(fmt.Sprintf("give at least %s, such as --log-opt max-size=10m", units.BytesSize(MinLogMaxBytes)), "log files of at most %s", units.BytesSize(float64(s.LogMaxBytes)))
+	}
+	if s.LogMaxFiles < 1 || s.LogMaxFiles > MaxLogMaxFiles {
+		fault(fmt.Sprintf("give 1 to %d, such as --log-opt max-file=3", MaxLogMaxFiles), "%d log files", s.LogMaxFiles)
 	}
 	if s.Network == NoNetwork && len(s.Ports) > 0 {
 		fault("leave out --network none or -p", "ports cannot be published without a network")

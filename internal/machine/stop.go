@@ -43,6 +43,7 @@ func (ms *Machines) stop(ctx context.Context, e *entry, grace *time.Duration) (M
 		e.mu.Unlock()
 		return m, lost(m)
 	}
+	e.stopAsked = true
 	err := ms.commitLocked(e, "", func(m *Machine) { m.State = Stopping })
 	e.mu.Unlock()
 	if err != nil {

@@ -77,15 +77,6 @@ func (m *Machine) process(p Process) *agentv1.Process {
 	}
 }
 
-// Logs returns a reader of what the entrypoint wrote, from the oldest record kept; whoever gets it closes it.
-func (ms *Machines) Logs(name string) (*outlog.Reader, error) {
-	e, err := ms.find(name)
-	if err != nil {
-		return nil, err
-	}
-	return e.log.Read()
-}
-
 // Attachment joins a machine's entrypoint from the moment it is made, which may be before the machine starts.
 type Attachment struct {
 	e      *entry

@@ -26,6 +26,7 @@ func specFrom(s *atollv1.MachineSpec) (machine.Spec, error) {
 		Hostname: s.GetHostname(), CPUs: int(s.GetCpus()), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(), Ports: ports,
 		Labels: s.GetLabels(), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(), StopSignal: s.GetStopSignal(),
 		Verity: s.GetVerity(), Init: s.GetInit(), Profiles: s.GetProfiles(), Disk: s.GetDisk(), Firmware: s.GetFirmware(),
+		LogMaxBytes: s.GetLogMaxBytes(), LogMaxFiles: int(s.GetLogMaxFiles()),
 	}
 	guestFrom(s, &spec)
 	spec.Metadata = machine.Metadata{Disabled: s.GetMetadata().GetDisabled(), V1: s.GetMetadata().GetV1()}
@@ -95,6 +96,7 @@ func machineTo(m machine.Machine) *atollv1.Machine {
 			MemoryBytes: s.MemoryBytes, DiskBytes: s.DiskBytes, Ports: portsTo(s.Ports), Labels: s.Labels, Network: s.Network, Kernel: s.Kernel,
 			Vmm: s.VMM, Platform: s.Platform, StopSignal: s.StopSignal, StopTimeout: durationpb.New(s.StopTimeout),
 			Verity: s.Verity, Init: s.Init, Profiles: s.Profiles, Disk: s.Disk, Firmware: s.Firmware,
+			LogMaxBytes: s.LogMaxBytes, LogMaxFiles: uint32(s.LogMaxFiles),
 		},
 		Health: healthTo(&m), ExposedPorts: m.Image.ExposedPorts, Volumes: m.Image.Volumes,
 		CreatedAt: stamp(m.Created), StartedAt: stamp(m.Started), FinishedAt: stamp(m.Finished),

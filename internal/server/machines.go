@@ -124,10 +124,12 @@ func (s *machines) Logs(ctx context.Context, req *connect.Request[atollv1.LogsRe
 		return err
 	}
 	defer r.Close()
+	want := newSelection(req.Msg)
 	send := func(rec outlog.Record) error {
-		return out.Send(&atollv1.LogsResponse{Stream: atollv1.Stream(rec.Stream), Data: rec.Data, Time: timestamppb.New(rec.Time)})
+		return out.Send(&atollv1.LogsResponse{
+			Stream: atollv1.Stream(rec.Stream), Data: rec.Data, Time: timestamppb.New(rec.Time), Boot: rec.Boot, Seq: rec.Seq,
+		})
 	}
-	since := req.Msg.GetSince().AsTime()
 	tail := newTail(req.Msg)
 	for {
 		rec, err := r.Next(ctx, false)
@@ -137,8 +139,13 @@ func (s *machines) Logs(ctx context.Context, req *connect.Request[atollv1.LogsRe
 		if err != nil {
 			return err
 		}
-		if req.Msg.GetSince() == nil || !rec.Time.Before(since) {
+		if !want.has(rec) {
+			continue
+		}
+		if tail.n >= 0 {
 			tail.add(rec)
+		} else if err := send(rec); err != nil {
+			return err
 		}
 	}
 	for _, rec := range tail.records() {
@@ -146,20 +153,63 @@ func (s *machines) Logs(ctx context.Context, req *connect.Request[atollv1.LogsRe
 			return err
 		}
 	}
-	for req.Msg.GetFollow() {
+	if !req.Msg.GetFollow() {
+		return nil
+	}
+	ctx, cancel := want.context(ctx)
+	defer cancel()
+	for {
 		rec, err := r.Next(ctx, true)
-		if errors.Is(err, io.EOF) {
+		if errors.Is(err, io.EOF) && r.Continues(ctx) {
+			continue
+		}
+		if errors.Is(err, io.EOF) || want.over(ctx) {
 			return nil
 		}
 		if err != nil {
 			return err
 		}
+		if !want.has(rec) {
+			continue
+		}
 		if err := send(rec); err != nil {
 			return err
 		}
 	}
-	return nil
 }
+
+// selection is the part of the output that was asked for.
+type selection struct {
+	since, until time.Time // zero: without end
+	after        outlog.Position
+}
+
+func newSelection(req *atollv1.LogsRequest) selection {
+	s := selection{after: outlog.Position{Boot: req.GetAfterBoot(), Seq: req.GetAfterSeq()}}
+	if t := req.GetSince(); t != nil {
+		s.since = t.AsTime()
+	}
+	if t := req.GetUntil(); t != nil {
+		s.until = t.AsTime()
+	}
+	return s
+}
+
+func (s selection) has(r outlog.Record) bool {
+	return r.Position().After(s.after) && !r.Time.Before(s.since) && (s.until.IsZero() || !r.Time.After(s.until))
+}
+
+var errUntil = errors.New("the time until which was asked for has come")
+
+// context ends when nothing that comes can be wanted any more.
+func (s selection) context(ctx context.Context) (context.Context, context.CancelFunc) {
+	if s.until.IsZero() {
+		return context.WithCancel(ctx)
+	}
+	return context.WithDeadlineCause(ctx, s.until, errUntil)
+}
+
+func (s selection) over(ctx context.Context) bool { return errors.Is(context.Cause(ctx), errUntil) }
 
 // tail keeps the last n lines of records.
 type tail struct {

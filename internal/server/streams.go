@@ -46,8 +46,15 @@ func (s *machines) Exec(ctx context.Context, stream *execStream) error {
 	if st.GetDetach() {
 		return nil
 	}
-	go s.execInput(stream, x)
-	return execOutput(stream, x)
+	left := make(chan struct{})
+	go s.execInput(stream, x, left)
+	err = execOutput(stream, x)
+	select {
+	case <-left:
+		return nil
+	default:
+		return err
+	}
 }
 
 // notStarted tells a command that is not there, or cannot be executed, by its exit code; other faults are errors of the call.
@@ -62,8 +69,9 @@ func notStarted(stream *execStream, err error) error {
 	)
 }
 
-// execInput carries the client's input until either end goes; execOutput sees the end.
-func (s *machines) execInput(stream *execStream, x *host.Exec) {
+// execInput carries the client's input until either end goes; execOutput sees the end. left is closed when the client leaves the
+// command to itself.
+func (s *machines) execInput(stream *execStream, x *host.Exec, left chan<- struct{}) {
 	for {
 		req, err := stream.Receive()
 		if err != nil {
@@ -78,6 +86,12 @@ func (s *machines) execInput(stream *execStream, x *host.Exec) {
 			err = x.Resize(k.Resize.GetRows(), k.Resize.GetCols())
 		case *atollv1.ExecRequest_Signal:
 			err = x.Signal(int32(machine.SignalNumber(k.Signal)))
+		case *atollv1.ExecRequest_Detach:
+			if err = x.Detach(); err == nil {
+				close(left)
+				x.Close() // wakes execOutput
+				return
+			}
 		}
 		if err != nil {
 			s.Log.Debug("input to a command", "err", err)

@@ -39,7 +39,7 @@ func main() {
 	out := flag.String("out", "", "the file to write; empty: stdout only")
 	home := flag.String("home", "", "an ATOLL_HOME with a kernel and the images busybox and debian:bookworm")
 	rounds := flag.Int("n", 9, "rounds of each measurement that boots a machine")
-	only := flag.String("only", "", "measure only this: boots, kernels, builds, disks, execs, or filesystems, which is measured only then")
+	only := flag.String("only", "", "measure only this: boots, kernels, builds, disks, agent, execs, many, ssh, streams, gib, or filesystems, which is measured only then")
 	flag.Parse()
 	if err := run(*atoll, *home, *out, *rounds, *only); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -62,7 +62,8 @@ func run(atoll, home, out string, rounds int, only string) error {
 	measures := []struct {
 		name string
 		do   func(int) error
-	}{{"boots", b.boots}, {"kernels", b.kernels}, {"builds", b.builds}, {"disks", b.rootDisks}, {"execs", b.execs}, {"filesystems", b.fileSystems}}
+	}{{"boots", b.boots}, {"kernels", b.kernels}, {"builds", b.builds}, {"disks", b.rootDisks}, {"agent", b.agentBoot}, {"execs", b.execs}, {"many", b.manyExecs},
+		{"ssh", b.ssh}, {"streams", b.throughput}, {"gib", b.gibibyte}, {"filesystems", b.fileSystems}}
 	for _, m := range measures {
 		if m.name != only && (only != "" || m.name == "filesystems") {
 			continue
@@ -269,39 +270,12 @@ func (b *bench) floor(m *atollv1.Machine, argv []string) (time.Duration, error) 
 func (b *bench) byHand(argv []string, c *agentv1.Config, output func(int, *agentv1.Output) error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	sockets := make([]*os.File, 2)
-	paths := make([]string, 2)
-	dir, err := os.MkdirTemp("", "floor")
+	conn, stop, err := startQEMU(ctx, argv)
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
-	for i := range sockets {
-		paths[i] = filepath.Join(dir, fmt.Sprint(i))
-		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: paths[i]})
-		if err != nil {
-			return err
-		}
-		l.SetUnlinkOnClose(false)
-		if sockets[i], err = l.File(); err != nil {
-			return err
-		}
-		l.Close()
-	}
-	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
-	cmd.ExtraFiles = sockets
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	defer cmd.Wait()
-	defer cmd.Process.Kill()
-	for _, s := range sockets {
-		s.Close()
-	}
-	conn, err := net.Dial("unix", paths[1]) // fd 3 is QMP, fd 4 the agent
-	if err != nil {
-		return err
-	}
+	pid := stop.pid
+	defer stop.now()
 	session, err := transport.Connect(ctx, conn, transport.NewToken())
 	if err != nil {
 		return err
@@ -311,7 +285,61 @@ func (b *bench) byHand(argv []string, c *agentv1.Config, output func(int, *agent
 	if err := agent.Configure(ctx, c, func(string) {}); err != nil {
 		return err
 	}
-	return agent.Output(ctx, 0, func(o *agentv1.Output) error { return output(cmd.Process.Pid, o) })
+	return agent.Output(ctx, 0, func(o *agentv1.Output) error { return output(pid, o) })
+}
+
+// qemu is a QEMU that was started by hand.
+type qemu struct {
+	pid int
+	now func() // ends it
+}
+
+// startQEMU starts QEMU with these words and connects to the agent's port.
+func startQEMU(ctx context.Context, argv []string) (net.Conn, qemu, error) {
+	const first = 3 // QMP's, the console's and the agent's sockets are inherited from here on
+	sockets := make([]*os.File, 3)
+	paths := make([]string, len(sockets))
+	port := -1
+	for _, a := range argv {
+		if _, err := fmt.Sscanf(a, "socket,id=agent,fd=%d,", &port); err == nil {
+			break
+		}
+	}
+	if port -= first; port < 0 || port >= len(sockets) {
+		return nil, qemu{}, fmt.Errorf("the agent's socket is number %d of QEMU's", port)
+	}
+	dir, err := os.MkdirTemp("", "floor")
+	if err != nil {
+		return nil, qemu{}, err
+	}
+	defer os.RemoveAll(dir)
+	for i := range sockets {
+		paths[i] = filepath.Join(dir, fmt.Sprint(i))
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: paths[i]})
+		if err != nil {
+			return nil, qemu{}, err
+		}
+		l.SetUnlinkOnClose(false)
+		if sockets[i], err = l.File(); err != nil {
+			return nil, qemu{}, err
+		}
+		l.Close()
+	}
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.ExtraFiles, cmd.Stderr = sockets, os.Stderr
+	if err := cmd.Start(); err != nil {
+		return nil, qemu{}, err
+	}
+	q := qemu{cmd.Process.Pid, func() { cmd.Process.Kill(); cmd.Wait() }}
+	for _, s := range sockets {
+		s.Close()
+	}
+	conn, err := net.Dial("unix", paths[port])
+	if err != nil {
+		q.now()
+		return nil, qemu{}, err
+	}
+	return conn, q, nil
 }
 
 // argv is how the driver started the machine, as it keeps it beside the console; the NIC's socket gets a place of its own.
@@ -413,6 +441,7 @@ func (b *bench) execs(int) error {
 	}
 	b.row("## exec\n\nRound trip of `/bin/true` in a running machine; the API 200 times, the CLI 30 times.\n\n| | p50 | p99 |\n|---|---|---|")
 	b.row("| API | %s | %s |\n| `atoll exec` | %s | %s |", ms(quantile(api, .5)), ms(quantile(api, .99)), ms(quantile(cli, .5)), ms(quantile(cli, .99)))
+	b.row("")
 	return nil
 }
 

@@ -862,7 +862,7 @@ func (x *Tmpfs) GetOptions() string {
 // packages, commands.
 type Provision struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
-	First          bool                   `protobuf:"varint,1,opt,name=first,proto3" json:"first,omitempty"` // all of it; else only what is for every boot: mounts, secrets and the commands that say so
+	First          bool                   `protobuf:"varint,1,opt,name=first,proto3" json:"first,omitempty"` // all of it; else only what is for every boot: mounts, secrets, LANG and the commands that say so
 	Groups         []*Group               `protobuf:"bytes,2,rep,name=groups,proto3" json:"groups,omitempty"`
 	Users          []*User                `protobuf:"bytes,3,rep,name=users,proto3" json:"users,omitempty"`
 	Directories    []*Directory           `protobuf:"bytes,4,rep,name=directories,proto3" json:"directories,omitempty"`
@@ -872,7 +872,7 @@ type Provision struct {
 	SshHostKeys    []*SSHHostKey          `protobuf:"bytes,8,rep,name=ssh_host_keys,json=sshHostKeys,proto3" json:"ssh_host_keys,omitempty"`
 	Timezone       string                 `protobuf:"bytes,9,opt,name=timezone,proto3" json:"timezone,omitempty"` // as Europe/Berlin
 	Zone           []byte                 `protobuf:"bytes,10,opt,name=zone,proto3" json:"zone,omitempty"`        // that zone as a TZif file
-	Locale         string                 `protobuf:"bytes,11,opt,name=locale,proto3" json:"locale,omitempty"`    // as de_DE.UTF-8
+	Locale         string                 `protobuf:"bytes,11,opt,name=locale,proto3" json:"locale,omitempty"`    // as de_DE.UTF-8; at each boot it is the LANG of what runs
 	Mounts         []*FileSystemMount     `protobuf:"bytes,12,rep,name=mounts,proto3" json:"mounts,omitempty"`    // each boot
 	Secrets        []*Secret              `protobuf:"bytes,13,rep,name=secrets,proto3" json:"secrets,omitempty"`  // each boot: in a tmpfs on /run/secrets, mode 0400
 	Packages       *Packages              `protobuf:"bytes,14,opt,name=packages,proto3" json:"packages,omitempty"`
@@ -3728,6 +3728,7 @@ type ExecInput struct {
 	//	*ExecInput_CloseStdin
 	//	*ExecInput_Resize
 	//	*ExecInput_Signal
+	//	*ExecInput_Detach
 	Kind          isExecInput_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3806,6 +3807,15 @@ func (x *ExecInput) GetSignal() int32 {
 	return 0
 }
 
+func (x *ExecInput) GetDetach() bool {
+	if x != nil {
+		if x, ok := x.Kind.(*ExecInput_Detach); ok {
+			return x.Detach
+		}
+	}
+	return false
+}
+
 type isExecInput_Kind interface {
 	isExecInput_Kind()
 }
@@ -3826,6 +3836,10 @@ type ExecInput_Signal struct {
 	Signal int32 `protobuf:"varint,4,opt,name=signal,proto3,oneof"` // to the process, as a number
 }
 
+type ExecInput_Detach struct {
+	Detach bool `protobuf:"varint,5,opt,name=detach,proto3,oneof"` // the process runs on when this stream ends; what it writes then is thrown away
+}
+
 func (*ExecInput_Stdin) isExecInput_Kind() {}
 
 func (*ExecInput_CloseStdin) isExecInput_Kind() {}
@@ -3833,6 +3847,8 @@ func (*ExecInput_CloseStdin) isExecInput_Kind() {}
 func (*ExecInput_Resize) isExecInput_Kind() {}
 
 func (*ExecInput_Signal) isExecInput_Kind() {}
+
+func (*ExecInput_Detach) isExecInput_Kind() {}
 
 type Resize struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -5268,13 +5284,14 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\tcontainer\x18\x01 \x01(\tR\tcontainer\x12\x14\n" +
 	"\x05mount\x18\x02 \x01(\rR\x05mount\"#\n" +
 	"\vAcceptReply\x12\x14\n" +
-	"\x05error\x18\x01 \x01(\tR\x05error\"\x9a\x01\n" +
+	"\x05error\x18\x01 \x01(\tR\x05error\"\xb4\x01\n" +
 	"\tExecInput\x12\x16\n" +
 	"\x05stdin\x18\x01 \x01(\fH\x00R\x05stdin\x12!\n" +
 	"\vclose_stdin\x18\x02 \x01(\bH\x00R\n" +
 	"closeStdin\x120\n" +
 	"\x06resize\x18\x03 \x01(\v2\x16.atoll.agent.v1.ResizeH\x00R\x06resize\x12\x18\n" +
-	"\x06signal\x18\x04 \x01(\x05H\x00R\x06signalB\x06\n" +
+	"\x06signal\x18\x04 \x01(\x05H\x00R\x06signal\x12\x18\n" +
+	"\x06detach\x18\x05 \x01(\bH\x00R\x06detachB\x06\n" +
 	"\x04kind\"0\n" +
 	"\x06Resize\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\rR\x04rows\x12\x12\n" +
@@ -5561,6 +5578,7 @@ func file_api_agent_v1_agent_proto_init() {
 		(*ExecInput_CloseStdin)(nil),
 		(*ExecInput_Resize)(nil),
 		(*ExecInput_Signal)(nil),
+		(*ExecInput_Detach)(nil),
 	}
 	file_api_agent_v1_agent_proto_msgTypes[47].OneofWrappers = []any{
 		(*ExecOutput_Started_)(nil),

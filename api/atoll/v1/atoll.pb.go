@@ -2828,15 +2828,18 @@ func (x *GetMachineResponse) GetMachine() *Machine {
 }
 
 type LogsRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Machine       string                 `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
-	Follow        bool                   `protobuf:"varint,2,opt,name=follow,proto3" json:"follow,omitempty"`
-	Tail          int64                  `protobuf:"varint,3,opt,name=tail,proto3" json:"tail,omitempty"` // last n lines; -1 or unset with tail_all: all
-	TailAll       bool                   `protobuf:"varint,4,opt,name=tail_all,json=tailAll,proto3" json:"tail_all,omitempty"`
-	Since         *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=since,proto3" json:"since,omitempty"`
-	Boot          bool                   `protobuf:"varint,6,opt,name=boot,proto3" json:"boot,omitempty"`                 // the serial console instead of the entrypoint's output
-	Provisioning  bool                   `protobuf:"varint,7,opt,name=provisioning,proto3" json:"provisioning,omitempty"` // the output of provisioning's commands instead
-	Until         *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=until,proto3" json:"until,omitempty"`
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Machine      string                 `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
+	Follow       bool                   `protobuf:"varint,2,opt,name=follow,proto3" json:"follow,omitempty"`
+	Tail         int64                  `protobuf:"varint,3,opt,name=tail,proto3" json:"tail,omitempty"` // last n lines; -1 or unset with tail_all: all
+	TailAll      bool                   `protobuf:"varint,4,opt,name=tail_all,json=tailAll,proto3" json:"tail_all,omitempty"`
+	Since        *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=since,proto3" json:"since,omitempty"`
+	Boot         bool                   `protobuf:"varint,6,opt,name=boot,proto3" json:"boot,omitempty"`                 // the serial console instead of the entrypoint's output
+	Provisioning bool                   `protobuf:"varint,7,opt,name=provisioning,proto3" json:"provisioning,omitempty"` // the output of provisioning's commands instead
+	Until        *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=until,proto3" json:"until,omitempty"`
+	// Only what comes after this piece of the entrypoint's output: for whoever was cut off while following.
+	AfterBoot     uint64 `protobuf:"varint,9,opt,name=after_boot,json=afterBoot,proto3" json:"after_boot,omitempty"`
+	AfterSeq      uint64 `protobuf:"varint,10,opt,name=after_seq,json=afterSeq,proto3" json:"after_seq,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2927,11 +2930,27 @@ func (x *LogsRequest) GetUntil() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *LogsRequest) GetAfterBoot() uint64 {
+	if x != nil {
+		return x.AfterBoot
+	}
+	return 0
+}
+
+func (x *LogsRequest) GetAfterSeq() uint64 {
+	if x != nil {
+		return x.AfterSeq
+	}
+	return 0
+}
+
 type LogsResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Stream        Stream                 `protobuf:"varint,1,opt,name=stream,proto3,enum=atoll.v1.Stream" json:"stream,omitempty"`
 	Data          []byte                 `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
 	Time          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
+	Boot          uint64                 `protobuf:"varint,4,opt,name=boot,proto3" json:"boot,omitempty"` // of the machine, counted from 1 on
+	Seq           uint64                 `protobuf:"varint,5,opt,name=seq,proto3" json:"seq,omitempty"`   // of this piece in that boot
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2985,6 +3004,20 @@ func (x *LogsResponse) GetTime() *timestamppb.Timestamp {
 		return x.Time
 	}
 	return nil
+}
+
+func (x *LogsResponse) GetBoot() uint64 {
+	if x != nil {
+		return x.Boot
+	}
+	return 0
+}
+
+func (x *LogsResponse) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
 }
 
 type Size struct {
@@ -3048,6 +3081,7 @@ type ExecRequest struct {
 	//	*ExecRequest_CloseStdin
 	//	*ExecRequest_Resize
 	//	*ExecRequest_Signal
+	//	*ExecRequest_Detach
 	Kind          isExecRequest_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3135,6 +3169,15 @@ func (x *ExecRequest) GetSignal() string {
 	return ""
 }
 
+func (x *ExecRequest) GetDetach() bool {
+	if x != nil {
+		if x, ok := x.Kind.(*ExecRequest_Detach); ok {
+			return x.Detach
+		}
+	}
+	return false
+}
+
 type isExecRequest_Kind interface {
 	isExecRequest_Kind()
 }
@@ -3159,6 +3202,10 @@ type ExecRequest_Signal struct {
 	Signal string `protobuf:"bytes,5,opt,name=signal,proto3,oneof"`
 }
 
+type ExecRequest_Detach struct {
+	Detach bool `protobuf:"varint,6,opt,name=detach,proto3,oneof"` // the command runs on when this stream ends
+}
+
 func (*ExecRequest_Start) isExecRequest_Kind() {}
 
 func (*ExecRequest_Stdin) isExecRequest_Kind() {}
@@ -3168,6 +3215,8 @@ func (*ExecRequest_CloseStdin) isExecRequest_Kind() {}
 func (*ExecRequest_Resize) isExecRequest_Kind() {}
 
 func (*ExecRequest_Signal) isExecRequest_Kind() {}
+
+func (*ExecRequest_Detach) isExecRequest_Kind() {}
 
 type ExecStart struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -10336,7 +10385,7 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x11GetMachineRequest\x12\x18\n" +
 	"\amachine\x18\x01 \x01(\tR\amachine\"A\n" +
 	"\x12GetMachineResponse\x12+\n" +
-	"\amachine\x18\x01 \x01(\v2\x11.atoll.v1.MachineR\amachine\"\x8a\x02\n" +
+	"\amachine\x18\x01 \x01(\v2\x11.atoll.v1.MachineR\amachine\"\xc6\x02\n" +
 	"\vLogsRequest\x12\x18\n" +
 	"\amachine\x18\x01 \x01(\tR\amachine\x12\x16\n" +
 	"\x06follow\x18\x02 \x01(\bR\x06follow\x12\x12\n" +
@@ -10345,21 +10394,28 @@ const file_api_atoll_v1_atoll_proto_rawDesc = "" +
 	"\x05since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x12\n" +
 	"\x04boot\x18\x06 \x01(\bR\x04boot\x12\"\n" +
 	"\fprovisioning\x18\a \x01(\bR\fprovisioning\x120\n" +
-	"\x05until\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"|\n" +
+	"\x05until\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x1d\n" +
+	"\n" +
+	"after_boot\x18\t \x01(\x04R\tafterBoot\x12\x1b\n" +
+	"\tafter_seq\x18\n" +
+	" \x01(\x04R\bafterSeq\"\xa2\x01\n" +
 	"\fLogsResponse\x12(\n" +
 	"\x06stream\x18\x01 \x01(\x0e2\x10.atoll.v1.StreamR\x06stream\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\x12.\n" +
-	"\x04time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\".\n" +
+	"\x04time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
+	"\x04boot\x18\x04 \x01(\x04R\x04boot\x12\x10\n" +
+	"\x03seq\x18\x05 \x01(\x04R\x03seq\".\n" +
 	"\x04Size\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\rR\x04rows\x12\x12\n" +
-	"\x04cols\x18\x02 \x01(\rR\x04cols\"\xc1\x01\n" +
+	"\x04cols\x18\x02 \x01(\rR\x04cols\"\xdb\x01\n" +
 	"\vExecRequest\x12+\n" +
 	"\x05start\x18\x01 \x01(\v2\x13.atoll.v1.ExecStartH\x00R\x05start\x12\x16\n" +
 	"\x05stdin\x18\x02 \x01(\fH\x00R\x05stdin\x12!\n" +
 	"\vclose_stdin\x18\x03 \x01(\bH\x00R\n" +
 	"closeStdin\x12(\n" +
 	"\x06resize\x18\x04 \x01(\v2\x0e.atoll.v1.SizeH\x00R\x06resize\x12\x18\n" +
-	"\x06signal\x18\x05 \x01(\tH\x00R\x06signalB\x06\n" +
+	"\x06signal\x18\x05 \x01(\tH\x00R\x06signal\x12\x18\n" +
+	"\x06detach\x18\x06 \x01(\bH\x00R\x06detachB\x06\n" +
 	"\x04kind\"\xe4\x01\n" +
 	"\tExecStart\x12\x18\n" +
 	"\amachine\x18\x01 \x01(\tR\amachine\x12\x12\n" +
@@ -11379,6 +11435,7 @@ func file_api_atoll_v1_atoll_proto_init() {
 		(*ExecRequest_CloseStdin)(nil),
 		(*ExecRequest_Resize)(nil),
 		(*ExecRequest_Signal)(nil),
+		(*ExecRequest_Detach)(nil),
 	}
 	file_api_atoll_v1_atoll_proto_msgTypes[41].OneofWrappers = []any{
 		(*ExecResponse_Started)(nil),

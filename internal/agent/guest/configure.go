@@ -14,7 +14,6 @@ import (
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/guest/etc"
 	"github.com/atollvm/atoll/internal/agent/guest/mounts"
-	"github.com/atollvm/atoll/internal/agent/guest/netconf"
 	"github.com/atollvm/atoll/internal/agent/guest/process"
 	"github.com/atollvm/atoll/internal/agent/guest/provision"
 	"golang.org/x/sys/unix"
@@ -52,7 +51,7 @@ func (a *Agent) configure(host io.ReadWriter, c *agentv1.Config) {
 		{"hostname", func() error { return setHostname(c) }},
 		{"", provision.early},
 		{"", provision.files},
-		{"network", func() error { return netconf.Set(c.GetInterfaces()) }},
+		{"network", func() error { return setUpNetwork(c) }},
 		when(len(c.GetNtpServers()) > 0, step{"time servers", func() (err error) { c.NtpServers, err = a.askTime(c); return err }}),
 		when(len(c.GetSysctls()) > 0, step{"sysctls", func() error { return setSysctls(c.GetSysctls()) }}),
 		{"", provision.late},

@@ -64,8 +64,9 @@ func attend(in *input, p *process.Process) *agentv1.ExecOutput {
 	}
 	in.proc, in.queue = p, newStdinQueue(p)
 	go func() {
-		in.run()
-		hangUp(p)
+		if !in.run() {
+			hangUp(p)
+		}
 	}()
 	carry(p,
 		func(b []byte) { in.send(&agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Stdout{Stdout: b}}) },

@@ -3,6 +3,7 @@ package guest
 import (
 	"net"
 	"sync"
+	"sync/atomic"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/guest/process"
@@ -67,24 +68,25 @@ type input struct {
 	stream  net.Conn
 	proc    *process.Process
 	queue   *stdinQueue
-	sending sync.Mutex // one message at a time on stream
+	sending sync.Mutex  // one message at a time on stream
+	alone   atomic.Bool // nobody is there to be sent anything
 
 	mu    sync.Mutex // guards what follows
 	sent  uint64
 	taken uint64
 }
 
-// run takes messages until the host goes or breaks the protocol.
-func (i *input) run() {
+// run takes messages until the host goes, breaks the protocol, or lets the process run on by itself.
+func (i *input) run() (detached bool) {
 	for {
 		m := &agentv1.ExecInput{}
 		if transport.ReadMsg(i.stream, m) != nil {
-			return
+			return false
 		}
 		switch k := m.GetKind().(type) {
 		case *agentv1.ExecInput_Stdin:
 			if !i.admit(len(k.Stdin)) {
-				return
+				return false
 			}
 			i.queue.put(stdinItem{data: k.Stdin, taken: func() { i.took(len(k.Stdin)) }})
 		case *agentv1.ExecInput_CloseStdin:
@@ -97,6 +99,10 @@ func (i *input) run() {
 			} else if k.Signal > 0 && k.Signal <= 64 {
 				i.proc.Signal(unix.Signal(k.Signal))
 			}
+		case *agentv1.ExecInput_Detach:
+			i.alone.Store(true)
+			i.stream.Close()
+			return true
 		}
 	}
 }
@@ -117,6 +123,9 @@ func (i *input) took(n int) {
 }
 
 func (i *input) send(o *agentv1.ExecOutput) error {
+	if i.alone.Load() {
+		return nil
+	}
 	i.sending.Lock()
 	defer i.sending.Unlock()
 	return transport.WriteMsg(i.stream, o)

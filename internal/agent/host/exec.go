@@ -110,6 +110,11 @@ func (i *input) Signal(number int32) error {
 	return i.put(&agentv1.ExecInput{Kind: &agentv1.ExecInput_Signal{Signal: number}})
 }
 
+// Detach lets the process run on when the stream ends.
+func (i *input) Detach() error {
+	return i.put(&agentv1.ExecInput{Kind: &agentv1.ExecInput_Detach{Detach: true}})
+}
+
 func (i *input) put(m *agentv1.ExecInput) error {
 	i.sending.Lock()
 	defer i.sending.Unlock()
@@ -157,7 +162,8 @@ func (i *input) Close() error {
 	return i.stream.Close()
 }
 
-// Exec is a process beside the entrypoint, or in a container. Closing it while the process runs kills the process, unless it was detached.
+// Exec is a process beside the entrypoint, or in a container. Closing it while the process runs kills the process, unless it was detached,
+// from the start or later.
 // Write, CloseStdin, Resize and Signal may be called while another goroutine is in Recv; Write needs that one to go on.
 type Exec struct {
 	*input

@@ -13,7 +13,7 @@ import (
 
 func open(t *testing.T, dir string, limit int64) *Log {
 	t.Helper()
-	l, err := Open(dir, limit)
+	l, err := Open(dir, Limits{FileBytes: limit, Files: 2})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +78,7 @@ func TestTornRecordIsCutOff(t *testing.T) {
 	begin(t, l)
 	add(t, l, 1, "whole")
 	l.Close()
-	f, err := os.OpenFile(filepath.Join(dir, fileName), os.O_APPEND|os.O_WRONLY, 0)
+	f, err := os.OpenFile(filepath.Join(dir, fileName(0)), os.O_APPEND|os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,8 +126,8 @@ func TestFollowOverRotation(t *testing.T) {
 		t.Fatalf("after the end: %v", err)
 	}
 	sizes := int64(0)
-	for _, name := range []string{fileName, oldName} {
-		st, err := os.Stat(filepath.Join(l.dir, name))
+	for age := range 2 {
+		st, err := os.Stat(l.path(age))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -155,5 +155,118 @@ func TestBootWithoutOutputStartsAtZero(t *testing.T) {
 	add(t, l, 1, "c")
 	if got := fmt.Sprint(all(t, l)); got != "[a b c]" {
 		t.Fatalf("got %s", got)
+	}
+}
+
+// A reader that is slow passes over whole files only when they are gone.
+func TestSlowReaderOverSeveralRotations(t *testing.T) {
+	l, err := Open(t.TempDir(), Limits{FileBytes: 300, Files: 4})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	begin(t, l)
+	add(t, l, 1, "1")
+	r, err := l.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	next := func() uint64 {
+		rec, err := r.Next(t.Context(), false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return rec.Seq
+	}
+	if next() != 1 {
+		t.Fatal("not the first record first")
+	}
+	seq := uint64(1)
+	for ; l.turn < 3; seq++ {
+		add(t, l, seq+1, fmt.Sprint(seq+1))
+	}
+	for want := uint64(2); want <= seq; want++ {
+		if got := next(); got != want {
+			t.Fatalf("record %d, want %d", got, want)
+		}
+	}
+	for ; l.turn < 20; seq++ {
+		add(t, l, seq+1, fmt.Sprint(seq+1))
+	}
+	last, gaps := uint64(0), 0
+	for {
+		rec, err := r.Next(t.Context(), false)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil || rec.Seq <= last {
+			t.Fatalf("record %d after %d, %v", rec.Seq, last, err)
+		}
+		if last > 0 && rec.Seq != last+1 {
+			gaps++
+		}
+		last = rec.Seq
+	}
+	if files, _ := os.ReadDir(l.dir); last != seq || gaps > 1 || len(files) != 4 {
+		t.Fatalf("the last record is %d, want %d; %d gaps, %d files", last, seq, gaps, len(files))
+	}
+}
+
+// A daemon that ends right after a rotation knows what it has.
+func TestEndRightAfterARotation(t *testing.T) {
+	dir := t.TempDir()
+	l := open(t, dir, 300)
+	begin(t, l)
+	add(t, l, 1, "a")
+	if err := l.rotateLocked(); err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	l = open(t, dir, 300)
+	l.Resume()
+	if l.LastSeq() != 1 {
+		t.Fatalf("last seq %d", l.LastSeq())
+	}
+	add(t, l, 1, "a again")
+	add(t, l, 2, "b")
+	if got := fmt.Sprint(all(t, l)); got != "[a b]" {
+		t.Fatalf("got %s", got)
+	}
+}
+
+func TestOneFile(t *testing.T) {
+	l, err := Open(t.TempDir(), Limits{FileBytes: 300, Files: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	begin(t, l)
+	for seq := range uint64(20) {
+		add(t, l, seq+1, "x")
+	}
+	if files, _ := os.ReadDir(l.dir); len(files) != 1 || len(all(t, l)) == 0 {
+		t.Fatalf("%d files, records %v", len(files), all(t, l))
+	}
+}
+
+func TestPositions(t *testing.T) {
+	dir := t.TempDir()
+	l := open(t, dir, 1<<20)
+	begin(t, l)
+	add(t, l, 1, "a")
+	l.Close()
+	l = open(t, dir, 1<<20)
+	begin(t, l)
+	add(t, l, 1, "b")
+	r, err := l.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	first, _ := r.Next(t.Context(), false)
+	second, _ := r.Next(t.Context(), false)
+	if !second.Position().After(first.Position()) || first.Position().After(second.Position()) || first.Position().After(first.Position()) {
+		t.Fatalf("%v, then %v", first.Position(), second.Position())
 	}
 }

@@ -104,7 +104,7 @@ func TestCheckFaults(t *testing.T) {
 			"$.boot_device, line 9 col 3: boot_device is not implemented",
 		}},
 		{"Butane's local", "variant: flatcar\nversion: 1.1.0\nstorage:\n  disks: [{device: /dev/vda}]\n  files:\n  - path: /a\n    contents:\n      local: b\n", []string{
-			"$.storage.files.0.contents.local, line 8 col 14: a local file is embedded by the command that reads the config from a file",
+			"$.storage.files.0.contents.local, line 8 col 14: local files are embedded when atoll is given the config by its file's name",
 			"$.storage.disks, line 4 col 10: storage.disks is not implemented",
 		}},
 		{"Butane of OpenShift", "variant: openshift\nversion: 4.14.0\n", []string{"$.variant: openshift makes a MachineConfig for OpenShift's operator; write fcos"}},

@@ -90,7 +90,7 @@ func Tmpfs(mounts []*agentv1.Tmpfs) error {
 	slices.SortStableFunc(byPath, func(a, b *agentv1.Tmpfs) int { return strings.Compare(a.GetPath(), b.GetPath()) })
 	for _, m := range byPath {
 		if err := mountTmpfs(m.GetPath(), m.GetOptions()); err != nil {
-			return fmt.Errorf("mounting a tmpfs on %s: %w", m.GetPath(), err)
+			return fmt.Errorf("mounting a tmpfs on %s (%s): %w", m.GetPath(), m.GetOptions(), err)
 		}
 	}
 	return nil

@@ -30,7 +30,8 @@ type Spec struct {
 	Stdin      bool
 	Rows, Cols uint16
 	Limits     []Limit
-	Cgroup     string // a directory, made when absent; empty: the agent's own
+	OnTerminal func(slave int) error // called with the process's terminal before it starts; nil: nothing is to be done
+	Cgroup     string                // a directory, made when absent; empty: the agent's own
 	// CgroupFile is that directory, where its path does not lead to it from the root that Start is called in; else nil.
 	CgroupFile *os.File
 }
@@ -55,12 +56,13 @@ type Supervisor struct {
 	unprotected bool       // children are put back among those that the kernel may kill for want of memory
 	mu          sync.Mutex // guards what follows; held from fork to registration, so that no exit is taken before
 	children    map[int]*Process
-	empty       chan struct{} // not nil: closed once there are no children
+	empty       chan struct{}       // not nil: closed once there are no children
+	groups      map[string]struct{} // control groups of ended processes that other processes were left in
 }
 
 // NewSupervisor begins to reap.
 func NewSupervisor() *Supervisor {
-	s := &Supervisor{children: map[int]*Process{}}
+	s := &Supervisor{children: map[int]*Process{}, groups: map[string]struct{}{}}
 	died := make(chan os.Signal, 1)
 	signal.Notify(died, syscall.SIGCHLD)
 	go func() {
@@ -78,6 +80,7 @@ func (s *Supervisor) Unprotected() { s.unprotected = true }
 func (s *Supervisor) reap() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	defer s.sweepLocked()
 	for {
 		var status unix.WaitStatus
 		pid, err := unix.Wait4(-1, &status, unix.WNOHANG, nil)
@@ -97,6 +100,15 @@ func (s *Supervisor) reap() {
 			delete(s.children, pid)
 			p.status = status
 			close(p.done)
+		}
+	}
+}
+
+// sweepLocked removes the control groups that the last process has left meanwhile.
+func (s *Supervisor) sweepLocked() {
+	for dir := range s.groups {
+		if err := os.Remove(dir); !errors.Is(err, unix.EBUSY) {
+			delete(s.groups, dir)
 		}
 	}
 }
@@ -142,10 +154,8 @@ func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
 			return nil, invalid("working directory " + dir + ": " + reason(err))
 		}
 	}
-	if st, err := os.Stat(dir); err != nil {
-		return nil, invalid("working directory " + dir + ": " + reason(err))
-	} else if !st.IsDir() {
-		return nil, invalid("working directory " + dir + ": not a directory")
+	if err := checkDir(dir); err != nil {
+		return nil, err
 	}
 	path, err := lookUpCommand(spec.Argv[0], env, dir)
 	if err != nil {
@@ -163,6 +173,12 @@ func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
 	if err != nil {
 		p.closeStreams()
 		return nil, err
+	}
+	if spec.TTY && spec.OnTerminal != nil {
+		if err := spec.OnTerminal(theirs[0]); err != nil {
+			p.closeStreams()
+			return nil, err
+		}
 	}
 	for _, fd := range theirs {
 		attr.Files = append(attr.Files, uintptr(fd))
@@ -196,6 +212,21 @@ func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
 		os.WriteFile("/proc/"+strconv.Itoa(p.PID)+"/oom_score_adj", []byte("0"), 0)
 	}
 	return p, nil
+}
+
+// checkDir classes a working directory that cannot be one as Docker does, by whether it is there.
+func checkDir(dir string) error {
+	st, err := os.Stat(dir)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return &Error{agentv1.FailureClass_FAILURE_CLASS_NOT_FOUND, "working directory " + dir + ": " + reason(err)}
+	case err == nil && !st.IsDir():
+		err = syscall.ENOTDIR
+	}
+	if err != nil {
+		return &Error{agentv1.FailureClass_FAILURE_CLASS_NOT_EXECUTABLE, "working directory " + dir + ": " + reason(err)}
+	}
+	return nil
 }
 
 // LookUp finds what Start would run for a command of root, and with which environment. The error is an *Error where the fault is the
@@ -293,13 +324,21 @@ func (p *Process) Kill() {
 	}
 }
 
-// Release removes the control group of an ended process; one with processes left in it stays. Those that Kill has ended may take a
-// moment to be gone.
+// Release removes the control group of an ended process. One with processes left in it goes when the last of them does. Those that Kill has
+// ended may take a moment to be gone.
 func (p *Process) Release() {
 	if p.cgroup == "" {
 		return
 	}
-	for pause := time.Millisecond; errors.Is(os.Remove(p.cgroup), unix.EBUSY) && p.killed.Load() && pause < time.Second; pause *= 2 {
+	err := os.Remove(p.cgroup)
+	for pause := time.Millisecond; errors.Is(err, unix.EBUSY) && p.killed.Load() && pause < time.Second; pause *= 2 {
 		time.Sleep(pause)
+		err = os.Remove(p.cgroup)
+	}
+	if errors.Is(err, unix.EBUSY) {
+		p.owner.mu.Lock()
+		defer p.owner.mu.Unlock()
+		p.owner.groups[p.cgroup] = struct{}{}
+		p.owner.sweepLocked() // the last may have gone in between
 	}
 }
