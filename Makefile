@@ -16,6 +16,8 @@ PACKAGES := ca-certificates curl uidmap $(if $(filter arm64,$(GOARCH)),qemu-syst
 PACKAGES += git openssh-client xz-utils zstd bzip2
 # What atoll kernel build uses.
 PACKAGES += gcc make flex bison bc perl libc6-dev libelf-dev libssl-dev
+# What a disk image with its own system boots with, and what the tests make one with.
+PACKAGES += $(if $(filter arm64,$(GOARCH)),qemu-efi-aarch64,ovmf) qemu-utils fdisk dosfstools mtools $(if $(filter amd64,$(GOARCH)),grub-pc-bin grub-efi-amd64-bin)
 
 .PHONY: help
 help: ## this list

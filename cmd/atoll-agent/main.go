@@ -15,7 +15,7 @@ func init() { runtime.LockOSThread() }
 
 func main() {
 	if os.Args[0] == guest.BesideName {
-		println("atoll-agent: " + guest.Beside(version).Error())
+		println("atoll-agent: " + guest.Beside(version, os.Args).Error())
 		os.Exit(1)
 	}
 	if module, ok := guest.IsModprobe(os.Args); ok && os.Getpid() != 1 {

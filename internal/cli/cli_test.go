@@ -326,6 +326,12 @@ func TestPsTable(t *testing.T) {
 		{&atollv1.Machine{State: atollv1.MachineState_MACHINE_STATE_STOPPED, ExitCode: 3, Reason: "exited", FinishedAt: at(2 * time.Hour)}, "Exited (3) 2 hours ago"},
 		{&atollv1.Machine{State: atollv1.MachineState_MACHINE_STATE_STOPPED, ExitCode: 137, Reason: "vmm-died", FinishedAt: at(2 * time.Second)}, "Exited (137) 2 seconds ago, vmm-died"},
 		{&atollv1.Machine{State: atollv1.MachineState_MACHINE_STATE_FAILED, FailedStep: "kernel", FinishedAt: at(2 * time.Second)}, "Failed (kernel) 2 seconds ago"},
+		{&atollv1.Machine{State: atollv1.MachineState_MACHINE_STATE_RUNNING, StartedAt: at(time.Hour), Health: &atollv1.HealthStatus{Status: "starting"}},
+			"Up About an hour (health: starting)"},
+		{&atollv1.Machine{State: atollv1.MachineState_MACHINE_STATE_RUNNING, StartedAt: at(time.Hour), Health: &atollv1.HealthStatus{Status: "healthy"}},
+			"Up About an hour (healthy)"},
+		{&atollv1.Machine{State: atollv1.MachineState_MACHINE_STATE_STOPPED, Reason: "exited", FinishedAt: at(time.Hour), Health: &atollv1.HealthStatus{Status: "unhealthy"}},
+			"Exited (0) About an hour ago"},
 	}
 	for _, tt := range tests {
 		if got := status(tt.machine, epoch); got != tt.want {

@@ -15,7 +15,7 @@ import (
 
 // isOwn says whether a flag of run is about one machine or one command, and so neither in a profile nor in the environment.
 func isOwn(flag string) bool {
-	return slices.Contains([]string{"name", "help", "detach", "interactive", "tty", "rm", "pull", "platform", "disk", "host"}, flag)
+	return slices.Contains([]string{"name", "help", "detach", "interactive", "tty", "rm", "pull", "platform", "disk", "firmware", "host"}, flag)
 }
 
 // profileSpec reads a profile: the long names of run's flags and their values. A flag that may be repeated has a list or, where its

@@ -166,6 +166,8 @@ type specView struct {
 	LogMaxFiles   uint32   `json:"logMaxFiles"`
 	guestView
 	Profiles []string `json:"profiles"`
+	Disk     string   `json:"disk"`     // a disk image in the place of an image
+	Firmware string   `json:"firmware"` // that boots it: bios, uefi, or none
 
 	Provisioning *provisionView `json:"provisioning"` // null: nothing was asked for
 }
@@ -200,6 +202,7 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
 		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(), guestView: newGuestView(s),
 		Profiles: list(s.GetProfiles()), LogMaxBytes: s.GetLogMaxBytes(), LogMaxFiles: s.GetLogMaxFiles(),
+		Disk: s.GetDisk(), Firmware: s.GetFirmware(),
 	}, HealthStatus: newHealthView(m.GetHealth()), ExposedPorts: list(m.GetExposedPorts()), Volumes: list(m.GetVolumes())}
 	d.Spec.Provisioning, d.Provisioning = newProvisionView(s.GetProvisioning()), newProvisionStatusView(m.GetProvisioning())
 	if t := s.GetStopTimeout(); t != nil {

@@ -26,6 +26,7 @@ func (s *system) doctor(ctx context.Context, c Config) []server.Check {
 		s.checkVMM(ctx),
 		checkTool("runc", "runs the RUN steps of atoll build", "apt install runc, or build with --isolation vm"),
 		checkVirtiofsd(),
+		checkUEFI(),
 		checkTool("git", "fetches build contexts from git repositories", "apt install git"),
 		checkTool("mmdebstrap", "makes Debian base images", "apt install mmdebstrap"),
 		s.checkKernel(),
@@ -63,6 +64,14 @@ func checkVirtiofsd() server.Check {
 		return server.Check{Name: "virtiofsd", Level: server.Warn, Message: "not found; atoll build --isolation vm needs it", Hint: hint.Of(err)}
 	}
 	return server.Check{Name: "virtiofsd", Level: server.OK, Message: path}
+}
+
+func checkUEFI() server.Check {
+	path, err := qemu.FindUEFI()
+	if err != nil {
+		return server.Check{Name: "uefi", Level: server.Warn, Message: "not found; atoll run --disk FILE --firmware uefi needs it", Hint: hint.Of(err)}
+	}
+	return server.Check{Name: "uefi", Level: server.OK, Message: path}
 }
 
 func (s *system) checkKernel() server.Check {

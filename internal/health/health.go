@@ -51,8 +51,14 @@ func (c Check) Over(image Check) Check {
 	return c
 }
 
-// WithDefaults has nothing left open but the test.
+// WithDefaults has nothing left open but the test, nor anything that no check can be made by: an image may say what it likes.
 func (c Check) WithDefaults() Check {
+	for _, d := range []*time.Duration{&c.Interval, &c.Timeout, &c.StartPeriod, &c.StartInterval} {
+		if *d < minDuration {
+			*d = 0
+		}
+	}
+	c.Retries = max(c.Retries, 0)
 	return c.Over(Check{Interval: DefaultInterval, Timeout: DefaultTimeout, StartInterval: DefaultStartInterval, Retries: DefaultRetries})
 }
 

@@ -22,8 +22,11 @@ func TestOver(t *testing.T) {
 	if got := (Check{Test: []string{"NONE"}}).Over(image).Argv(nil); got != nil {
 		t.Errorf("NONE runs %q", got)
 	}
-	if d := cmp.Diff(Check{Interval: 30 * time.Second, Timeout: 30 * time.Second, StartInterval: 5 * time.Second, Retries: 3}, Check{}.WithDefaults()); d != "" {
-		t.Error(d)
+	hostile := Check{Interval: 1, Timeout: -1, StartPeriod: -1, StartInterval: 1, Retries: -1}
+	for _, c := range []Check{{}, hostile} {
+		if d := cmp.Diff(Check{Interval: 30 * time.Second, Timeout: 30 * time.Second, StartInterval: 5 * time.Second, Retries: 3}, c.WithDefaults()); d != "" {
+			t.Error(d)
+		}
 	}
 }
 

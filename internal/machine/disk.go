@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"strings"
 	"time"
@@ -14,6 +15,8 @@ import (
 
 	"github.com/atollvm/atoll/internal/diskimage"
 	"github.com/atollvm/atoll/internal/hint"
+	"github.com/atollvm/atoll/internal/metadata"
+	"github.com/atollvm/atoll/internal/provision"
 	"github.com/atollvm/atoll/internal/vmm"
 )
 
@@ -44,7 +47,10 @@ func (s Spec) checkDisk(fault func(help, format string, args ...any)) {
 	}{
 		{"--entrypoint", s.SetEntrypoint}, {"--env", len(s.Env) > 0}, {"--workdir", s.WorkingDir != ""}, {"--user", s.User != ""}, {"--tty", s.TTY},
 		{"--interactive", s.Stdin}, {"--platform", s.Platform != ""}, {"--stop-signal", s.StopSignal != ""}, {"--verity", s.Verity},
-		{"--init", s.Init != InitAuto},
+		{"--init", s.Init != InitAuto}, {"--read-only", s.ReadOnly}, {"--tmpfs or --shm-size", len(s.Tmpfs) > 0}, {"--ulimit", len(s.Ulimits) > 0},
+		{"--sysctl", len(s.Sysctls) > 0}, {"--add-host", len(s.AddHosts) > 0}, {"--dns", len(s.DNS)+len(s.DNSSearch)+len(s.DNSOptions) > 0},
+		{"--publish-all", s.PublishAll}, {"--health-… or --no-healthcheck", !reflect.ValueOf(s.Health).IsZero()},
+		{"--kernel-args without --kernel", len(s.KernelArgs) > 0 && s.Kernel == ""},
 	} {
 		if f.given {
 			fault(help, "%s does not go with --disk", f.flag)
@@ -117,7 +123,12 @@ func (s *starting) findDiskKernel(ctx context.Context) error {
 		return hint.With(err, "use one with everything built in (atoll kernel build), or leave out --kernel")
 	}
 	s.kernel.Initramfs = ""
-	s.kernel.Args = strings.TrimSpace("root=/dev/vda1 rw " + s.kernel.Args)
+	args := []string{"root=/dev/vda1 rw"} // of several roots the last counts
+	if s.m.Spec.Network != NoNetwork && !s.m.Spec.Metadata.Disabled {
+		// Such a kernel may not know ISO 9660, as ours does not. By this name all versions of cloud-init know what to do.
+		args = append(args, "ds=nocloud-net;s="+metadata.NoCloudURL())
+	}
+	s.kernel.Args = strings.TrimSpace(strings.Join(append(args, s.kernel.Args), " "))
 	return nil
 }
 
@@ -136,28 +147,34 @@ func (s *starting) makeOverlay(context.Context) error {
 // makeSeed writes what the image's cloud-init is told. The disk is there at every boot, as cloud-init looks at it to tell a first boot
 // from others.
 func (s *starting) makeSeed(context.Context) error {
-	var k kept
-	if err := readWhole(filepath.Join(s.e.dir, requestFile), &k); err != nil {
+	r, err := requestOf(s.e.dir)
+	if err != nil {
 		return err
 	}
-	p := &s.m.Provisioning
-	if p.Due == DueAgain {
-		p.Rounds++
+	s.request = r
+	if s.m.Provisioning.Due == DueAgain {
+		s.m.Provisioning.Rounds++
 	}
-	var err error
-	if s.digest, err = digestOf(k.Request); err != nil {
+	if s.digest, err = digestOf(*r); err != nil {
 		return err
 	}
-	files, err := k.Request.NoCloud(s.m.instanceID(), s.m.Spec.Hostname)
+	files, err := r.NoCloud(s.m.instanceID(), s.m.Spec.Hostname)
 	if err != nil {
 		return err
 	}
 	return diskimage.WriteSeed(filepath.Join(s.e.dir, seedFile), seedLabel, files)
 }
 
+// requestOf is the provisioning of the machine in a directory.
+func requestOf(dir string) (*provision.Request, error) {
+	var k kept
+	err := readWhole(filepath.Join(dir, requestFile), &k)
+	return &k.Request, err
+}
+
 // instanceID is by what cloud-init tells whether it has seen this machine before: with another one it takes the boot for a first one.
 func (m *Machine) instanceID() string {
-	id := "i-" + string(m.ID)
+	id := "i-" + string(m.ID)[:17] // as long as EC2's
 	if n := m.Provisioning.Rounds; n > 0 {
 		id += fmt.Sprintf("-%d", n)
 	}

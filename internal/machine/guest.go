@@ -68,7 +68,7 @@ func (s Spec) validateGuest(fault func(help, format string, args ...any)) {
 	for _, err := range s.Health.Faults() {
 		fault("docs/machines.md describes health checks", "%s", err)
 	}
-	for _, err := range kernelArgsFaults(s.KernelArgs) {
+	for _, err := range kernelArgsFaults(s.KernelArgs, s.Disk != "") {
 		fault("atoll run --help says what Atoll sets itself", "%s", err)
 	}
 }
@@ -134,6 +134,17 @@ func tmpfsConfig(list []Tmpfs) (out []*agentv1.Tmpfs) {
 		options, _ := tmpfsOptions(t.Options) // checked at create
 		out = append(out, &agentv1.Tmpfs{Path: path.Clean(t.Path), Options: options})
 	}
+	return out
+}
+
+// volumes are the image's, as paths below the root, the outer before the inner.
+func volumes(img Image) (out []string) {
+	for _, v := range img.Volumes {
+		if v = path.Join("/", v); v != "/" && !slices.Contains(out, v) {
+			out = append(out, v)
+		}
+	}
+	slices.Sort(out)
 	return out
 }
 
@@ -208,7 +219,12 @@ var ownKernelArgs = map[string]string{
 	"--":                 "what follows it is for the first process, which is Atoll's agent",
 }
 
-func kernelArgsFaults(args []string) (faults []error) {
+// ofDisk says whether an argument is about the root of a disk image, which the kernel has to be told.
+func ofDisk(arg string) bool {
+	return slices.Contains([]string{"init", "root", "rootfstype", "rootflags", "--"}, arg)
+}
+
+func kernelArgsFaults(args []string, disk bool) (faults []error) {
 	total := 0
 	for _, a := range args {
 		total += len(a) + 1
@@ -221,7 +237,7 @@ func kernelArgsFaults(args []string) (faults []error) {
 		}
 		for _, word := range strings.Fields(a) {
 			name, _, _ := strings.Cut(word, "=") // the kernel takes - for _ in it
-			if why, own := ownKernelArgs[strings.ReplaceAll(name, "virtio-mmio", "virtio_mmio")]; own {
+			if why, own := ownKernelArgs[strings.ReplaceAll(name, "virtio-mmio", "virtio_mmio")]; own && !(disk && ofDisk(name)) {
 				faults = append(faults, fmt.Errorf("kernel argument %q would break the machine: %s", shorten(word), why))
 			}
 		}

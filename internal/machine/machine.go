@@ -250,8 +250,8 @@ type Networks interface {
 }
 
 // endpoint is the machine's NIC as the network sees it.
-func (m *Machine) endpoint(n network.Network) (network.Endpoint, error) {
-	document, err := m.document(n)
+func (m *Machine) endpoint(n network.Network, request *provision.Request) (network.Endpoint, error) {
+	document, err := m.document(n, request)
 	return network.Endpoint{
 		ID:       m.ID.Short(),
 		Name:     m.Spec.Name,

@@ -8,6 +8,7 @@ import (
 
 	"github.com/atollvm/atoll/internal/metadata"
 	"github.com/atollvm/atoll/internal/network"
+	"github.com/atollvm/atoll/internal/provision"
 )
 
 // Metadata says what the machine's metadata service gives.
@@ -16,17 +17,18 @@ type Metadata struct {
 	V1       bool // also to requests without a token
 }
 
-// document is what the machine can ask about itself.
-func (m *Machine) document(n network.Network) (json.RawMessage, error) {
+// document is what the machine can ask about itself. A guest without an agent gets what was asked for it here too, as in a cloud; for
+// others request is nil.
+func (m *Machine) document(n network.Network, request *provision.Request) (json.RawMessage, error) {
 	if m.Spec.Metadata.Disabled {
 		return nil, nil
 	}
 	d := metadata.Document{
 		MachineID:   string(m.ID),
-		InstanceID:  "i-" + string(m.ID)[:17], // as long as EC2's
+		InstanceID:  m.instanceID(),
 		Name:        m.Spec.Name,
 		Hostname:    m.Spec.Hostname,
-		Image:       m.Image.Reference,
+		Image:       first(m.Image.Reference, m.Spec.Disk),
 		ImageDigest: m.Image.Digest.String(),
 		Arch:        runtime.GOARCH,
 		CPUs:        m.Spec.CPUs,
@@ -39,6 +41,10 @@ func (m *Machine) document(n network.Network) (json.RawMessage, error) {
 		PublicKeys: []string{},
 		Labels:     m.Spec.Labels,
 		V1:         m.Spec.Metadata.V1,
+	}
+	if request != nil {
+		d.NoCloud, d.UserData = true, request.UserData
+		d.PublicKeys = append(d.PublicKeys, request.SSHAuthorizedKeys...)
 	}
 	data, err := json.Marshal(d)
 	if err != nil {

@@ -214,7 +214,7 @@ func (s *starting) takeHostname() error {
 
 // provision puts the plan into the guest's configuration.
 func (s *starting) provision(c *agentv1.Config) {
-	c.Hosts = append(c.Hosts, s.plan.Hosts...)
+	c.Hosts = append(slices.Clone(s.plan.Hosts), c.Hosts...) // the first line with a name says what its full name is
 	c.NtpServers = s.plan.NTPServers
 	if !isEmpty(s.plan) {
 		c.Provision = s.plan.Provision
@@ -232,7 +232,7 @@ func (s *starting) contents() []host.Content {
 
 // isEmpty says that the guest need not be told of a plan.
 func isEmpty(p *plan.Plan) bool {
-	return !p.GetFirst() && len(p.GetMounts())+len(p.GetSecrets())+len(p.GetCommands()) == 0
+	return !p.GetFirst() && len(p.GetMounts())+len(p.GetSecrets())+len(p.GetCommands()) == 0 && p.GetLocale() == ""
 }
 
 // kernelArgs is a kernel's command line as the plan would have it.

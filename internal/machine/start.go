@@ -17,6 +17,7 @@ import (
 	"github.com/atollvm/atoll/internal/health"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/network"
+	"github.com/atollvm/atoll/internal/provision"
 	"github.com/atollvm/atoll/internal/provision/plan"
 	"github.com/atollvm/atoll/internal/vmm"
 	"github.com/containerd/errdefs"
@@ -46,8 +47,9 @@ type starting struct {
 	undo    []func(ctx context.Context) error
 	running string // the step under way, also the guest's own
 
-	patience      *time.Timer // ends a start that makes no progress
-	plan          *plan.Plan  // what the guest is provisioned with
+	request       *provision.Request // of a guest without an agent; nil: it has one
+	patience      *time.Timer        // ends a start that makes no progress
+	plan          *plan.Plan         // what the guest is provisioned with
 	digest        digest.Digest
 	log           *provisionLog
 	provisionStep string // that of provisioning which is under way; "" before the first
@@ -183,6 +185,11 @@ func (s *starting) all(ctx context.Context, steps []step) error {
 }
 
 func (s *starting) findKernel(ctx context.Context) error {
+	if s.plan != nil {
+		if faults := kernelArgsFaults(s.plan.KernelArgs, s.m.ownSystem()); faults != nil {
+			return fmt.Errorf("%w: %w", errors.Join(faults...), errdefs.ErrInvalidArgument)
+		}
+	}
 	k, name, err := s.ms.Kernels.Boot(ctx, s.m.Spec.Kernel, s.features()...)
 	k.Args = strings.TrimSpace(strings.Join(append([]string{k.Args}, s.m.Spec.KernelArgs...), " "))
 	s.kernel, s.m.VMM.Kernel = k, name
@@ -254,7 +261,7 @@ func (s *starting) attachNetwork(ctx context.Context) error {
 	}
 	s.net, s.m.Lease = n, lease
 	s.undo = append(s.undo, func(ctx context.Context) error { return d.Detach(ctx, n, s.m.ID.Short()) })
-	ep, err := s.m.endpoint(n)
+	ep, err := s.m.endpoint(n, s.request)
 	if err != nil {
 		return err
 	}
@@ -358,7 +365,7 @@ func (s *starting) config() (*agentv1.Config, error) {
 			StopSignal: first(sp.StopSignal, img.StopSignal),
 			Rlimits:    rlimits(sp.Ulimits),
 		},
-		Volumes: img.Volumes,
+		Volumes: volumes(img),
 		Tmpfs:   tmpfsConfig(sp.Tmpfs),
 		Sysctls: sp.Sysctls,
 	}

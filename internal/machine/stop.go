@@ -66,7 +66,11 @@ func (ms *Machines) stop(ctx context.Context, e *entry, grace *time.Duration) (M
 // askDown asks the guest to go down and kills it when it does not. A caller that gives up, or a daemon that ends, kills nothing: the
 // guest has its order.
 func (ms *Machines) askDown(ctx context.Context, e *entry, r *run, grace time.Duration) error {
-	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+killAfter)
+	patience := grace + killAfter
+	if m := e.get(); m.ownSystem() {
+		patience = grace // it says nothing
+	}
+	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
 	defer cancel()
 	// In a goroutine of its own: a guest that no longer reads its channel holds the call up.
 	go func() {
@@ -80,7 +84,7 @@ func (ms *Machines) askDown(ctx context.Context, e *entry, r *run, grace time.Du
 			}
 		}
 	}()
-	down, err := ms.wentDown(ctx, r, grace+killAfter)
+	down, err := ms.wentDown(ctx, r, patience)
 	if err == nil && !down && e.get().Last != nil {
 		down, err = ms.wentDown(ctx, r, downTimeout)
 	}

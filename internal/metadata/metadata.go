@@ -19,6 +19,9 @@ var Address = netip.AddrFrom4([4]byte{169, 254, 169, 254})
 // Port is HTTP's.
 const Port = 80
 
+// NoCloudURL is where cloud-init's NoCloud finds its seed.
+func NoCloudURL() string { return "http://" + Address.String() + nocloudPath }
+
 // Document is all that a machine gets to know. Nothing in it is secret to any process of the guest that can speak to the network.
 type Document struct {
 	MachineID   string            `json:"machine_id"`

@@ -185,6 +185,9 @@ func (s *Store) Apply(spec *atollv1.MachineSpec) (*atollv1.MachineSpec, error) {
 	if out == nil {
 		out = &atollv1.MachineSpec{}
 	}
+	if spec.GetDisk() != "" { // these two are meant for images; a disk image has a kernel and a size of its own
+		out.Kernel, out.DiskBytes = "", 0
+	}
 	for _, name := range names {
 		p, err := s.Get(name)
 		if err != nil {

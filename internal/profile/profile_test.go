@@ -67,6 +67,10 @@ func TestApplyOrder(t *testing.T) {
 	if err != nil || got.GetMemoryBytes() != 2 || got.GetCpus() != 1 {
 		t.Errorf("with the default profile: %v, %v", got, err)
 	}
+	got, err = s.Apply(&atollv1.MachineSpec{Disk: "/d"}) // has a kernel and a size of its own
+	if err != nil || got.GetMemoryBytes() != 2 || got.GetKernel() != "" {
+		t.Errorf("for a disk image: %v, %v", got, err)
+	}
 	if s.defaults.GetImage() != "" || len(s.defaults.GetEnv()) != 0 {
 		t.Error("applying changed the defaults")
 	}

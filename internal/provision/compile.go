@@ -80,7 +80,7 @@ func (r *Request) applyDocuments(ctx context.Context, p *plan.Plan, o Options) e
 	case ignitionOrButane:
 		err = applyIgnition(ctx, r.UserData, p, o)
 	default:
-		err = applyCloudConfig(ctx, r.UserData, p)
+		err = applyCloudConfig(ctx, r.UserData, p, o)
 	}
 	if err != nil {
 		return fmt.Errorf("user-data: %w", err)
@@ -221,7 +221,7 @@ type Standing struct {
 
 // StandingOf takes out of a plan what later boots need of it.
 func StandingOf(p *plan.Plan) (Standing, error) {
-	each := &agentv1.Provision{Mounts: p.GetMounts(), Secrets: p.GetSecrets()}
+	each := &agentv1.Provision{Mounts: p.GetMounts(), Secrets: p.GetSecrets(), Locale: p.GetLocale()}
 	for _, c := range p.GetCommands() {
 		if c.GetEachBoot() {
 			each.Commands = append(each.Commands, c)

@@ -6,6 +6,7 @@ import (
 
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/provision/ignition"
+	"github.com/atollvm/atoll/internal/provision/userdata"
 	"github.com/containerd/errdefs"
 )
 
@@ -70,7 +71,7 @@ func checkUserData(doc []byte) ([]string, error) {
 		}
 		return nil, nil
 	case cloudInit:
-		return nil, checkCloudConfig(doc)
+		return userdata.Check(doc)
 	case ignitionOrButane:
 		return ignition.Check(doc)
 	}

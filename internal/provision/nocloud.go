@@ -75,7 +75,7 @@ func (r *Request) cloudConfig() (map[string]any, error) {
 		if mode == 0 {
 			mode = 0o644
 		}
-		file := map[string]any{"path": f.Path, "encoding": "b64", "content": f.Data, "permissions": fmt.Sprintf("%#o", mode)}
+		file := map[string]any{"path": f.Path, "encoding": "b64", "content": append([]byte{}, f.Data...), "permissions": fmt.Sprintf("%#o", mode)}
 		if f.Owner != "" {
 			user, group, err := owners(f.Owner)
 			if err != nil {

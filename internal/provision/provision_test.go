@@ -184,7 +184,7 @@ func TestStanding(t *testing.T) {
 	if s, err := StandingOf(p); err != nil || !s.Empty() {
 		t.Errorf("a plan that asks for nothing leaves %v, %v", s, err)
 	}
-	p.First, p.Users = true, []*agentv1.User{{Name: "x"}}
+	p.First, p.Users, p.Locale = true, []*agentv1.User{{Name: "x"}}, "C.UTF-8"
 	p.Secrets, p.Mounts = []*agentv1.Secret{{Name: "s", Data: []byte("v")}}, []*agentv1.FileSystemMount{{Path: "/t"}}
 	p.Commands = []*agentv1.Command{{Name: "once"}, {Name: "each", EachBoot: true}}
 	p.Hosts, p.KernelArgs, p.DropArgs, p.NTPServers = []*agentv1.HostEntry{{Address: "192.0.2.1"}}, []string{"quiet"}, []string{"debug"}, []string{"ntp"}
@@ -204,7 +204,7 @@ func TestStanding(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := &agentv1.Provision{Secrets: p.Secrets, Mounts: p.Mounts, Commands: p.Commands[1:]}
+	want := &agentv1.Provision{Secrets: p.Secrets, Mounts: p.Mounts, Commands: p.Commands[1:], Locale: "C.UTF-8"}
 	if d := cmp.Diff(want, again.Provision, protocmp.Transform()); d != "" {
 		t.Error(d)
 	}

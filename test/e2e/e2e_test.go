@@ -118,6 +118,7 @@ func setup(env *testscript.Env) error {
 	env.Setenv("PATH", strings.Join([]string{binDir, helperDir, env.Getenv("PATH"), "/usr/sbin", "/sbin"}, ":"))
 	env.Setenv("HOME", env.WorkDir)
 	env.Setenv("NO_COLOR", "1")
+	env.Setenv("CLOUD_IMAGE", os.Getenv("ATOLL_TEST_CLOUD_IMAGE"))
 	env.Setenv("SYSTEMD_IMAGE", os.Getenv("ATOLL_TEST_SYSTEMD"))
 	env.Defer(func() {
 		endAll(home)

@@ -862,7 +862,7 @@ func (x *Tmpfs) GetOptions() string {
 // packages, commands.
 type Provision struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
-	First          bool                   `protobuf:"varint,1,opt,name=first,proto3" json:"first,omitempty"` // all of it; else only what is for every boot: mounts, secrets and the commands that say so
+	First          bool                   `protobuf:"varint,1,opt,name=first,proto3" json:"first,omitempty"` // all of it; else only what is for every boot: mounts, secrets, LANG and the commands that say so
 	Groups         []*Group               `protobuf:"bytes,2,rep,name=groups,proto3" json:"groups,omitempty"`
 	Users          []*User                `protobuf:"bytes,3,rep,name=users,proto3" json:"users,omitempty"`
 	Directories    []*Directory           `protobuf:"bytes,4,rep,name=directories,proto3" json:"directories,omitempty"`
@@ -872,7 +872,7 @@ type Provision struct {
 	SshHostKeys    []*SSHHostKey          `protobuf:"bytes,8,rep,name=ssh_host_keys,json=sshHostKeys,proto3" json:"ssh_host_keys,omitempty"`
 	Timezone       string                 `protobuf:"bytes,9,opt,name=timezone,proto3" json:"timezone,omitempty"` // as Europe/Berlin
 	Zone           []byte                 `protobuf:"bytes,10,opt,name=zone,proto3" json:"zone,omitempty"`        // that zone as a TZif file
-	Locale         string                 `protobuf:"bytes,11,opt,name=locale,proto3" json:"locale,omitempty"`    // as de_DE.UTF-8
+	Locale         string                 `protobuf:"bytes,11,opt,name=locale,proto3" json:"locale,omitempty"`    // as de_DE.UTF-8; at each boot it is the LANG of what runs
 	Mounts         []*FileSystemMount     `protobuf:"bytes,12,rep,name=mounts,proto3" json:"mounts,omitempty"`    // each boot
 	Secrets        []*Secret              `protobuf:"bytes,13,rep,name=secrets,proto3" json:"secrets,omitempty"`  // each boot: in a tmpfs on /run/secrets, mode 0400
 	Packages       *Packages              `protobuf:"bytes,14,opt,name=packages,proto3" json:"packages,omitempty"`

@@ -14,7 +14,6 @@ import (
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/guest/etc"
 	"github.com/atollvm/atoll/internal/agent/guest/mounts"
-	"github.com/atollvm/atoll/internal/agent/guest/netconf"
 	"github.com/atollvm/atoll/internal/agent/guest/process"
 	"github.com/atollvm/atoll/internal/agent/guest/provision"
 	"golang.org/x/sys/unix"
@@ -45,14 +44,14 @@ func (a *Agent) configure(host io.ReadWriter, c *agentv1.Config) {
 		{"modules", func() error { return loadFeatures(c.GetModules()) }},
 		{"root", func() error { return a.mountRoot(c.GetRoot()) }},
 		{"file systems", mounts.System},
-		when(len(c.GetVolumes()) > 0, step{"volumes", func() error { return mounts.Volumes(c.GetVolumes(), c.GetRoot().GetReadOnly()) }}),
+		when(len(c.GetVolumes()) > 0, step{"volumes", func() error { return a.mounted().Volumes(c.GetVolumes(), c.GetRoot().GetReadOnly()) }}),
 		when(len(c.GetTmpfs()) > 0, step{"tmpfs", func() error { return mounts.Tmpfs(c.GetTmpfs()) }}),
 		{"shares", func() error { return mounts.Shares(c.GetShares()) }},
 		{"control groups", process.SetUpCgroups},
 		{"hostname", func() error { return setHostname(c) }},
 		{"", provision.early},
 		{"", provision.files},
-		{"network", func() error { return netconf.Set(c.GetInterfaces()) }},
+		{"network", func() error { return setUpNetwork(c) }},
 		when(len(c.GetNtpServers()) > 0, step{"time servers", func() (err error) { c.NtpServers, err = a.askTime(c); return err }}),
 		when(len(c.GetSysctls()) > 0, step{"sysctls", func() error { return setSysctls(c.GetSysctls()) }}),
 		{"", provision.late},
@@ -150,6 +149,12 @@ func loadFeatures(names []string) error {
 		}
 	}
 	return nil
+}
+
+func (a *Agent) mounted() *mounts.Root {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.root
 }
 
 func (a *Agent) mountRoot(r *agentv1.Root) error {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
+	"github.com/atollvm/atoll/internal/agent/guest/mounts"
 	"github.com/atollvm/atoll/internal/agent/guest/process"
 	"golang.org/x/sys/unix"
 )
@@ -49,6 +50,7 @@ func (a *Agent) startEntrypoint(p *agentv1.Process) error {
 	}
 	s := spec(p, "entrypoint")
 	s.MakeDir = true // as Docker does with WORKDIR
+	s.OnTerminal = mounts.Console
 	proc, err := a.processes.Start(s)
 	if err != nil {
 		return err

@@ -5,8 +5,8 @@ import (
 	"errors"
 	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -120,9 +120,9 @@ func (s *successor) become(p *port, last func()) error {
 	return &os.PathError{Op: "exec", Path: s.path, Err: syscall.Exec(s.path, s.argv, s.env)}
 }
 
-// Beside is the agent's life in a process beside the image's init. It returns only when it cannot reach the host.
-func Beside(version string) error {
-	a := &Agent{version: version, started: uptime(), output: newRing(ringSize), log: console}
+// Beside is the agent's life in a process beside the image's init, with the arguments that it was started with. It returns only when it cannot
+// reach the host.
+func Beside(version string, args []string) error {
 	hand := os.NewFile(fdHandOver, "hand-over")
 	c := &agentv1.Config{}
 	if err := transport.ReadMsg(hand, c); err != nil {
@@ -132,12 +132,24 @@ func Beside(version string) error {
 		return err
 	}
 	hand.Close()
-	// Whoever ends all processes, as sysvinit and busybox do on their way down, means the others first.
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGPIPE, syscall.SIGALRM)
-	for _, fd := range []int{fdMaster, fdSlave, fdPort} {
-		unix.CloseOnExec(fd)
+	life := 0
+	if len(args) > 1 {
+		life, _ = strconv.Atoi(args[1])
 	}
+	if life == 0 {
+		return keep(c)
+	}
+	return beside(version, c, life)
+}
+
+// beside serves the host, for the first time or again after this process's predecessor was killed.
+func beside(version string, c *agentv1.Config, life int) error {
+	a := &Agent{version: version, started: uptime(), output: newRing(ringSize), log: console}
+	a.output.seq = uint64(life-1) << 32 // above what a predecessor has sent
+	ignoreEnd()
+	closeOnExec()
 	a.processes = process.NewSupervisor()
+	a.processes.Unprotected()
 	init := a.processes.Adopt(1, os.NewFile(fdMaster, "console"))
 	a.entrypoint = &entrypoint{Process: init, stdin: newStdinQueue(init)}
 	a.init = &imageInit{stopSignal: c.GetProcess().GetStopSignal()}
@@ -152,10 +164,14 @@ func Beside(version string) error {
 	vsock := make(chan error, 1)
 	go func() { vsock <- transport.ServeVsock(a.accept) }()
 	var st unix.Stat_t
-	if err := unix.Fstat(fdPort, &st); err != nil {
+	if err := unix.Fstat(fdPort, &st); err == nil {
+		return transport.Serve(&port{File: os.NewFile(fdPort, portName)}, a.accept)
+	}
+	p, err := openPort() // the keeper has closed its own, so that the host sees this process die
+	if err != nil {
 		return errors.Join(err, <-vsock)
 	}
-	return transport.Serve(&port{File: os.NewFile(fdPort, portName)}, a.accept)
+	return transport.Serve(p, a.accept)
 }
 
 // copyConsole takes what is written to the console, for ever. A getty hangs the terminal up, with everybody who has it open: then the
@@ -205,8 +221,13 @@ func (i *imageInit) askDown(a *Agent, name string) error {
 	case base == "busybox":
 		return ask("SIGUSR2")
 	}
-	// sysvinit, OpenRC's own, runit, …: they have no signal in common, but the command.
-	p, err := a.processes.Start(process.Spec{Argv: []string{"poweroff"}, Dir: "/", Cgroup: process.CgroupRoot + "/poweroff"})
+	// sysvinit, runit, …: they have no signal in common, but the command. OpenRC's own has another, and Debian has both beside each other.
+	command := []string{"poweroff"}
+	if filepath.Base(exe) == "openrc-init" {
+		command = []string{"openrc-shutdown", "--poweroff", "now"}
+	}
+	spareFromSendsigs()
+	p, err := a.processes.Start(process.Spec{Argv: command, Dir: "/", Cgroup: process.CgroupRoot + "/poweroff"})
 	if err != nil {
 		return err
 	}

@@ -122,8 +122,9 @@ func (a *Agent) runProvision(c provision.Command) (int, error) {
 		}
 	}
 	carry(p, output, output)
+	code := int(p.Exit().GetCode())
 	p.Release()
-	return int(p.Exit().GetCode()), nil
+	return code, nil
 }
 
 // setLanguage notes the machine's locale for what is run later.

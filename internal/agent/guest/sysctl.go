@@ -12,8 +12,19 @@ import (
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/guest/mounts"
+	"github.com/atollvm/atoll/internal/agent/guest/netconf"
 	"github.com/atollvm/atoll/internal/agent/guest/process"
 )
+
+// setUpNetwork also lets everybody listen on ports below 1024 and send pings, as Docker does: images count on it with their USER. An
+// image with an init of its own has that decide.
+func setUpNetwork(c *agentv1.Config) error {
+	if !c.GetInit() { // a kernel may lack them
+		_ = setSysctl("net.ipv4.ip_unprivileged_port_start", "0")
+		_ = setSysctl("net.ipv4.ping_group_range", "0 2147483647")
+	}
+	return netconf.Set(c.GetInterfaces())
+}
 
 // setSysctls sets parameters of the kernel, by their names as sysctl(8) has them.
 func setSysctls(values map[string]string) error {

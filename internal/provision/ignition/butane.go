@@ -73,8 +73,14 @@ func translatorFor(variant, version string) (translator, error) {
 func Translate(raw []byte, filesDir string) (ignition []byte, warnings []string, err error) {
 	ignition, warnings, faults := translateButane(raw, filesDir)
 	if len(faults) > 0 {
-		return nil, nil, invalid("Butane config", faults)
+		return nil, nil, invalid("the Butane config", faults)
 	}
+	// Whoever gets the Ignition config says of it what the library says of both.
+	_, again, _ := parse(ignition)
+	warnings = slices.DeleteFunc(warnings, func(w string) bool {
+		_, text, _ := strings.Cut(w, ": ")
+		return slices.ContainsFunc(again, func(a string) bool { return strings.HasSuffix(a, ": "+text) })
+	})
 	return ignition, warnings, nil
 }
 
@@ -127,7 +133,7 @@ func translateButane(raw []byte, filesDir string) (document []byte, warnings, fa
 		faults = append(faults, err.Error())
 	}
 	for i, f := range faults {
-		faults[i] = strings.Replace(f, common.ErrNoFilesDir.Error(), "a local file is embedded by the command that reads the config from a file; here only its text has come", 1)
+		faults[i] = strings.Replace(f, common.ErrNoFilesDir.Error(), "local files are embedded when atoll is given the config by its file's name; here only its text has come", 1)
 	}
 	var ours report.Report
 	for _, key := range []string{"boot_device", "grub"} {

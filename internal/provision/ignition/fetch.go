@@ -270,9 +270,9 @@ func (f *fetcher) try(ctx context.Context, res types.Resource, most int64, open 
 	case resp.StatusCode >= 500:
 		return content{}, &passing{errors.New(resp.Status)}
 	case resp.StatusCode == http.StatusNotFound:
-		return content{}, fmt.Errorf("%s: %w", resp.Status, errdefs.ErrNotFound)
+		return content{}, hint.With(fmt.Errorf("%s: %w", resp.Status, errdefs.ErrNotFound), "check the URL")
 	case resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusNoContent:
-		return content{}, fmt.Errorf("%s: %w", resp.Status, errdefs.ErrFailedPrecondition)
+		return content{}, hint.With(fmt.Errorf("%s: %w", resp.Status, errdefs.ErrFailedPrecondition), "check the URL, and what the server wants in httpHeaders")
 	}
 	watch := time.AfterFunc(stall, func() { cancel(fmt.Errorf("nothing came for %s", stall)) })
 	defer watch.Stop()

@@ -106,9 +106,9 @@ func applyWith(ctx context.Context, f *fetcher, raw []byte, p *plan.Plan) error 
 
 // invalid is the error for faults that a person mends in the config.
 func invalid(what string, faults []string) error {
-	err := fmt.Errorf("%s: %s: %w", what, faults[0], errdefs.ErrInvalidArgument)
+	err := fmt.Errorf("%s: %w", faults[0], errdefs.ErrInvalidArgument)
 	if len(faults) > 1 {
-		err = fmt.Errorf("%s: %w: %d faults:\n  %s", what, errdefs.ErrInvalidArgument, len(faults), strings.Join(faults, "\n  "))
+		err = fmt.Errorf("%w: %d faults in %s:\n  %s", errdefs.ErrInvalidArgument, len(faults), what, strings.Join(faults, "\n  "))
 	}
 	return hint.With(err, "mend the config; docs/provisioning-ignition.md says what each field does here, and what is not implemented")
 }

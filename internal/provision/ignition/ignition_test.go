@@ -104,7 +104,7 @@ func TestCheckFaults(t *testing.T) {
 			"$.boot_device, line 9 col 3: boot_device is not implemented",
 		}},
 		{"Butane's local", "variant: flatcar\nversion: 1.1.0\nstorage:\n  disks: [{device: /dev/vda}]\n  files:\n  - path: /a\n    contents:\n      local: b\n", []string{
-			"$.storage.files.0.contents.local, line 8 col 14: a local file is embedded by the command that reads the config from a file",
+			"$.storage.files.0.contents.local, line 8 col 14: local files are embedded when atoll is given the config by its file's name",
 			"$.storage.disks, line 4 col 10: storage.disks is not implemented",
 		}},
 		{"Butane of OpenShift", "variant: openshift\nversion: 4.14.0\n", []string{"$.variant: openshift makes a MachineConfig for OpenShift's operator; write fcos"}},
@@ -200,6 +200,14 @@ systemd:
 	}
 	if u := string(p.GetUnits()[0].GetContents()); u != "[Service]\nExecStart=/bin/true\n" {
 		t.Errorf("unit %q", u)
+	}
+
+	// A warning is for the one who gets the result to say, with which it comes again.
+	special := []byte("variant: fcos\nversion: 1.6.0\nstorage:\n  directories:\n  - {path: /a, mode: 02755}\n")
+	got, warnings, err = Translate(special, "")
+	again, againErr := Check(got)
+	if err != nil || againErr != nil || len(warnings) != 0 || len(again) != 1 {
+		t.Errorf("%q, %v, then %q, %v", warnings, err, again, againErr)
 	}
 
 	outside := []byte("variant: fcos\nversion: 1.5.0\nstorage:\n  files:\n  - path: /a\n    contents: {local: ../secret}\n")
@@ -329,7 +337,7 @@ func TestApplyFails(t *testing.T) {
 			f := newFetcher(Options{Spool: spool})
 			f.patience, f.left = 300*time.Millisecond, 500_000
 			err := applyWith(context.Background(), f, c.doc, p)
-			if err == nil || !c.class(err) || hint.Of(err) == "" && !errdefs.IsNotFound(err) {
+			if err == nil || !c.class(err) || hint.Of(err) == "" {
 				t.Fatalf("%v, hint %q", err, hint.Of(err))
 			}
 			for _, want := range c.want {

@@ -40,12 +40,12 @@ func (r *renderer) whole(ctx context.Context, raw []byte) (types.Config, error) 
 		return types.Config{}, err
 	}
 	if len(r.faults) > 0 {
-		return types.Config{}, invalid("Ignition config", r.faults)
+		return types.Config{}, invalid("the config", r.faults)
 	}
 	if !r.skipped && r.documents > 1 {
 		// What is right alone may contradict another: one path as a file here and as a link there.
 		if _, faults := sorted(validate.ValidateWithContext(config, nil)); len(faults) > 0 {
-			return types.Config{}, invalid("Ignition configs, merged", faults)
+			return types.Config{}, invalid("the merged configs", faults)
 		}
 	}
 	return config, nil
@@ -106,7 +106,7 @@ func (r *renderer) parse(raw []byte, where string) (types.Config, error) {
 		r.faults = append(r.faults, where+f)
 	}
 	if len(faults) > 0 && !r.offline {
-		return types.Config{}, invalid("Ignition config", r.faults) // nothing is requested for a config that will not be applied
+		return types.Config{}, invalid("the config", r.faults) // nothing is requested for a config that will not be applied
 	}
 	return config, nil
 }

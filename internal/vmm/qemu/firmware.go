@@ -37,6 +37,12 @@ func builds(arch string) []uefi {
 	}
 }
 
+// FindUEFI returns the path of this host's UEFI firmware.
+func FindUEFI() (string, error) {
+	u, err := findUEFI(arch)
+	return u.code, err
+}
+
 func findUEFI(arch string) (uefi, error) {
 	for _, u := range builds(arch) {
 		_, noCode := os.Stat(u.code)

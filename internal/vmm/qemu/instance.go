@@ -134,16 +134,35 @@ func (i *instance) listen() {
 	i.qmp = client
 	close(i.control)
 	for e := range client.Events() {
-		if e.Name != "SHUTDOWN" {
-			continue
+		var err error
+		switch e.Name {
+		case "SHUTDOWN":
+			s := &shutdown{}
+			if err = json.Unmarshal(e.Data, s); err == nil {
+				i.down = s
+			}
+		case "VSERPORT_CHANGE":
+			err = i.portChanged(e.Data)
 		}
-		var s shutdown
-		if err := json.Unmarshal(e.Data, &s); err != nil {
+		if err != nil {
 			i.log.Debug("qmp event makes no sense", "event", e.Name, "error", err)
-			continue
 		}
-		i.down = &s
 	}
+}
+
+// portChanged ends the agent's channel when nobody in the guest has the port open any more: its agent was killed. QEMU itself keeps the
+// channel, silent for ever.
+func (i *instance) portChanged(data json.RawMessage) error {
+	var p struct{ Open bool }
+	if err := json.Unmarshal(data, &p); err != nil || p.Open {
+		return err
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.agent != nil {
+		i.agent.Close()
+	}
+	return nil
 }
 
 // wait ends with the process. It outlives Close for a child, to reap it.

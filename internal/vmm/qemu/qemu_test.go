@@ -51,18 +51,37 @@ func TestArguments(t *testing.T) {
 	for i := range 5 {
 		many.Disks = append(many.Disks, vmm.Disk{Path: fmt.Sprint("/d/volume", i)})
 	}
+	// A disk image with a system of its own.
+	disk := vmm.Spec{
+		ID: "disk", Dir: "/run/a,b", CPUs: 2, MemoryBytes: 1 << 30, NoAgent: true, PowersOff: true, NICs: full.NICs,
+		Firmware: &vmm.Firmware{Kind: vmm.BIOS, UUID: "00112233-4455-6677-8899-aabbccddeeff", Serial: "a,b"},
+		Disks: []vmm.Disk{
+			{Path: "/run/a,b/disk", QCOW2: true, Backing: &vmm.Disk{Path: "/d/image,qcow2", QCOW2: true}},
+			{Path: "/run/a,b/seed", ReadOnly: true},
+		},
+	}
+	efi := disk
+	efi.Firmware = &vmm.Firmware{Kind: vmm.UEFI}
+	efi.Disks = []vmm.Disk{{Path: "/run/a,b/disk", QCOW2: true, Backing: &vmm.Disk{Path: "/d/image,raw"}}}
+	firmware := uefi{"/f/code", "/f/variables"}
+	direct := own
+	direct.NoAgent, direct.PowersOff, direct.Kernel.Initramfs = true, true, ""
 	for name, c := range map[string]struct {
 		spec vmm.Spec
 		host host
 	}{
-		"shares-tcg": {shares, host{arch: "amd64", accelerator: "tcg", tscKHz: 2500000}},
-		"own-tcg":    {own, host{arch: "amd64", accelerator: "tcg", tscKHz: 2500000}},
-		"many-tcg":   {many, host{arch: "amd64", accelerator: "tcg", tscKHz: 2500000}},
-		"small-kvm":  {small, host{arch: "amd64", accelerator: "kvm", tscKHz: 2500000}},
-		"small-tcg":  {small, host{arch: "amd64", accelerator: "tcg", tscKHz: 2500000}},
-		"full-kvm":   {full, host{arch: "amd64", accelerator: "kvm", tscKHz: 2500000}},
-		"full-tcg":   {full, host{arch: "amd64", accelerator: "tcg"}},
-		"full-arm64": {full, host{arch: "arm64", accelerator: "tcg"}},
+		"disk-bios":   {disk, host{arch: "amd64", accelerator: "kvm"}},
+		"disk-uefi":   {efi, host{arch: "amd64", accelerator: "tcg", uefi: firmware}},
+		"disk-arm64":  {efi, host{arch: "arm64", accelerator: "tcg", uefi: firmware}},
+		"disk-direct": {direct, host{arch: "amd64", accelerator: "tcg"}},
+		"shares-tcg":  {shares, host{arch: "amd64", accelerator: "tcg", tscKHz: 2500000}},
+		"own-tcg":     {own, host{arch: "amd64", accelerator: "tcg", tscKHz: 2500000}},
+		"many-tcg":    {many, host{arch: "amd64", accelerator: "tcg", tscKHz: 2500000}},
+		"small-kvm":   {small, host{arch: "amd64", accelerator: "kvm", tscKHz: 2500000}},
+		"small-tcg":   {small, host{arch: "amd64", accelerator: "tcg", tscKHz: 2500000}},
+		"full-kvm":    {full, host{arch: "amd64", accelerator: "kvm", tscKHz: 2500000}},
+		"full-tcg":    {full, host{arch: "amd64", accelerator: "tcg"}},
+		"full-arm64":  {full, host{arch: "arm64", accelerator: "tcg"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got := strings.ReplaceAll(strings.Join(arguments(c.spec, c.host), "\n"), "\n-", "\n\n-") + "\n"
@@ -111,6 +130,18 @@ func TestCheck(t *testing.T) {
 		if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), c.text) || (hint.Of(err) != "") != c.hinted {
 			t.Errorf("%s: %v, hint %q", name, err, hint.Of(err))
 		}
+	}
+	bios := good
+	bios.Kernel, bios.Firmware = vmm.Kernel{}, &vmm.Firmware{Kind: vmm.BIOS}
+	if err := check(bios, host{arch: "amd64"}); err != nil {
+		t.Errorf("BIOS, without a kernel: %v", err)
+	}
+	if err := check(bios, host{arch: "arm64"}); !errdefs.IsInvalidArgument(err) || hint.Of(err) == "" {
+		t.Errorf("BIOS on arm64: %v", err)
+	}
+	bios.Disks = []vmm.Disk{{Path: kernel, QCOW2: true, Backing: &vmm.Disk{Path: "/nowhere"}}}
+	if err := check(bios, host{arch: "amd64"}); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), "/nowhere") {
+		t.Errorf("a disk over one that is not there: %v", err)
 	}
 	if err := checkKernel(kernel, "arm64"); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("an x86 kernel on arm64: %v", err)

@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/atollvm/atoll/internal/diskimage"
 	"github.com/atollvm/atoll/internal/vmm"
 )
 
@@ -218,6 +219,8 @@ func Run(t *testing.T, newDriver func(t *testing.T) vmm.Driver, f Fixture) {
 	t.Run("TwoCPUs", g.twoCPUs)
 	t.Run("TwoAtOnce", g.twoAtOnce)
 	t.Run("DialAgain", g.dialAgain)
+	t.Run("Overlay", g.overlay)
+	t.Run("Console", g.console)
 	t.Run("Poweroff", g.poweroff)
 	t.Run("Halt", g.halt)
 	t.Run("Panic", g.panics)
@@ -260,6 +263,98 @@ func (g *Guest) devices(t *testing.T) {
 	}
 	if data, err := os.ReadFile(filepath.Join(spec.Dir, vmm.ConsoleFile+".1")); err != nil || string(data) != "of the last start" {
 		t.Errorf("the last console is %q, %v", data, err)
+	}
+}
+
+// overlay: a disk over another one, which stays as it is, and whose own word on what lies below it is not taken.
+func (g *Guest) overlay(t *testing.T) {
+	t.Parallel()
+	spec := g.Spec(t)
+	raw, middle := filepath.Join(spec.Dir, "raw"), filepath.Join(spec.Dir, "middle")
+	content := append([]byte("from below\n"), make([]byte, 1<<20)...)
+	if err := os.WriteFile(raw, content, 0o400); err != nil {
+		t.Fatal(err)
+	}
+	img, err := diskimage.Open(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := img.Overlay(middle, 2<<20); err != nil {
+		t.Fatal(err)
+	}
+	for i, backing := range []*vmm.Disk{{Path: raw}, {Path: middle, QCOW2: true}} {
+		over := diskimage.Image{Path: backing.Path, Format: diskimage.Raw, Size: img.Size}
+		top := filepath.Join(spec.Dir, fmt.Sprint("top, ", i))
+		if err := over.Overlay(top, 4<<20); err != nil {
+			t.Fatal(err)
+		}
+		spec.Disks = append(spec.Disks, vmm.Disk{Path: top, QCOW2: true, Backing: backing})
+	}
+	c := Dial(t, g.Start(t, spec))
+	c.Expect(t, "hello")
+	if got := c.ask(t, "disk vda"); got != "from below" {
+		t.Errorf("a disk over a raw one has %q", got)
+	}
+	if got := c.ask(t, "disk vdb"); strings.Contains(got, "below") {
+		t.Errorf("what is two disks below a disk is seen in it: %q", got)
+	}
+	if got := c.ask(t, "disk vda written"); got != "ok" {
+		t.Errorf("writing: %q", got)
+	}
+	if got := c.ask(t, "disk vda"); got != "written" {
+		t.Errorf("what was written: %q", got)
+	}
+	if data, err := os.ReadFile(raw); err != nil || !bytes.Equal(data, content) {
+		t.Errorf("the disk below was written to: %.20q, %v", data, err)
+	}
+}
+
+func (g *Guest) console(t *testing.T) {
+	t.Parallel()
+	spec := g.Spec(t)
+	i := g.Start(t, spec)
+	joined, ok := i.(vmm.Console)
+	if !ok {
+		t.Skip("this driver's console cannot be joined")
+	}
+	c := Dial(t, i)
+	c.Expect(t, "hello")
+	c.Say(t, "print nobody is there")
+	for range 2 { // the second takes the place of the first
+		conn, err := joined.DialConsole(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Say(t, "print to whom it concerns")
+		conn.SetReadDeadline(time.Now().Add(patience))
+		for in := bufio.NewReader(conn); ; {
+			line, err := in.ReadString('\n')
+			if err != nil {
+				t.Fatalf("reading the console: %q, %v", line, err)
+			}
+			if strings.TrimSpace(line) == "to whom it concerns" {
+				break
+			}
+		}
+		c.Say(t, "hear")
+		fmt.Fprintln(conn, "typed")
+		c.Expect(t, "typed")
+	}
+	text, err := os.ReadFile(filepath.Join(spec.Dir, vmm.ConsoleFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for words, times := range map[string]int{"nobody is there": 1, "to whom it concerns": 2} {
+		if n := strings.Count(string(text), words); n != times {
+			t.Errorf("the console's file has %q %d times", words, n)
+		}
+	}
+	if err := i.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	expectClean(t, spec)
+	if _, err := joined.DialConsole(t.Context()); !errdefs.IsUnavailable(err) {
+		t.Errorf("the console of an instance that has ended: %v", err)
 	}
 }
 

@@ -16,9 +16,16 @@ import (
 
 // Early mounts what finding the host needs.
 func Early() error {
-	for _, m := range []struct{ kind, on string }{{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}} {
+	for _, m := range []struct {
+		kind, on string
+		flags    uintptr
+	}{
+		{"devtmpfs", "/dev", unix.MS_NOSUID}, // pages of /dev/zero may be executable, as in containers
+		{"proc", "/proc", unix.MS_NOSUID | unix.MS_NOEXEC},
+		{"sysfs", "/sys", unix.MS_NOSUID | unix.MS_NOEXEC},
+	} {
 		os.Mkdir(m.on, 0o755)
-		if err := unix.Mount(m.kind, m.on, m.kind, unix.MS_NOSUID|unix.MS_NOEXEC, ""); err != nil && err != unix.EBUSY {
+		if err := unix.Mount(m.kind, m.on, m.kind, m.flags, ""); err != nil && err != unix.EBUSY {
 			return fmt.Errorf("mounting %s: %w", m.on, err)
 		}
 	}
@@ -244,7 +251,7 @@ func System() error {
 		}
 	}
 	for name, target := range map[string]string{
-		"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2",
+		"core": "/proc/kcore", "fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2",
 	} {
 		if err := os.Symlink(target, "/dev/"+name); err != nil && !errors.Is(err, os.ErrExist) {
 			return err

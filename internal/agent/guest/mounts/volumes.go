@@ -3,8 +3,10 @@ package mounts
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -12,21 +14,74 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Volumes makes the directories that the image declares as such. They stay writable when the root is to be made read-only: each becomes
-// a mount of its own, of the same file system, so that its content is where it always was.
-func Volumes(paths []string, readOnlyRoot bool) error {
+// Volumes makes the directories that the image declares as such. One for which the image has no content lies on the scratch disk itself, not
+// in the overlay: programs that make overlays of their own, as Docker does in /var/lib/docker, cannot have them on another. All stay writable
+// when the root is to be made read-only, and their content is where it always was.
+func (r *Root) Volumes(paths []string, readOnlyRoot bool) error {
 	for _, p := range paths {
 		if err := os.MkdirAll(p, 0o755); err != nil {
 			return fmt.Errorf("making volume %s: %w", p, reason(err))
 		}
-		if !readOnlyRoot {
-			continue
+		source, err := r.beside(p)
+		if err != nil {
+			return fmt.Errorf("making volume %s: %w", p, reason(err))
 		}
-		if err := unix.Mount(p, p, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		if source == "" {
+			if !readOnlyRoot {
+				continue
+			}
+			source = p // a mount of its own, of the same file system
+		}
+		if err := unix.Mount(source, p, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 			return fmt.Errorf("mounting volume %s: %w", p, err)
 		}
 	}
 	return nil
+}
+
+// volumeMark is on a directory of the scratch disk that is, or was at an earlier boot, mounted as a volume.
+const volumeMark = "trusted.atoll.volume"
+
+// beside returns the directory of the scratch disk that holds all of a directory of the overlay; "" where the root disks have a part in it.
+func (r *Root) beside(dir string) (string, error) {
+	if r == nil || r.scratch < 0 {
+		return "", nil
+	}
+	real, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		return "", err
+	}
+	upper := fdPath(r.scratch) + "/upper" + real
+	if _, err := unix.Getxattr(upper, volumeMark, nil); err == nil {
+		return upper, nil
+	}
+	if empty, err := isEmpty(real); !empty {
+		return "", err
+	}
+	st, err := os.Stat(real)
+	if err != nil {
+		return "", err
+	}
+	if err := os.Chmod(real, st.Mode()); err != nil { // which brings a directory of the root disks up
+		return "", err
+	}
+	// Not empty: something of the root disks was deleted here, and would be there again.
+	if empty, err := isEmpty(upper); !empty {
+		return "", err
+	}
+	return upper, unix.Setxattr(upper, volumeMark, []byte("1"), 0)
+}
+
+func isEmpty(dir string) (bool, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	if _, err = f.Readdirnames(1); errors.Is(err, io.EOF) {
+		return true, nil
+	}
+	return false, err
 }
 
 // Tmpfs mounts empty file systems in memory, the outer before the inner. A directory that is there lends its mode, as with Docker.
@@ -35,7 +90,7 @@ func Tmpfs(mounts []*agentv1.Tmpfs) error {
 	slices.SortStableFunc(byPath, func(a, b *agentv1.Tmpfs) int { return strings.Compare(a.GetPath(), b.GetPath()) })
 	for _, m := range byPath {
 		if err := mountTmpfs(m.GetPath(), m.GetOptions()); err != nil {
-			return fmt.Errorf("mounting a tmpfs on %s: %w", m.GetPath(), err)
+			return fmt.Errorf("mounting a tmpfs on %s (%s): %w", m.GetPath(), m.GetOptions(), err)
 		}
 	}
 	return nil

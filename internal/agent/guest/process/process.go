@@ -30,7 +30,8 @@ type Spec struct {
 	Stdin      bool
 	Rows, Cols uint16
 	Limits     []Limit
-	Cgroup     string // a directory, made when absent; empty: the agent's own
+	OnTerminal func(slave int) error // called with the process's terminal before it starts; nil: nothing is to be done
+	Cgroup     string                // a directory, made when absent; empty: the agent's own
 	// CgroupFile is that directory, where its path does not lead to it from the root that Start is called in; else nil.
 	CgroupFile *os.File
 }
@@ -52,10 +53,11 @@ type Process struct {
 
 // Supervisor starts processes and waits for all children. There is one, in PID 1.
 type Supervisor struct {
-	mu       sync.Mutex // guards what follows; held from fork to registration, so that no exit is taken before
-	children map[int]*Process
-	empty    chan struct{}       // not nil: closed once there are no children
-	groups   map[string]struct{} // control groups of ended processes that other processes were left in
+	unprotected bool       // children are put back among those that the kernel may kill for want of memory
+	mu          sync.Mutex // guards what follows; held from fork to registration, so that no exit is taken before
+	children    map[int]*Process
+	empty       chan struct{}       // not nil: closed once there are no children
+	groups      map[string]struct{} // control groups of ended processes that other processes were left in
 }
 
 // NewSupervisor begins to reap.
@@ -70,6 +72,10 @@ func NewSupervisor() *Supervisor {
 	}()
 	return s
 }
+
+// Unprotected is for an agent that the kernel must not kill for want of memory: its children inherit that, and must not. It is called before
+// the first Start.
+func (s *Supervisor) Unprotected() { s.unprotected = true }
 
 func (s *Supervisor) reap() {
 	s.mu.Lock()
@@ -168,6 +174,12 @@ func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
 		p.closeStreams()
 		return nil, err
 	}
+	if spec.TTY && spec.OnTerminal != nil {
+		if err := spec.OnTerminal(theirs[0]); err != nil {
+			p.closeStreams()
+			return nil, err
+		}
+	}
 	for _, fd := range theirs {
 		attr.Files = append(attr.Files, uintptr(fd))
 	}
@@ -196,6 +208,9 @@ func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
 		return nil, startError(spec.Argv[0], err)
 	}
 	s.children[p.PID] = p
+	if s.unprotected {
+		os.WriteFile("/proc/"+strconv.Itoa(p.PID)+"/oom_score_adj", []byte("0"), 0)
+	}
 	return p, nil
 }
 

@@ -1,6 +1,8 @@
 package provision
 
 import (
+	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -73,4 +75,56 @@ func TestUsers(t *testing.T) {
 		"root/.ssh": "dir 0700 0:0", "root/.ssh/authorized_keys": "0600 0:0 ssh-ed25519 AAAA root\n",
 		"etc/sudoers.d/90-atoll-ann": "0440 0:0 ann ALL=(ALL) NOPASSWD:ALL\nann ALL=(x) ALL\n", "etc/sudoers.d/90-atoll-b=2eo": "0440 0:0 b.o ALL=ALL\n",
 	})
+}
+
+func TestUsersChangeAndGo(t *testing.T) {
+	root := accountsRoot(t, map[string]string{
+		"etc/passwd": "root:x:0:0:root:/root:/bin/bash\nold:x:1003:1003:Old:/home/old:/bin/sh\ngone:x:1004:1004::/home/gone:/bin/sh\nlib:x:1005:1005::/usr/lib:/bin/sh\nplain:hash:1006:100::/home/plain:/bin/sh\n",
+		"etc/group":  "root:x:0:\nusers:x:100:gone\ngone:x:1004:\nold:x:1003:old,gone\nlib:x:1005:x\nunused:x:7:\n", "etc/gshadow": "none",
+		"usr/lib/x": "x", "home/old/x": "x", "home/old/.ssh/authorized_keys": "have", "home/gone/x": "x", "var/mail/gone": "mail", "etc/sudoers.d/90-atoll-gone": "gone ALL=ALL\n",
+	})
+	for _, p := range []string{"home/old", "home/old/x", "home/gone"} {
+		if err := os.Chown(filepath.Join(root, p), map[bool]int{true: 1004, false: 1003}[p == "home/gone"], 1003); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustApply(t, root, &agentv1.Provision{
+		Groups: []*agentv1.Group{{Name: "unused", Absent: true}, {Name: "nope", Absent: true}, {Name: "old", Gid: proto.Uint32(3000)}, {Name: "users"}},
+		Users: []*agentv1.User{
+			{Name: "old", Uid: proto.Uint32(2000), Home: "/srv/homes/old", SshAuthorizedKeys: []string{"have", "new"}, PasswordHash: proto.String("")},
+			{Name: "gone", Absent: true},
+			{Name: "lib", Absent: true},
+			{Name: "plain", LockPassword: true},
+		},
+	})
+	for name, want := range map[string]string{
+		"etc/passwd": "root:x:0:0:root:/root:/bin/bash\nold:x:2000:3000:Old:/srv/homes/old:/bin/sh\nplain:x:1006:100::/home/plain:/bin/sh\n",
+		"etc/group":  "root:x:0:\nusers:x:100:\nold:x:3000:old\nlib:x:1005:x\n",
+		"etc/shadow": "root:*:19000:0:99999:7:::\ndaemon:*:19000::::::\nold:*:19000:0:99999:7:::\nplain:!hash:DAYS:0:99999:7:::\n",
+	} {
+		if got := read(t, root, name); got != want {
+			t.Errorf("%s:\ngot\n%swant\n%s", name, got, want)
+		}
+	}
+	wantLooks(t, root, map[string]string{
+		"home/old": "none", "srv/homes/old": "dir 0755 2000:1003", "srv/homes/old/x": "0644 2000:1003 x", "srv/homes/old/.ssh/authorized_keys": "0600 2000:3000 have\nnew\n",
+		"home/gone": "none", "var/mail/gone": "none", "etc/sudoers.d/90-atoll-gone": "none", "usr/lib/x": "0644 0:0 x", "etc/gshadow": "none",
+	})
+}
+
+// TestNoAccounts has an image without any of the files.
+func TestNoAccounts(t *testing.T) {
+	root := newRoot(t, nil)
+	mustApply(t, root, &agentv1.Provision{Users: []*agentv1.User{{Name: "app", PasswordHash: proto.String("$6$x")}}})
+	for name, want := range map[string]string{
+		"etc/passwd": "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000::/home/app:/bin/sh\n", "etc/group": "root:x:0:\napp:x:1000:\n", "etc/shadow": "app:$6$x:DAYS::::::\n",
+	} {
+		if got := read(t, root, name); got != want {
+			t.Errorf("%s: got %q, want %q", name, got, want)
+		}
+	}
+	if got := look(t, root, "etc/shadow"); !strings.HasPrefix(got, "0600 0:0 ") {
+		t.Errorf("shadow is %q", got)
+	}
+	wantLooks(t, root, map[string]string{"home/app": "dir 0755 1000:1000", "etc/gshadow": "none"})
 }

@@ -34,6 +34,7 @@ func (r *Provisioner) commands(which func(*agentv1.Command) bool) error {
 		if name == "" {
 			name = fmt.Sprint("command ", i+1)
 		}
+		r.changed = true
 		r.o.Step("command " + name)
 		err := r.command(name, c)
 		var exit *ExitError

@@ -92,7 +92,7 @@ func (t *tree) isDir(name string) bool {
 // list returns the names in a directory; one that is not there has none.
 func (t *tree) list(name string) ([]string, error) {
 	fd, err := t.open(name, unix.O_RDONLY|unix.O_DIRECTORY)
-	if err == unix.ENOENT {
+	if errors.Is(err, unix.ENOENT) {
 		return nil, nil
 	}
 	if err != nil {
@@ -145,7 +145,7 @@ func checkPath(name string) error {
 // makeDirs opens a directory, and makes those on the way to it that are missing; also where a link leads that leads nowhere yet.
 func (t *tree) makeDirs(name string, links int) (int, error) {
 	fd, err := t.dir(name)
-	if err != unix.ENOENT {
+	if !errors.Is(err, unix.ENOENT) {
 		return fd, err
 	}
 	name = strings.TrimRight(name, "/")
@@ -168,7 +168,7 @@ func (t *tree) makeDirs(name string, links int) (int, error) {
 		}
 		return t.makeDirs(target, links+1)
 	}
-	if err := mkdirAt(parent, base, 0, 0, 0o755); err != nil && err != unix.EEXIST {
+	if err := mkdirAt(parent, base, 0, 0, 0o755); err != nil && !errors.Is(err, unix.EEXIST) {
 		return -1, err
 	}
 	return unix.Openat(parent, base, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)

@@ -65,6 +65,10 @@ func serve() error {
 			return unix.Reboot(unix.LINUX_REBOOT_CMD_HALT)
 		case "cpus", "memory":
 			err = count(port, word)
+		case "print":
+			_, err = fmt.Fprintln(os.Stdout, rest)
+		case "hear":
+			err = hear(port)
 		case "disk":
 			err = disk(port, rest)
 		case "share":
@@ -78,6 +82,16 @@ func serve() error {
 			fmt.Fprintln(port, "error:", err)
 		}
 	}
+}
+
+// hear answers with the next line that is typed at the console.
+func hear(w io.Writer) error {
+	line, err := bufio.NewReader(os.Stdin).ReadString('\n')
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintln(w, strings.TrimSpace(line))
+	return err
 }
 
 func wait() { time.Sleep(10 * time.Millisecond) }
