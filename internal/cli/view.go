@@ -201,8 +201,8 @@ func newMachineDetail(m *atollv1.Machine, now time.Time) machineDetail {
 		Remove: s.GetRemove(), Hostname: s.GetHostname(), CPUs: s.GetCpus(), MemoryBytes: s.GetMemoryBytes(), DiskBytes: s.GetDiskBytes(),
 		Ports: portViews(s.GetPorts()), Network: s.GetNetwork(), Kernel: s.GetKernel(), VMM: s.GetVmm(), Platform: s.GetPlatform(),
 		StopSignal: s.GetStopSignal(), Verity: s.GetVerity(), Init: s.GetInit(), guestView: newGuestView(s),
-		Profiles: list(s.GetProfiles()), LogMaxBytes: s.GetLogMaxBytes(), LogMaxFiles: s.GetLogMaxFiles(),
-		Disk: s.GetDisk(), Firmware: s.GetFirmware(),
+		Profiles: list(s.GetProfiles()), Disk: s.GetDisk(), Firmware: s.GetFirmware(),
+		LogMaxBytes: s.GetLogMaxBytes(), LogMaxFiles: s.GetLogMaxFiles(),
 	}, HealthStatus: newHealthView(m.GetHealth()), ExposedPorts: list(m.GetExposedPorts()), Volumes: list(m.GetVolumes())}
 	d.Spec.Provisioning, d.Provisioning = newProvisionView(s.GetProvisioning()), newProvisionStatusView(m.GetProvisioning())
 	if t := s.GetStopTimeout(); t != nil {

@@ -17,8 +17,15 @@ type Metadata struct {
 	V1       bool // also to requests without a token
 }
 
-// document is what the machine can ask about itself. A guest without an agent gets what was asked for it here too, as in a cloud; for
-// others request is nil.
+// requestFor is what was asked to be set in the guest, of which metadata tells something; nil: nothing.
+func (ms *Machines) requestFor(m *Machine) (*provision.Request, error) {
+	if !m.ownSystem() && len(m.Spec.Provisioning.Withheld) == 0 {
+		return nil, nil
+	}
+	return requestOf(ms.dirOf(m.ID))
+}
+
+// document is what the machine can ask about itself. A guest without an agent gets its user-data here too, as in a cloud.
 func (m *Machine) document(n network.Network, request *provision.Request) (json.RawMessage, error) {
 	if m.Spec.Metadata.Disabled {
 		return nil, nil
@@ -43,8 +50,10 @@ func (m *Machine) document(n network.Network, request *provision.Request) (json.
 		V1:         m.Spec.Metadata.V1,
 	}
 	if request != nil {
-		d.NoCloud, d.UserData = true, request.UserData
 		d.PublicKeys = append(d.PublicKeys, request.SSHAuthorizedKeys...)
+		if m.ownSystem() {
+			d.NoCloud, d.UserData = true, request.UserData
+		}
 	}
 	data, err := json.Marshal(d)
 	if err != nil {

@@ -71,11 +71,32 @@ func prepareProvisioning(dir string, r provision.Request) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	return writeWhole(filepath.Join(dir, requestFile), kept{r, keys})
+	// Nobody has seen the keys of a machine that has not run: they are not worth waiting for the disk, which takes longer than all else here.
+	return write(filepath.Join(dir, requestFile), kept{r, keys}, !r.Empty())
+}
+
+// readRequest reads what was asked for a machine, and its host keys, which are made anew where nothing else is lost with them.
+func readRequest(dir string, m *Machine) (k kept, err error) {
+	if err := readWhole(filepath.Join(dir, requestFile), &k); err != nil {
+		return k, err
+	}
+	if len(k.HostKeys) > 0 {
+		return k, nil
+	}
+	if r := m.Spec.Provisioning; !r.Empty() || len(r.Withheld) > 0 {
+		err := fmt.Errorf("reading %s: it is empty or missing: %w", filepath.Join(dir, requestFile), errdefs.ErrDataLoss)
+		return k, hint.With(err, "say again what is wanted: atoll start --reprovision OPTIONS %s", m.Spec.Name)
+	}
+	if k.HostKeys, err = hostkey.Generate(); err != nil {
+		return k, err
+	}
+	return k, writeWhole(filepath.Join(dir, requestFile), k)
 }
 
 // writeWhole replaces a file of secrets by v as JSON, or leaves it as it is.
-func writeWhole(path string, v any) (err error) {
+func writeWhole(path string, v any) error { return write(path, v, true) }
+
+func write(path string, v any, sync bool) error {
 	data, err := json.Marshal(v)
 	if err != nil {
 		return err
@@ -85,7 +106,7 @@ func writeWhole(path string, v any) (err error) {
 		return err
 	}
 	_, err = f.Write(data)
-	if err == nil {
+	if err == nil && sync {
 		err = f.Sync()
 	}
 	if err = errors.Join(err, f.Close()); err != nil {
@@ -97,7 +118,7 @@ func writeWhole(path string, v any) (err error) {
 // readWhole reads what writeWhole wrote; a file that is not there leaves v as it is.
 func readWhole(path string, v any) error {
 	data, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || err == nil && len(data) == 0 { // as a power cut leaves one that was not synced
 		return nil
 	}
 	if err != nil {
@@ -127,8 +148,8 @@ func (ms *Machines) Reprovision(ctx context.Context, name string, r *provision.R
 		return fail(hint.With(fmt.Errorf("it is %s: %w", m.State, errdefs.ErrFailedPrecondition), "stop it first: atoll stop %s", m.Spec.Name))
 	}
 	var warnings []string
-	var k kept
-	if err := readWhole(filepath.Join(e.dir, requestFile), &k); err != nil {
+	k, err := readRequest(e.dir, &m)
+	if err != nil && (r == nil || !errdefs.IsDataLoss(err)) {
 		return fail(err)
 	}
 	if r != nil {
@@ -142,7 +163,7 @@ func (ms *Machines) Reprovision(ctx context.Context, name string, r *provision.R
 		}
 		k.Request = *r
 	}
-	if len(k.HostKeys) == 0 { // a machine of a version that had none
+	if len(k.HostKeys) == 0 { // lost with the request that this one replaces
 		if k.HostKeys, err = hostkey.Generate(); err != nil {
 			return fail(err)
 		}
@@ -173,8 +194,8 @@ func (s *starting) compile(ctx context.Context) (err error) {
 		s.plan, err = standing.Plan()
 		return err
 	}
-	var k kept
-	if err := readWhole(filepath.Join(s.e.dir, requestFile), &k); err != nil {
+	k, err := readRequest(s.e.dir, &s.m)
+	if err != nil {
 		return err
 	}
 	if err := s.log.begin(); err != nil {
@@ -184,6 +205,7 @@ func (s *starting) compile(ctx context.Context) (err error) {
 	if err := os.RemoveAll(spool); err != nil {
 		return err
 	}
+	s.undo = append(s.undo, func(context.Context) error { return os.RemoveAll(spool) })
 	s.plan, err = provision.Compile(ctx, k.Request, provision.Options{HostKeys: k.HostKeys, Spool: spool, Transport: s.ms.Fetch})
 	if err != nil {
 		return err

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/atollvm/atoll/internal/network"
-	"github.com/atollvm/atoll/internal/provision"
 	"github.com/atollvm/atoll/internal/vmm"
 	"github.com/containerd/errdefs"
 )
@@ -45,11 +44,7 @@ func (ms *Machines) Recover(ctx context.Context) {
 func (ms *Machines) endpoints(n network.Network, machines []Machine) []network.Endpoint {
 	var endpoints []network.Endpoint
 	for _, m := range machines {
-		var request *provision.Request
-		var unread error
-		if m.ownSystem() {
-			request, unread = requestOf(ms.dirOf(m.ID))
-		}
+		request, unread := ms.requestFor(&m)
 		ep, err := m.endpoint(n, request)
 		err = errors.Join(unread, err)
 		if err != nil { // it has its network all the same

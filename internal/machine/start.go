@@ -261,6 +261,11 @@ func (s *starting) attachNetwork(ctx context.Context) error {
 	}
 	s.net, s.m.Lease = n, lease
 	s.undo = append(s.undo, func(ctx context.Context) error { return d.Detach(ctx, n, s.m.ID.Short()) })
+	if s.request == nil {
+		if s.request, err = s.ms.requestFor(&s.m); err != nil {
+			return err
+		}
+	}
 	ep, err := s.m.endpoint(n, s.request)
 	if err != nil {
 		return err

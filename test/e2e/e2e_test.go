@@ -120,6 +120,8 @@ func setup(env *testscript.Env) error {
 	env.Setenv("NO_COLOR", "1")
 	env.Setenv("CLOUD_IMAGE", os.Getenv("ATOLL_TEST_CLOUD_IMAGE"))
 	env.Setenv("SYSTEMD_IMAGE", os.Getenv("ATOLL_TEST_SYSTEMD"))
+	env.Setenv("OPENRC_IMAGE", os.Getenv("ATOLL_TEST_OPENRC"))
+	env.Setenv("PODMAN_IMAGE", os.Getenv("ATOLL_TEST_PODMAN"))
 	env.Defer(func() {
 		endAll(home)
 		os.RemoveAll(home)

@@ -147,7 +147,7 @@ func beside(version string, c *agentv1.Config, life int) error {
 	a := &Agent{version: version, started: uptime(), output: newRing(ringSize), log: console}
 	a.output.seq = uint64(life-1) << 32 // above what a predecessor has sent
 	ignoreEnd()
-	closeOnExec()
+	closeOnExec(life == 1)
 	a.processes = process.NewSupervisor()
 	a.processes.Unprotected()
 	init := a.processes.Adopt(1, os.NewFile(fdMaster, "console"))
@@ -164,7 +164,7 @@ func beside(version string, c *agentv1.Config, life int) error {
 	vsock := make(chan error, 1)
 	go func() { vsock <- transport.ServeVsock(a.accept) }()
 	var st unix.Stat_t
-	if err := unix.Fstat(fdPort, &st); err == nil {
+	if err := unix.Fstat(fdPort, &st); err == nil && life == 1 {
 		return transport.Serve(&port{File: os.NewFile(fdPort, portName)}, a.accept)
 	}
 	p, err := openPort() // the keeper has closed its own, so that the host sees this process die

@@ -25,7 +25,7 @@ func keep(c *agentv1.Config) error {
 	ignoreEnd()
 	// For want of memory the kernel is to kill others. What the agent starts is put back.
 	os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
-	closeOnExec()
+	closeOnExec(true)
 	pause := keepPause
 	for life := 1; ; life++ {
 		began := time.Now()
@@ -77,9 +77,12 @@ func ignoreEnd() {
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGPIPE, syscall.SIGALRM)
 }
 
-func closeOnExec() {
-	for _, fd := range []int{fdMaster, fdSlave, fdPort} {
-		unix.CloseOnExec(fd)
+// closeOnExec keeps what was handed over from further processes. Where there was no port, its number is another file's by now.
+func closeOnExec(port bool) {
+	unix.CloseOnExec(fdMaster)
+	unix.CloseOnExec(fdSlave)
+	if port {
+		unix.CloseOnExec(fdPort)
 	}
 }
 

@@ -194,7 +194,7 @@ func arguments(spec vmm.Spec, h host) []string {
 	if !spec.NoAgent {
 		args = append(args, "-chardev", "socket,id=agent,fd=5,server=on,wait=off")
 		device("virtio-serial-%s,id=ports,max_ports=2", bus)
-		device("virtserialport,bus=ports.0,chardev=agent,name=atoll.agent")
+		device("virtserialport,bus=ports.0,chardev=agent,name=atoll.agent,id=agent") // only with an id QEMU tells when the guest closes it
 	}
 	device("virtio-rng-%s", bus)
 	for i, d := range spec.Disks {
