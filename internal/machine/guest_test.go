@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/atollvm/atoll/internal/diskimage"
 	"github.com/atollvm/atoll/internal/health"
 	"github.com/atollvm/atoll/internal/network"
 	"github.com/containerd/errdefs"
@@ -185,6 +186,12 @@ func TestFilters(t *testing.T) {
 	for _, bad := range []string{"x", "x=y", "name=(", "status=dead", "health=well", "exited=x", "publish=x", "label"} {
 		if _, err := ms.ParseFilters([]string{bad}); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%s: %v", bad, err)
+		}
+	}
+	for _, filter := range []string{"ancestor=x", "ancestor=sha256:0123", "ancestor="} {
+		f, err := ms.ParseFilters([]string{filter})
+		if err != nil || f.Keeps(&Machine{Spec: Spec{Disk: "/x.img"}, Disk: &diskimage.Image{}}) {
+			t.Errorf("%s: a machine of a disk image is chosen (%v)", filter, err)
 		}
 	}
 	if _, err := ms.ParseFilters([]string{"before=nobody"}); !errdefs.IsNotFound(err) {
