@@ -36,7 +36,9 @@ func Compile(ctx context.Context, r Request, o Options) (*plan.Plan, error) {
 		return nil, err
 	}
 	r.applyMounts(p)
-	r.applySecrets(p)
+	if err := r.applySecrets(p); err != nil {
+		return nil, err
+	}
 	if r.Timezone != "" {
 		p.Timezone, p.Zone = r.Timezone, nil
 	}
@@ -186,11 +188,20 @@ func (r *Request) applyMounts(p *plan.Plan) {
 	}
 }
 
-func (r *Request) applySecrets(p *plan.Plan) {
+func (r *Request) applySecrets(p *plan.Plan) error {
 	for _, s := range r.Secrets {
+		user, group, err := owners(s.Owner)
+		if err != nil {
+			return err
+		}
+		out := &agentv1.Secret{Name: s.Name, Data: s.Data, User: owner(user), Group: owner(group)}
+		if s.Mode != 0 {
+			out.Mode = proto.Uint32(s.Mode)
+		}
 		p.Secrets = slices.DeleteFunc(p.Secrets, func(o *agentv1.Secret) bool { return o.GetName() == s.Name })
-		p.Secrets = append(p.Secrets, &agentv1.Secret{Name: s.Name, Data: s.Data})
+		p.Secrets = append(p.Secrets, out)
 	}
+	return nil
 }
 
 // applyHostKeys adds the keys that were given, or generated where neither flags nor a document have any.
