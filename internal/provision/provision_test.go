@@ -3,6 +3,7 @@ package provision
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -257,4 +258,32 @@ func FuzzCheck(f *testing.F) {
 		cancel() // nothing is fetched
 		_, _ = Compile(ctx, r, Options{Spool: dir})
 	})
+}
+
+// What the machine writes at each boot cannot be a file of the first.
+func TestFilesOfEachBoot(t *testing.T) {
+	appended := `{"ignition":{"version":"3.4.0"},"storage":{"files":[{"path":"%s","append":[{"source":"data:,1.2.3.4%%20x"}]}]}}`
+	for name, tt := range map[string]struct {
+		r              Request
+		hostname, want string
+	}{
+		"hostname by flag":     {Request{Files: []File{{Path: "/etc/hostname", Data: []byte("web.example\n")}, {Path: "/etc/motd"}}}, "web.example", ""},
+		"hostname by Ignition": {Request{Ignition: []byte(`{"ignition":{"version":"3.4.0"},"storage":{"files":[{"path":"/etc/hostname","contents":{"source":"data:,web"}}, {"path":"/etc/motd"}]}}`)}, "web", ""},
+		"no hostname":          {Request{Files: []File{{Path: "/etc/hostname", Data: []byte("a b")}}}, "", "--hostname"},
+		"appended hostname":    {Request{Ignition: fmt.Appendf(nil, appended, "/etc/hostname")}, "", "--hostname"},
+		"hosts":                {Request{Files: []File{{Path: "/etc/hosts"}}}, "", "--add-host"},
+		"appended hosts":       {Request{Ignition: fmt.Appendf(nil, appended, "/etc/hosts")}, "", "--add-host"},
+		"resolv.conf":          {Request{UserData: []byte("#cloud-config\nwrite_files:\n- path: /etc/resolv.conf\n  content: x\n")}, "", "--dns"},
+	} {
+		p, err := Compile(t.Context(), tt.r, Options{Spool: t.TempDir()})
+		if tt.want != "" {
+			if !errdefs.IsInvalidArgument(err) || !strings.Contains(hint.Of(err), tt.want) {
+				t.Errorf("%s: %v, hint %q", name, err, hint.Of(err))
+			}
+			continue
+		}
+		if err != nil || p.Hostname != tt.hostname || len(p.GetFiles()) != 1 || p.GetFiles()[0].GetNode().GetPath() != "/etc/motd" {
+			t.Errorf("%s: %v, %q, %v", name, err, p.Hostname, p.GetFiles())
+		}
+	}
 }
