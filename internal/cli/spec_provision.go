@@ -103,6 +103,11 @@ func (p *provisionFlags) provisioning(e *environment, cmd *cobra.Command) (*atol
 		_, err := zone.Find(p.request.GetTimezone())
 		faults = append(faults, wrapFlag("--timezone", err))
 	}
+	for flag, values := range map[string][]string{"ntp": p.request.GetNtpServers(), "package": p.request.GetPackages()} {
+		if cmd.Flags().Changed(flag) && len(values) == 0 {
+			faults = append(faults, usagef("--%s: it is empty", flag))
+		}
+	}
 	for _, given := range p.users {
 		u, err := parseUser(given)
 		p.request.Users = append(p.request.Users, u)
