@@ -73,12 +73,7 @@ func (p *port) Read(b []byte) (n int, err error) {
 		return 0, err
 	}
 	cerr := conn.Read(func(fd uintptr) bool {
-		for {
-			n, err = unix.Read(int(fd), b)
-			if !errors.Is(err, unix.EINTR) {
-				break
-			}
-		}
+		n, err = readAll(int(fd), b)
 		return n > 0 || err != nil && !errors.Is(err, unix.EAGAIN)
 	})
 	if cerr != nil && p.leaving.Load() {
@@ -89,4 +84,28 @@ func (p *port) Read(b []byte) (n int, err error) {
 		return 0, cerr
 	}
 	return max(n, 0), err
+}
+
+// portBuffer is what the driver hands out with one read at most.
+const portBuffer = 4 << 10
+
+// readAll reads what is there, which takes as many reads as the driver has buffers filled. One that is not full is the last.
+func readAll(fd int, b []byte) (n int, err error) {
+	for n < len(b) {
+		m, err := unix.Read(fd, b[n:])
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if n > 0 && (m <= 0 || err != nil) {
+			return n, nil // the next read says it again
+		}
+		if err != nil {
+			return 0, err
+		}
+		n += m
+		if m < portBuffer {
+			break
+		}
+	}
+	return n, nil
 }

@@ -9,8 +9,8 @@ import (
 	"sync/atomic"
 )
 
-// maxChunk is the most data between two checks for a newer session, either way.
-const maxChunk = 32 << 10
+// maxChunk is the most that goes to the port between two checks for a newer session. The kernel takes half of it at once.
+const maxChunk = 64 << 10
 
 // Serve answers hellos on a port until reading it fails, and hands each new session to accept, which must not block. The
 // session before it has ended by then. A port that reports the end of the file has no host: Serve reads on, so such a port's
@@ -57,8 +57,7 @@ func (s *server) reset(nonce []byte) error {
 	if err != nil {
 		return err
 	}
-	s.link = &guestLink{server: s}
-	s.link.in, s.link.feed = io.Pipe()
+	s.link = &guestLink{server: s, in: newInbox(64 << 10)}
 	session, err := Server(s.link)
 	if err != nil {
 		return err
@@ -70,9 +69,10 @@ func (s *server) reset(nonce []byte) error {
 // guestLink is one session's view of the port.
 type guestLink struct {
 	server *server
-	in     *io.PipeReader
-	feed   *io.PipeWriter
+	in     *inbox
 	dead   atomic.Bool
+
+	out []byte // the head of a frame that waits for its body; used by the session's one writer
 
 	// deframing, used by Serve's goroutine only
 	head []byte
@@ -82,10 +82,19 @@ type guestLink struct {
 func (l *guestLink) Read(p []byte) (int, error) { return l.in.Read(p) }
 
 func (l *guestLink) Write(p []byte) (int, error) {
+	if len(l.out) == 0 && hasBody(p) {
+		l.out = append(l.out, p...)
+		return len(p), nil
+	}
 	total := 0
 	for len(p) > 0 {
-		n := min(len(p), maxChunk)
-		if err := l.writeChunk(p[:n]); err != nil {
+		n := min(len(p), maxChunk-len(l.out))
+		chunk := p[:n]
+		if len(l.out) > 0 {
+			chunk = append(l.out, chunk...)
+			l.out = chunk[:0]
+		}
+		if err := l.writeChunk(chunk); err != nil {
 			return total, err
 		}
 		total += n
@@ -111,8 +120,7 @@ func (l *guestLink) Close() error {
 
 func (l *guestLink) kill() {
 	l.dead.Store(true)
-	l.in.Close()
-	l.feed.Close()
+	l.in.close()
 }
 
 // deliver takes the framing off and passes the data to the session. Bad framing ends the session.
@@ -129,7 +137,7 @@ func (l *guestLink) deliver(p []byte) {
 			continue
 		}
 		if n := min(len(p), l.left-1); n > 0 {
-			l.feed.Write(p[:n]) // fails when the session has ended; the rest is of no use then
+			l.in.put(p[:n])
 			l.left -= n
 			p = p[n:]
 			continue
