@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
+	"github.com/atollvm/atoll/internal/agent/guest/nonblock"
 	"github.com/atollvm/atoll/internal/agent/guest/process"
 	"github.com/atollvm/atoll/internal/agent/transport"
 	"golang.org/x/sys/unix"
@@ -62,9 +63,15 @@ func (q *stdinQueue) move() {
 			continue
 		}
 		if q.proc.Stdin != nil {
-			q.proc.Stdin.Write(i.data) // a process that reads no more lets the rest fall on the floor, as a shell's pipe does
+			q.write(i.data) // a process that reads no more lets the rest fall on the floor, as a shell's pipe does
 		}
 		i.taken()
+	}
+}
+
+func (q *stdinQueue) write(p []byte) {
+	if f, err := nonblock.New(q.proc.Stdin); err == nil {
+		f.Write(p)
 	}
 }
 

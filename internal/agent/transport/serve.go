@@ -9,8 +9,8 @@ import (
 	"sync/atomic"
 )
 
-// maxChunk is the most that goes to the port between two checks for a newer session. The kernel takes half of it at once.
-const maxChunk = 64 << 10
+// maxChunk is the most that goes to the port between two checks for a newer session, and what its driver takes at once.
+const maxChunk = 32 << 10
 
 // Serve answers hellos on a port until reading it fails, and hands each new session to accept, which must not block. The
 // session before it has ended by then. A port that reports the end of the file has no host: Serve reads on, so such a port's

@@ -5,6 +5,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/atollvm/atoll/internal/agent/guest/nonblock"
 	"golang.org/x/sys/unix"
 )
 
@@ -150,6 +151,10 @@ func (p *Process) Copy(f *os.File, buf []byte, emit func([]byte)) {
 		case <-ended:
 		}
 	}()
+	from, err := nonblock.New(f)
+	if err != nil {
+		return
+	}
 	for left := pipeMost; left > 0; {
 		over := false
 		select {
@@ -158,7 +163,7 @@ func (p *Process) Copy(f *os.File, buf []byte, emit func([]byte)) {
 			f.SetReadDeadline(time.Now().Add(quiet))
 		default:
 		}
-		n, err := f.Read(buf)
+		n, err := from.Read(buf)
 		if over {
 			left -= n
 		}
