@@ -13,7 +13,7 @@ func TestTakenIsToldInTime(t *testing.T) {
 	host, ours := net.Pipe()
 	defer host.Close()
 	in := &input{stream: ours}
-	const piece, pieces = 1000, 400
+	const piece, pieces = 1000, 197
 	go func() {
 		for range pieces {
 			in.took(piece)
