@@ -96,19 +96,27 @@ func (l *hostLink) Write(p []byte) (int, error) {
 		l.head = append(l.head, p...)
 		return len(p), nil
 	}
-	total := 0
-	for len(p) > 0 {
-		n := min(len(p), math.MaxUint16-len(l.head))
-		l.buf = binary.BigEndian.AppendUint16(l.buf[:0], uint16(len(l.head)+n))
-		l.buf = append(append(append(l.buf, l.head...), p[:n]...), 0)
-		l.head = l.head[:0]
+	for total := 0; ; {
+		l.buf = l.buf[:0]
+		n := 0
+		for n < len(p) && len(l.buf) < maxWrite {
+			m := min(len(p)-n, math.MaxUint16-len(l.head))
+			l.buf = binary.BigEndian.AppendUint16(l.buf, uint16(len(l.head)+m))
+			l.buf = append(append(append(l.buf, l.head...), p[n:n+m]...), 0)
+			l.head = l.head[:0]
+			n += m
+		}
 		if _, err := l.Conn.Write(l.buf); err != nil {
 			return total, err
 		}
 		total += n
-		p = p[n:]
+		if p = p[n:]; len(p) == 0 {
+			return total, nil
+		}
 	}
-	return total, nil
 }
+
+// maxWrite is about how much goes to the VMM at once. A message of 64 KiB takes more than one length can say.
+const maxWrite = 64 << 10
 
 var _ io.ReadWriteCloser = (*hostLink)(nil)

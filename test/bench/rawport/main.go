@@ -6,6 +6,7 @@
 package main
 
 import (
+	"bufio"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -139,7 +140,11 @@ func relay(port *os.File, kind string, size int64) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	if err := move(pass(in, port, buf), size); err != nil {
+	gathered := bufio.NewWriterSize(in, piece) // a read of the port gives 4 KiB, and each write may cost two context switches
+	if err := move(pass(gathered, port, buf[:4<<10]), size); err != nil {
+		return err
+	}
+	if err := gathered.Flush(); err != nil {
 		return err
 	}
 	in.Close()
