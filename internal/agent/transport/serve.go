@@ -152,10 +152,11 @@ func (l *guestLink) deliver(p []byte) {
 
 // scanner finds hellos in the host's bytes.
 type scanner struct {
-	known      []byte // magic and token, once there was a hello
-	held       []byte // read and not yet passed on
-	collecting bool   // held begins with a whole pattern
-	lost       bool   // the host broke off a hello: it has given up the session, nothing more is data
+	known      []byte     // magic and token, once there was a hello
+	held       []byte     // read and not yet passed on
+	collecting bool       // held begins with a whole pattern
+	skip       *[256]byte // see index; of known, or of the magic
+	lost       bool       // the host broke off a hello: it has given up the session, nothing more is data
 }
 
 // feed passes on what is not part of a hello, in order, and reports each hello's nonce between. Both callbacks may keep nothing.
@@ -167,7 +168,7 @@ func (s *scanner) feed(p []byte, data func([]byte), reset func(nonce []byte) err
 	for {
 		pattern := s.pattern()
 		if !s.collecting {
-			i := bytes.Index(buf, pattern)
+			i := s.index(buf, pattern)
 			if i < 0 {
 				keep := overlap(buf, pattern)
 				if !s.lost {
@@ -195,7 +196,7 @@ func (s *scanner) feed(p []byte, data func([]byte), reset func(nonce []byte) err
 			continue
 		}
 		s.lost = false
-		s.known = append(bytes.Clone(magic), body[:tokenSize]...)
+		s.known, s.skip = append(bytes.Clone(magic), body[:tokenSize]...), nil
 		if err := reset(body[tokenSize:]); err != nil {
 			return err
 		}
@@ -203,6 +204,28 @@ func (s *scanner) feed(p []byte, data func([]byte), reset func(nonce []byte) err
 	}
 	s.held = append(s.held[:0], buf...)
 	return nil
+}
+
+// index is bytes.Index by Horspool's rule, which looks at one byte in thirty. An emulated CPU has no fast way to look at them all.
+func (s *scanner) index(buf, pattern []byte) int {
+	last := len(pattern) - 1
+	if s.skip == nil {
+		s.skip = &[256]byte{}
+		for i := range s.skip {
+			s.skip[i] = byte(len(pattern))
+		}
+		for i, c := range pattern[:last] {
+			s.skip[c] = byte(last - i)
+		}
+	}
+	for end := last; end < len(buf); {
+		c := buf[end]
+		if c == pattern[last] && bytes.Equal(buf[end-last:end+1], pattern) {
+			return end - last
+		}
+		end += int(s.skip[c])
+	}
+	return -1
 }
 
 func (s *scanner) pattern() []byte {
