@@ -11,13 +11,12 @@ import (
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/transport"
 	"github.com/containerd/errdefs"
-	"google.golang.org/protobuf/proto"
 )
 
 // stdinAhead is how much stdin may be on its way to a process that does not read, see ExecOutput.stdin_taken.
 const stdinAhead = 256 << 10
 
-type message = proto.Message
+type message = transport.Message
 
 // stream is one stream of a session, closed when the context it was opened with ends.
 type stream struct {
@@ -28,7 +27,7 @@ type stream struct {
 }
 
 func (s *stream) recv(m message) error {
-	if err := transport.ReadMsg(s.conn, m); err != nil {
+	if err := transport.ReadStranger(s.conn, m); err != nil {
 		return lost(s.ctx, err)
 	}
 	return nil

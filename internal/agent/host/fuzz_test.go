@@ -10,11 +10,10 @@ import (
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/transport"
-	"google.golang.org/protobuf/proto"
 )
 
 // framed are messages as the agent sends them.
-func framed(messages ...proto.Message) []byte {
+func framed(messages ...transport.Message) []byte {
 	var b bytes.Buffer
 	for _, m := range messages {
 		_ = transport.WriteMsg(&b, m)
