@@ -151,7 +151,7 @@ func (s *session) followSize() (stop func()) {
 func (e *environment) terminalSize() *atollv1.Size {
 	for _, stream := range []any{e.Stdout, e.Stdin} {
 		if fd, ok := ui.Terminal(stream); ok {
-			if cols, rows, err := term.GetSize(fd); err == nil {
+			if cols, rows, err := term.GetSize(fd); err == nil && cols > 0 && rows > 0 { // 0: it does not know its own
 				return &atollv1.Size{Rows: uint32(rows), Cols: uint32(cols)}
 			}
 		}

@@ -101,7 +101,7 @@ func mountTmpfs(path, options string) error {
 	var st unix.Stat_t
 	err := unix.Stat(path, &st)
 	switch {
-	case err == unix.ENOENT:
+	case errors.Is(err, unix.ENOENT):
 		err = os.MkdirAll(path, 0o755)
 	case err == nil:
 		data = append([]string{fmt.Sprintf("mode=%o", st.Mode&0o7777)}, data...)
