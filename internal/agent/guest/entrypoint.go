@@ -50,6 +50,7 @@ func (a *Agent) startEntrypoint(p *agentv1.Process) error {
 	}
 	s := spec(p, "entrypoint")
 	s.MakeDir = true // as Docker does with WORKDIR
+	s.LeaveMemory = true
 	s.OnTerminal = mounts.Console
 	proc, err := a.processes.Start(s)
 	if err != nil {

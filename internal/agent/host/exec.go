@@ -249,6 +249,9 @@ func (x *Exec) Recv() (*agentv1.ExecOutput, error) {
 	switch o.GetKind().(type) {
 	case *agentv1.ExecOutput_Stdout, *agentv1.ExecOutput_Stderr:
 	case *agentv1.ExecOutput_Exit:
+		if code := o.GetExit().GetCode(); code < 0 || code > 255 { // 256 would be success once it is this host's exit code
+			return nil, fmt.Errorf("reading from a process: exit code %d: %w", code, x.client.violation())
+		}
 		x.over = true
 		x.finish(fmt.Errorf("the process has ended: %w", errdefs.ErrFailedPrecondition))
 	default:
