@@ -8,9 +8,9 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -84,12 +84,11 @@ func suiteServers(t *testing.T) *http.Transport {
 	s := httptest.NewServer(mux)
 	t.Cleanup(s.Close)
 	web := http.DefaultTransport.(*http.Transport).Clone()
-	web.Proxy = nil
-	web.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-		if address == "127.0.0.1:8080" {
-			address = s.Listener.Addr().String()
+	web.Proxy = func(r *http.Request) (*url.URL, error) {
+		if r.URL.Host == "127.0.0.1:8080" {
+			return url.Parse(s.URL)
 		}
-		return (&net.Dialer{}).DialContext(ctx, network, address)
+		return nil, nil
 	}
 	return web
 }
