@@ -207,6 +207,9 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (m Machine, warnings []s
 	if err := errors.Join(s.validate(), err); err != nil {
 		return Machine{}, nil, fmt.Errorf("creating machine: %w", err)
 	}
+	if s.Disk != "" && s.Kernel != "" && (s.Network == NoNetwork || s.Metadata.Disabled) && !request.Empty() {
+		warnings = append(warnings, "what is to be set in the guest may not arrive: with --kernel a disk image's cloud-init is told by the metadata service, and this machine has none")
+	}
 	s.Provisioning = request.Redacted()
 	release := ms.Images.Hold() // until the record names the image as in use
 	defer release()
