@@ -228,29 +228,13 @@ RootDiskBytes and RootDiskOwnBytes (of those that no other image uses).`,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: e.completeImages(0),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := ui.CheckFormat(format); err != nil {
-				return usageError{err}
-			}
-			c, err := e.connect(cmd.Context())
-			if err != nil {
-				return err
-			}
-			var rows []imageDetail
-			var failures []error
-			for _, ref := range args {
+			return inspectEach(cmd.Context(), e, format, args, func(c *client.Client, ref string) (imageDetail, error) {
 				res, err := c.Images.Get(cmd.Context(), connect.NewRequest(&atollv1.GetImageRequest{Reference: ref}))
 				if err != nil {
-					failures = append(failures, err)
-					continue
+					return imageDetail{}, err
 				}
-				d, err := newImageDetail(res.Msg.GetImage())
-				if err != nil {
-					failures = append(failures, err)
-					continue
-				}
-				rows = append(rows, d)
-			}
-			return errors.Join(append([]error{ui.Inspect(e.Stdout, format, rows)}, failures...)...)
+				return newImageDetail(res.Msg.GetImage())
+			})
 		},
 	}
 	addFormat(cmd, &format, "json")

@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"path/filepath"
 
@@ -189,27 +188,16 @@ load order) and ConfigDigest.`,
 		Example:           `  atoll kernel inspect --format '{{.Source}}' debian-6.1.0-40-cloud-amd64`,
 		ValidArgsFunction: e.completeKernels(0),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := ui.CheckFormat(format); err != nil {
-				return usageError{err}
-			}
-			c, err := e.connect(cmd.Context())
-			if err != nil {
-				return err
-			}
-			var rows []kernelView
-			var failures []error
 			if len(args) == 0 {
 				args = []string{""} // the default one
 			}
-			for _, name := range args {
+			return inspectEach(cmd.Context(), e, format, args, func(c *client.Client, name string) (kernelView, error) {
 				res, err := c.Kernels.Get(cmd.Context(), connect.NewRequest(&atollv1.GetKernelRequest{Name: name}))
 				if err != nil {
-					failures = append(failures, err)
-					continue
+					return kernelView{}, err
 				}
-				rows = append(rows, newKernelView(res.Msg.GetKernel()))
-			}
-			return errors.Join(append([]error{ui.Inspect(e.Stdout, format, rows)}, failures...)...)
+				return newKernelView(res.Msg.GetKernel()), nil
+			})
 		},
 	}
 	addFormat(cmd, &format, "json")

@@ -151,25 +151,13 @@ it), CreatedAt and UpdatedAt.`,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: e.completeProfiles(0),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := ui.CheckFormat(format); err != nil {
-				return usageError{err}
-			}
-			c, err := e.connect(cmd.Context())
-			if err != nil {
-				return err
-			}
-			var rows []profileView
-			var failures []error
-			for _, name := range args {
+			return inspectEach(cmd.Context(), e, format, args, func(c *client.Client, name string) (profileView, error) {
 				res, err := c.Profiles.Get(cmd.Context(), connect.NewRequest(&atollv1.GetProfileRequest{Name: name}))
 				if err != nil {
-					failures = append(failures, err)
-					continue
+					return profileView{}, err
 				}
-				row, err := newProfileView(res.Msg.GetProfile())
-				rows, failures = append(rows, row), append(failures, err)
-			}
-			return errors.Join(append([]error{ui.Inspect(e.Stdout, format, rows)}, failures...)...)
+				return newProfileView(res.Msg.GetProfile())
+			})
 		},
 	}
 	addFormat(cmd, &format, "json")

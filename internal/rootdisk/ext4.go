@@ -28,11 +28,13 @@ const (
 	descSize        = 32
 	descsPerBlock   = blockSize / descSize
 	ext4RootInode   = 2
+	journalInode    = 8
 	lostFoundInode  = 11 // the first that is not reserved
 	ext4ExtraIsize  = 32
 	inodeUninit     = 1 // flags of a group
 	blockUninit     = 2
 	inodeZeroed     = 4
+	compatJournal   = 0x4
 	compatExtAttr   = 0x8
 	compatDirIndex  = 0x20
 	incompatFiles   = 0x2 // file types in directories
@@ -46,9 +48,8 @@ const (
 	roExtraIsize    = 0x40
 )
 
-// CreateScratch makes a sparse file of the given size with an empty ext4 in it: no journal, since what a scratch disk holds is not
-// meant to survive a crash of its machine better than that machine does. Only a few blocks are written, whatever the size. The
-// file must not exist.
+// CreateScratch makes a sparse file of the given size with an empty ext4 in it. It has a journal: a machine may be killed at any time,
+// and nobody else repairs its disk. Only a few blocks are written, whatever the size. The file must not exist.
 func CreateScratch(path string, size int64) (err error) {
 	if size < MinScratch || size > MaxScratch {
 		return fmt.Errorf("creating scratch disk %s: size %d is not between %d and %d bytes: %w",
@@ -113,6 +114,15 @@ func (e *ext4) head(g int64) int64 {
 	return 0
 }
 
+// journalBlocks is what mke2fs gives small disks, and 16 MiB for others: a journal is no faster for being larger than what is written
+// within the five seconds between two commits.
+func (e *ext4) journalBlocks() int64 {
+	if e.blocks < 256<<10 {
+		return 1024 // the least that the kernel takes
+	}
+	return 4096
+}
+
 func (e *ext4) overhead(g int64) int64 { return e.head(g) + 2 + e.tableBlocks() }
 
 // hasSuper is sparse_super's rule: groups 0, 1 and the powers of 3, 5 and 7.
@@ -136,7 +146,7 @@ func hasSuper(g int64) bool {
 // their room (sparse_super2 would forbid it), nobody wants to repair a scratch disk from them.
 func (e *ext4) write(f *os.File) error {
 	rootBlock := e.overhead(0)
-	lostFound := rootBlock + 1
+	lostFound, journal := rootBlock+1, rootBlock+2
 	w := blockPut{f: f}
 	descs := make([]byte, e.descBlocks()*blockSize)
 	var freeBlocks, freeInodes int64
@@ -144,7 +154,7 @@ func (e *ext4) write(f *os.File) error {
 		used, inodes, dirs := e.overhead(g), int64(0), int64(0)
 		flags := uint16(inodeZeroed)
 		if g == 0 {
-			used, inodes, dirs = used+2, lostFoundInode, 2
+			used, inodes, dirs = used+2+e.journalBlocks(), lostFoundInode, 2
 			w.put(e.head(g)+1, bitmap(inodes, e.inodesPerGroup))
 		} else {
 			flags |= inodeUninit
@@ -159,11 +169,14 @@ func (e *ext4) write(f *os.File) error {
 		freeBlocks += e.groupBlocks(g) - used
 		freeInodes += e.inodesPerGroup - inodes
 	}
-	w.put(0, e.super(freeBlocks, freeInodes))
 	w.put(1, descs)
 	table := make([]byte, blockSize)
-	e.encodeInode(table[(ext4RootInode-1)*ext4InodeSize:], 0o755, 3, rootBlock)
-	e.encodeInode(table[(lostFoundInode-1)*ext4InodeSize:], 0o700, 2, lostFound)
+	inode := func(number int) []byte { return table[(number-1)*ext4InodeSize:][:ext4InodeSize] }
+	e.encodeInode(inode(ext4RootInode), unix.S_IFDIR|0o755, 3, rootBlock, 1)
+	e.encodeInode(inode(lostFoundInode), unix.S_IFDIR|0o700, 2, lostFound, 1)
+	e.encodeInode(inode(journalInode), unix.S_IFREG|0o600, 1, journal, e.journalBlocks())
+	w.put(0, e.super(freeBlocks, freeInodes, inode(journalInode)))
+	w.put(journal, e.journalSuper())
 	w.put(e.head(0)+2, table)
 	w.put(rootBlock, dirBlock(ext4RootInode, "lost+found"))
 	w.put(lostFound, dirBlock(lostFoundInode, ""))
@@ -209,7 +222,22 @@ func (e *ext4) encodeDesc(b []byte, g, freeBlocks, inodes, dirs int64, flags uin
 	le.PutUint16(b[30:], crc16(crc, b[:30]))
 }
 
-func (e *ext4) super(freeBlocks, freeInodes int64) []byte {
+// journalSuper is the first block of an empty journal (jbd2), in big endian.
+func (e *ext4) journalSuper() []byte {
+	b := make([]byte, blockSize)
+	be := binary.BigEndian
+	be.PutUint32(b[0:], 0xc03b3998)
+	be.PutUint32(b[4:], 4) // a superblock, version 2
+	be.PutUint32(b[12:], blockSize)
+	be.PutUint32(b[16:], uint32(e.journalBlocks()))
+	be.PutUint32(b[20:], 1) // the first block of the log
+	be.PutUint32(b[24:], 1) // the first commit expected
+	be.PutUint32(b[64:], 1) // file systems that use it
+	return b
+}
+
+// super is the superblock; journal is that file's inode, of which it has a copy.
+func (e *ext4) super(freeBlocks, freeInodes int64, journal []byte) []byte {
 	block := make([]byte, blockSize)
 	b := block[1024:]
 	le := binary.LittleEndian
@@ -231,12 +259,16 @@ func (e *ext4) super(freeBlocks, freeInodes int64) []byte {
 	le.PutUint32(b[76:], 1) // dynamic revision
 	le.PutUint32(b[84:], lostFoundInode)
 	le.PutUint16(b[88:], ext4InodeSize)
-	le.PutUint32(b[92:], compatExtAttr|compatDirIndex)
+	le.PutUint32(b[92:], compatJournal|compatExtAttr|compatDirIndex)
 	le.PutUint32(b[96:], incompatFiles|incompatExtents|incompatFlexBg)
 	le.PutUint32(b[100:], roSparseSuper|roLargeFile|roHugeFile|roGdtCsum|roDirNlink|roExtraIsize)
 	copy(b[104:], e.uuid[:])
+	le.PutUint32(b[224:], journalInode)
 	copy(b[236:], e.hashSeed[:])
 	b[252] = 1                     // half MD4 for directory hashes
+	b[253] = 1                     // what follows at 268 is there: the journal's extents, and its size
+	copy(b[268:328], journal[40:100])
+	copy(b[332:336], journal[4:8])
 	le.PutUint32(b[256:], 0x4|0x8) // mount options user_xattr, acl
 	le.PutUint32(b[264:], e.now)   // made at
 	le.PutUint16(b[348:], ext4ExtraIsize)
@@ -246,22 +278,22 @@ func (e *ext4) super(freeBlocks, freeInodes int64) []byte {
 	return block
 }
 
-// encodeInode writes a directory of one block.
-func (e *ext4) encodeInode(b []byte, perm, links uint16, block int64) {
+// encodeInode writes a directory or file of so many blocks, one after the other.
+func (e *ext4) encodeInode(b []byte, mode, links uint16, block, blocks int64) {
 	const extentsFlag, extentMagic = 0x80000, 0xf30a
 	le := binary.LittleEndian
-	le.PutUint16(b[0:], unix.S_IFDIR|perm)
-	le.PutUint32(b[4:], blockSize)
+	le.PutUint16(b[0:], mode)
+	le.PutUint32(b[4:], uint32(blocks*blockSize))
 	for _, off := range []int{8, 12, 16, 144} { // access, change, modification, creation
 		le.PutUint32(b[off:], e.now)
 	}
 	le.PutUint16(b[26:], links)
-	le.PutUint32(b[28:], blockSize/512)
+	le.PutUint32(b[28:], uint32(blocks*blockSize/512))
 	le.PutUint32(b[32:], extentsFlag)
 	le.PutUint16(b[40:], extentMagic)
 	le.PutUint16(b[42:], 1) // extents
 	le.PutUint16(b[44:], 4) // room for
-	le.PutUint16(b[56:], 1) // blocks in the extent, from block 0 of the file
+	le.PutUint16(b[56:], uint16(blocks)) // in the extent, from block 0 of the file
 	le.PutUint32(b[60:], uint32(block))
 	le.PutUint16(b[128:], ext4ExtraIsize)
 }

@@ -40,6 +40,23 @@ func (r *Provisioner) place(n *agentv1.Node) (*place, error) {
 	return p, nil
 }
 
+// cleared is place, and what is there: nothing any more, where the node is to replace it.
+func (r *Provisioner) cleared(n *agentv1.Node) (*place, *unix.Stat_t, error) {
+	p, err := r.place(n)
+	if err != nil {
+		return nil, nil, err
+	}
+	st, err := p.stat()
+	if err == nil && st != nil && n.GetOverwrite() {
+		st, err = nil, p.remove()
+	}
+	if err != nil {
+		p.close()
+		return nil, nil, err
+	}
+	return p, st, nil
+}
+
 // owner says whose a node is to be; byDefault: whose it is without being asked.
 func (r *Provisioner) owner(user, group *agentv1.Owner, byDefault *unix.Stat_t) (uid, gid uint32, err error) {
 	if byDefault != nil {
@@ -83,21 +100,11 @@ func (r *Provisioner) directories() error {
 }
 
 func (r *Provisioner) directory(n *agentv1.Node) error {
-	p, err := r.place(n)
+	p, st, err := r.cleared(n)
 	if err != nil {
 		return err
 	}
 	defer p.close()
-	st, err := p.stat()
-	if err != nil {
-		return err
-	}
-	if st != nil && n.GetOverwrite() {
-		if err := p.remove(); err != nil {
-			return err
-		}
-		st = nil
-	}
 	if st != nil && !isDir(st) {
 		return errors.New("there is something else, and overwrite is not set")
 	}
@@ -356,21 +363,11 @@ func (r *Provisioner) link(l *agentv1.Link) error {
 	if l.GetTarget() == "" || strings.ContainsRune(l.GetTarget(), 0) {
 		return errors.New("it has no target")
 	}
-	p, err := r.place(n)
+	p, st, err := r.cleared(n)
 	if err != nil {
 		return err
 	}
 	defer p.close()
-	st, err := p.stat()
-	if err != nil {
-		return err
-	}
-	if st != nil && n.GetOverwrite() {
-		if err := p.remove(); err != nil {
-			return err
-		}
-		st = nil
-	}
 	if l.GetHard() {
 		return r.hardLink(p, st, l.GetTarget())
 	}
