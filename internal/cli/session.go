@@ -105,7 +105,7 @@ func (s *session) left(ctx context.Context, result <-chan outcome) outcome {
 
 // feed closes detached when the detach keys are typed.
 func (s *session) feed(detached chan<- struct{}) {
-	buf := make([]byte, 32<<10)
+	buf := make([]byte, 64<<10)
 	scanner := &keyScanner{}
 	if s.tty {
 		scanner.keys = s.keys

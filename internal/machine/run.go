@@ -327,6 +327,8 @@ func (r *run) verdict(exit vmm.Exit) (Reason, int, string) {
 	r.e.mu.Lock()
 	defer r.e.mu.Unlock()
 	switch {
+	case r.killed && r.e.m.Last != nil && r.e.m.Last.ExitCode == 137:
+		return ReasonKilled, 137, ""
 	case r.e.m.Last != nil: // the agent's own word, which a guest that writes to its console cannot outdo
 		return r.e.m.Last.Reason, r.e.m.Last.ExitCode, r.e.m.Last.Detail
 	case exit.Reason == vmm.ReasonPanic:

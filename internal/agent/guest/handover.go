@@ -165,7 +165,11 @@ func beside(version string, c *agentv1.Config, life int) error {
 	go func() { vsock <- transport.ServeVsock(a.accept) }()
 	var st unix.Stat_t
 	if err := unix.Fstat(fdPort, &st); err == nil && life == 1 {
-		return transport.Serve(&port{File: os.NewFile(fdPort, portName)}, a.accept)
+		p, err := newPort(fdPort, portName)
+		if err != nil {
+			return err
+		}
+		return transport.Serve(p, a.accept)
 	}
 	p, err := openPort() // the keeper has closed its own, so that the host sees this process die
 	if err != nil {

@@ -75,7 +75,7 @@ func newInput(s *stream) *input {
 func (i *input) Write(p []byte) (int, error) {
 	total := 0
 	for len(p) > 0 {
-		n := min(len(p), 32<<10)
+		n := min(len(p), maxChunk)
 		i.mu.Lock()
 		for i.err == nil && i.sent-i.taken+uint64(n) > stdinAhead {
 			i.moved.Wait()

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -13,22 +14,73 @@ const MaxMessage = 1 << 20
 
 // ReadMsg reads one message. io.EOF: the stream ended between messages.
 func ReadMsg(r io.Reader, m proto.Message) error {
+	body, err := ReadBody(r, nil)
+	if err != nil {
+		return err
+	}
+	return proto.Unmarshal(body, m)
+}
+
+// ReadBody reads one message as it is on the wire, into buf if that is large enough.
+func ReadBody(r io.Reader, buf []byte) ([]byte, error) {
 	var head [4]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
-		return err
+		return nil, err
 	}
 	size := binary.BigEndian.Uint32(head[:])
 	if size > MaxMessage {
-		return fmt.Errorf("message of %d bytes is longer than %d", size, MaxMessage)
+		return nil, fmt.Errorf("message of %d bytes is longer than %d", size, MaxMessage)
 	}
-	body := make([]byte, size)
+	if uint32(cap(buf)) < size {
+		buf = make([]byte, size)
+	}
+	body := buf[:size]
 	if _, err := io.ReadFull(r, body); err != nil {
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF
 		}
-		return err
+		return nil, err
 	}
-	return proto.Unmarshal(body, m)
+	return body, nil
+}
+
+// OnlyBytes returns what a message holds that is nothing but that field, of kind bytes. It is a part of body.
+func OnlyBytes(body []byte, field protowire.Number) ([]byte, bool) {
+	n, kind, head := protowire.ConsumeTag(body)
+	if head < 0 || n != field || kind != protowire.BytesType {
+		return nil, false
+	}
+	data, size := protowire.ConsumeBytes(body[head:])
+	return data, size == len(body)-head
+}
+
+// Piece is memory for messages that are nothing but one field of kind bytes: what is read into it is sent from there.
+type Piece struct {
+	field protowire.Number
+	buf   []byte
+}
+
+// pieceHead is the most that goes before the data: the message's length, the field's tag and length.
+const pieceHead = 4 + 5 + 5
+
+// NewPiece makes one for size bytes.
+func NewPiece(field protowire.Number, size int) *Piece {
+	return &Piece{field, make([]byte, pieceHead+size)}
+}
+
+// Data is where the data belongs.
+func (p *Piece) Data() []byte { return p.buf[pieceHead:] }
+
+// Write sends the first n bytes of Data.
+func (p *Piece) Write(w io.Writer, n int) error {
+	var head [pieceHead]byte
+	h := protowire.AppendTag(head[:4], p.field, protowire.BytesType)
+	h = protowire.AppendVarint(h, uint64(n))
+	binary.BigEndian.PutUint32(h, uint32(len(h)-4+n))
+	start := pieceHead - len(h)
+	copy(p.buf[start:], h)
+	_, err := w.Write(p.buf[start : pieceHead+n])
+	return err
 }
 
 // WriteMsg writes one message in one piece.
