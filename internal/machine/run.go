@@ -352,6 +352,9 @@ func (ms *Machines) finish(e *entry, reason Reason, code int, detail string) {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanupTimeout)
 	defer cancel()
 	m := e.get()
+	if m.State == Stopping && reason == ReasonReboot {
+		reason = ReasonPoweroff // a stop was asked for as well, and is what counts
+	}
 	e.log.End() // before the record tells that it stopped: a quick restart begins the log anew
 	if err := ms.detach(ctx, &m); err != nil {
 		ms.Log.Error("detaching a stopped machine", "machine", m.ID, "err", err)
@@ -369,9 +372,6 @@ func (ms *Machines) finish(e *entry, reason Reason, code int, detail string) {
 	e.mu.Unlock()
 	if err != nil {
 		ms.Log.Error("recording a stopped machine", "machine", m.ID, "err", err)
-	}
-	if m.State == Stopping && reason == ReasonReboot {
-		return // a stop was asked for as well, and is what counts
 	}
 	ms.afterwards(e)
 }

@@ -46,8 +46,8 @@ func (ms *Machines) stop(ctx context.Context, e *entry, grace *time.Duration) (M
 	e.stopAsked = true
 	err := ms.commitLocked(e, "", func(m *Machine) { m.State = Stopping })
 	e.mu.Unlock()
-	if err != nil {
-		return m, fmt.Errorf("stopping machine %q: %w", m.Spec.Name, err)
+	if err != nil { // as on a full disk, where it must be possible to stop
+		ms.Log.Error("recording a machine that stops", "machine", m.ID, "err", err)
 	}
 	wait := m.Spec.StopTimeout
 	if grace != nil {
@@ -261,18 +261,26 @@ func (ms *Machines) remove(ctx context.Context, e *entry, force bool) error {
 	if err := os.RemoveAll(e.dir); err != nil {
 		return err
 	}
-	if err := ms.records.Delete(string(m.ID)); err != nil {
+	if err := ms.forget(e); err != nil {
 		return err
 	}
+	ms.publish(&m, "destroy", nil)
+	return e.log.Close()
+}
+
+// forget deletes the record of a machine. Nothing may write it again.
+func (ms *Machines) forget(e *entry) error {
 	ms.mu.Lock()
-	delete(ms.byID, m.ID)
-	delete(ms.byName, m.Spec.Name)
-	ms.mu.Unlock()
+	defer ms.mu.Unlock()
 	e.mu.Lock()
+	defer e.mu.Unlock()
+	if err := ms.records.Delete(string(e.m.ID)); err != nil {
+		return err
+	}
+	delete(ms.byID, e.m.ID)
+	delete(ms.byName, e.m.Spec.Name)
 	e.gone = true
 	close(e.changed)
 	e.changed = make(chan struct{})
-	e.mu.Unlock()
-	ms.publish(&m, "destroy", nil)
-	return e.log.Close()
+	return nil
 }
