@@ -150,7 +150,9 @@ func answer(how string, s net.Conn) {
 	case *agentv1.Request_Exec:
 		_ = transport.WriteMsg(s, &agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Started_{Started: &agentv1.ExecOutput_Started{Pid: 7}}})
 		if argv := k.Exec.GetProcess().GetArgv(); len(argv) > 0 && argv[0] == "flood" {
-			flood(func(uint64) transport.Message { return &agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Stdout{Stdout: data}} })
+			flood(func(uint64) transport.Message {
+				return &agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Stdout{Stdout: data}}
+			})
 		}
 		_ = transport.WriteMsg(s, &agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Exit{Exit: &agentv1.EntrypointExited{Code: 256}}})
 	case *agentv1.Request_StatFile:
