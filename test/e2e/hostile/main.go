@@ -18,7 +18,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/proto"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/transport"
@@ -128,7 +127,7 @@ func answer(how string, s net.Conn) {
 	if transport.ReadMsg(bufio.NewReaderSize(s, 16), req) != nil {
 		return
 	}
-	flood := func(m func(i uint64) proto.Message) {
+	flood := func(m func(i uint64) transport.Message) {
 		for i := uint64(1); transport.WriteMsg(s, m(i)) == nil; i++ {
 		}
 	}
@@ -137,27 +136,27 @@ func answer(how string, s net.Conn) {
 	case *agentv1.Request_Configure:
 		switch how {
 		case "steps":
-			flood(func(uint64) proto.Message { return &agentv1.Progress{Step: strings.Repeat("\x1b]0;x\a", 1<<14)} })
+			flood(func(uint64) transport.Message { return &agentv1.Progress{Step: strings.Repeat("\x1b]0;x\a", 1<<14)} })
 		case "output":
-			flood(func(uint64) proto.Message { return &agentv1.Progress{Output: data} })
+			flood(func(uint64) transport.Message { return &agentv1.Progress{Output: data} })
 		}
 		_ = transport.WriteMsg(s, &agentv1.Progress{Done: true})
 	case *agentv1.Request_Output:
-		flood(func(i uint64) proto.Message { return &agentv1.Output{Seq: k.Output.GetAfter() + i, Data: data} })
+		flood(func(i uint64) transport.Message { return &agentv1.Output{Seq: k.Output.GetAfter() + i, Data: data} })
 	case *agentv1.Request_Watch:
-		flood(func(i uint64) proto.Message {
+		flood(func(i uint64) transport.Message {
 			return &agentv1.Event{Seq: i, Kind: &agentv1.Event_Started{Started: &agentv1.EntrypointStarted{Pid: math.MaxUint32}}}
 		})
 	case *agentv1.Request_Exec:
 		_ = transport.WriteMsg(s, &agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Started_{Started: &agentv1.ExecOutput_Started{Pid: 7}}})
 		if argv := k.Exec.GetProcess().GetArgv(); len(argv) > 0 && argv[0] == "flood" {
-			flood(func(uint64) proto.Message { return &agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Stdout{Stdout: data}} })
+			flood(func(uint64) transport.Message { return &agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Stdout{Stdout: data}} })
 		}
 		_ = transport.WriteMsg(s, &agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Exit{Exit: &agentv1.EntrypointExited{Code: 256}}})
 	case *agentv1.Request_StatFile:
 		_ = transport.WriteMsg(s, &agentv1.StatFileReply{Name: "../../up", Mode: 0o40755})
 	case *agentv1.Request_GetFiles:
-		flood(func(uint64) proto.Message { return &agentv1.FilesReply{Data: make([]byte, 60<<10)} })
+		flood(func(uint64) transport.Message { return &agentv1.FilesReply{Data: make([]byte, 60<<10)} })
 	default:
 		_, _ = io.Copy(io.Discard, s)
 	}
