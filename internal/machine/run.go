@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"sync"
 	"time"
+	"unicode"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/host"
@@ -450,9 +451,10 @@ func consoleTail(path string, lines int) string {
 	return string(bytes.Join(all, []byte("\n")))
 }
 
+// printable leaves out control characters, also those above ASCII: U+009B begins a terminal's sequences as ESC [ does.
 func printable(data []byte) []byte {
 	return bytes.Map(func(c rune) rune {
-		if c == '\n' || c == '\t' || c >= ' ' && c != 0x7f && c != '�' {
+		if c == '\n' || c == '\t' || !unicode.IsControl(c) && c != '�' {
 			return c
 		}
 		return -1

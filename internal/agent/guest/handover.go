@@ -84,11 +84,10 @@ func (a *Agent) prepareInit(c *agentv1.Config) (*successor, error) {
 			attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, fd
 		}
 	}
-	pid, err := syscall.ForkExec("/proc/self/exe", []string{BesideName}, attr)
-	if err != nil {
+	if _, err := syscall.ForkExec("/proc/self/exe", []string{BesideName}, attr); err != nil {
 		return nil, err
 	}
-	if err := a.passModprobe(pid); err != nil {
+	if err := a.passModprobe(); err != nil {
 		return nil, err
 	}
 	theirs.Close()

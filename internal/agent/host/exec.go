@@ -111,6 +111,9 @@ func (i *input) Signal(number int32) error {
 
 // Detach lets the process run on when the stream ends.
 func (i *input) Detach() error {
+	if err := i.client.since2("detaching from a running process"); err != nil {
+		return err // it would leave the order unread, and hang the process up
+	}
 	return i.put(&agentv1.ExecInput{Kind: &agentv1.ExecInput_Detach{Detach: true}})
 }
 
