@@ -102,6 +102,9 @@ func ancestor(value string) func(*Machine) bool {
 	digits := strings.TrimPrefix(value, "sha256:")
 	name := familiar(value)
 	return func(m *Machine) bool {
+		if m.Disk != nil {
+			return false // it has no image, and so no digest
+		}
 		return familiar(m.Image.Reference) == name || len(digits) >= 4 && strings.HasPrefix(m.Image.Digest.Encoded(), digits)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/network"
+	"github.com/atollvm/atoll/internal/provision"
 	"github.com/docker/go-units"
 	"github.com/moby/sys/mount"
 )
@@ -32,11 +33,24 @@ var (
 	optionForm = regexp.MustCompile(`^[a-zA-Z0-9_:.-]+$`)
 )
 
+// tmpfsValues are the forms of tmpfs(5)'s values.
+var tmpfsValues = map[string]*regexp.Regexp{
+	"size":      regexp.MustCompile(`^[0-9]+[kKmMgGtTpPeE%]?$`),
+	"nr_blocks": regexp.MustCompile(`^[0-9]+[kKmMgGtTpPeE]?$`),
+	"nr_inodes": regexp.MustCompile(`^[0-9]+[kKmMgGtTpPeE]?$`),
+	"mode":      regexp.MustCompile(`^[0-7]{1,5}$`),
+	"uid":       regexp.MustCompile(`^[0-9]{1,10}$`),
+	"gid":       regexp.MustCompile(`^[0-9]{1,10}$`),
+}
+
 // validateGuest gathers the faults of what the guest is to be.
 func (s Spec) validateGuest(fault func(help, format string, args ...any)) {
 	for i, t := range s.Tmpfs {
 		if !path.IsAbs(t.Path) || path.Clean(t.Path) == "/" || strings.ContainsAny(t.Path, "\x00\n") {
 			fault("give an absolute path, not the root", "tmpfs %q", shorten(t.Path))
+		}
+		if provision.OfKernel(t.Path) {
+			fault("choose another place", "tmpfs %s: it is the kernel's, and the guest cannot do without", shorten(t.Path))
 		}
 		if _, err := tmpfsOptions(t.Options); err != nil {
 			fault("such as size=64m,mode=1777,exec; the options are those of docker run --tmpfs", "tmpfs %s: %s", shorten(t.Path), err)
@@ -121,6 +135,9 @@ func tmpfsOptions(options string) (string, error) {
 			switch o {
 			case "bind", "rbind", "remount", "mand", "nomand", "shared", "rshared", "slave", "rslave", "private", "rprivate", "unbindable", "runbindable":
 				return "", fmt.Errorf("option %q has no use in a machine", o)
+			}
+			if key, value, ok := strings.Cut(o, "="); ok && tmpfsValues[key] != nil && !tmpfsValues[key].MatchString(value) {
+				return "", fmt.Errorf("option %s=%q is none that the kernel takes", key, shorten(value))
 			}
 			all = append(all, o)
 		}

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/atollvm/atoll/internal/diskimage"
 	"github.com/atollvm/atoll/internal/health"
 	"github.com/atollvm/atoll/internal/network"
 	"github.com/containerd/errdefs"
@@ -14,7 +15,8 @@ import (
 func TestValidateGuestGathersEveryFault(t *testing.T) {
 	s := Spec{
 		Name: "m", Image: "i", Network: NoNetwork, PublishAll: true,
-		Tmpfs:   []Tmpfs{{Path: "rel"}, {Path: "/"}, {Path: "/a", Options: "remount"}, {Path: "/b", Options: "zize=1"}, {Path: "/c"}, {Path: "/c/"}},
+		Tmpfs: []Tmpfs{{Path: "rel"}, {Path: "/"}, {Path: "/a", Options: "remount"}, {Path: "/b", Options: "zize=1"}, {Path: "/d", Options: "size=x"}, {Path: "/e", Options: "mode=9"}, {Path: "/proc/"}, {Path: "/sys/fs/cgroup"},
+			{Path: "/c"}, {Path: "/c/"}},
 		Ulimits: []Ulimit{{Name: "files", Soft: 1, Hard: 1}, {Name: "core", Soft: 2, Hard: 1}, {Name: "nproc", Soft: -2, Hard: -1}, {Name: "cpu", Soft: 1, Hard: 1}, {Name: "cpu", Soft: 1, Hard: 1}},
 		Sysctls: map[string]string{"plain": "1", "net/../../x": "1", "a.b": "", "a.c": "1\n2"},
 		AddHosts: []HostEntry{{Address: "10.0.0.1"}, {Address: "10.0.0.1", Names: []string{"a\nb"}}, {Address: "nowhere", Names: []string{"n"}},
@@ -29,7 +31,8 @@ func TestValidateGuestGathersEveryFault(t *testing.T) {
 	}
 	faults := strings.Split(err.Error(), "\n")
 	for _, part := range []string{
-		`tmpfs "rel"`, `tmpfs "/"`, `tmpfs /a: option "remount"`, `tmpfs /b: invalid tmpfs option "zize"`, `tmpfs /c/ is asked for twice`,
+		`tmpfs "rel"`, `tmpfs "/"`, `tmpfs /a: option "remount"`, `tmpfs /b: invalid tmpfs option "zize"`, `tmpfs /d: option size="x"`, `tmpfs /e: option mode="9"`, `tmpfs /proc/: it is the kernel's`,
+		`tmpfs /sys/fs/cgroup: it is the kernel's`, `tmpfs /c/ is asked for twice`,
 		`ulimit files=1:1`, `ulimit core=2:1`, `ulimit nproc=-2:-1`, `ulimit cpu is asked for twice`,
 		`sysctl "plain"`, `sysctl "net/../../x"`, `sysctl a.b: value ""`, `sysctl a.c: value "1\n2"`,
 		`without a name`, `the name "a\nb"`, `address "nowhere"`, `host-gateway of a machine without a network`,
@@ -47,7 +50,7 @@ func TestValidateGuestGathersEveryFault(t *testing.T) {
 			t.Errorf("%q is there %d times in:\n%v", part, found, err)
 		}
 	}
-	if len(faults) != 28 {
+	if len(faults) != 32 {
 		t.Errorf("%d faults:\n%v", len(faults), err)
 	}
 }
@@ -185,6 +188,12 @@ func TestFilters(t *testing.T) {
 	for _, bad := range []string{"x", "x=y", "name=(", "status=dead", "health=well", "exited=x", "publish=x", "label"} {
 		if _, err := ms.ParseFilters([]string{bad}); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%s: %v", bad, err)
+		}
+	}
+	for _, filter := range []string{"ancestor=x", "ancestor=sha256:0123", "ancestor="} {
+		f, err := ms.ParseFilters([]string{filter})
+		if err != nil || f.Keeps(&Machine{Spec: Spec{Disk: "/x.img"}, Disk: &diskimage.Image{}}) {
+			t.Errorf("%s: a machine of a disk image is chosen (%v)", filter, err)
 		}
 	}
 	if _, err := ms.ParseFilters([]string{"before=nobody"}); !errdefs.IsNotFound(err) {

@@ -185,6 +185,8 @@ func (r *Request) checkMounts(f *faults) {
 		switch {
 		case !cleanPath(m.Path) || m.Path == "/":
 			f.add(place, "give an absolute path", "not a place to mount at")
+		case OfKernel(m.Path):
+			f.add(place, "choose another place", "it is the kernel's, and the guest cannot do without")
 		case seen[m.Path]:
 			f.add(place, "", "it is given twice")
 		}
@@ -201,6 +203,15 @@ func (r *Request) checkMounts(f *faults) {
 			f.add(place, "", "source %q and options %q", short(m.Source), short(m.Options))
 		}
 	}
+}
+
+// OfKernel says that what lies at a path is the kernel's: something else there breaks the guest.
+func OfKernel(p string) bool {
+	switch path.Clean(p) {
+	case "/proc", "/sys", "/sys/fs/cgroup", "/dev":
+		return true
+	}
+	return false
 }
 
 // virtual says that file systems of a type are mounted from nothing.

@@ -42,7 +42,7 @@ func TestCheckGathersEveryFault(t *testing.T) {
 		UserData:          []byte("echo hello\n"),
 		Ignition:          []byte(`{"ignition": {"version": "9.9.9"}}`),
 		Files:             []File{{Path: "rel"}, {Path: "/a/../b"}, {Path: "/ok", Mode: 0o10000, Owner: "a b"}, {Path: "/twice"}, {Path: "/twice"}},
-		Mounts:            []FileSystemMount{{Path: "/m", Type: "bind"}, {Path: "/n", Type: "ext4"}, {Path: "/n", Type: "tmpfs"}},
+		Mounts:            []FileSystemMount{{Path: "/m", Type: "bind"}, {Path: "/n", Type: "ext4"}, {Path: "/n", Type: "tmpfs"}, {Path: "/proc", Type: "tmpfs"}},
 		Secrets:           []Secret{{Name: "../x"}, {Name: "big", Data: make([]byte, MaxSecrets+1)}},
 	}
 	_, err := r.Check()
@@ -54,7 +54,8 @@ func TestCheckGathersEveryFault(t *testing.T) {
 		`user "three": group "x y"`, `user "three": SSH key 1`, "SSH key 2: it is a private key", "SSH host key 2: it is of type ed25519, as key 1 is",
 		"SSH host key 3: it is a public key", `time zone "Europe/Berlim"`, `locale "german"`, `NTP server "a b"`, `package "-o"`, "user-data: its first line",
 		"ignition: ", `file "rel"`, `file "/a/../b"`, `file "/ok": mode 010000`, `file "/ok": owner "a b"`, `file "/twice": it is given twice`,
-		`mount at "/m": type bind`, `mount at "/n": a mount of type ext4 needs a source`, `mount at "/n": it is given twice`, `secret "../x"`, "secrets: they have",
+		`mount at "/m": type bind`, `mount at "/n": a mount of type ext4 needs a source`, `mount at "/n": it is given twice`, `mount at "/proc": it is the kernel's`,
+		`secret "../x"`, "secrets: they have",
 	} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q is missing", want)

@@ -6,6 +6,7 @@ import (
 	"context"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
 	"github.com/atollvm/atoll/internal/profile"
@@ -49,6 +50,13 @@ func (s *profiles) Remove(_ context.Context, req *connect.Request[atollv1.Remove
 	return connect.NewResponse(&atollv1.RemoveProfileResponse{}), nil
 }
 
+// profileTo shows a profile; what may be secret is left out, as it is of a machine.
 func profileTo(p profile.Profile) *atollv1.Profile {
-	return &atollv1.Profile{Name: p.Name, Source: p.Source, Spec: p.Spec, CreatedAt: stamp(p.Created), UpdatedAt: stamp(p.Updated)}
+	spec := p.Spec
+	if spec.GetProvisioning() != nil {
+		spec = proto.CloneOf(spec)
+		request := requestFrom(spec.GetProvisioning())
+		spec.Provisioning = provisioningTo(request.Redacted())
+	}
+	return &atollv1.Profile{Name: p.Name, Source: p.Source, Spec: spec, CreatedAt: stamp(p.Created), UpdatedAt: stamp(p.Updated)}
 }
