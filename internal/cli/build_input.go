@@ -160,7 +160,11 @@ func attributes(flag, given, first string, known ...string) (map[string]string, 
 
 func (c *buildCall) readSecrets() error {
 	for _, given := range c.secrets {
-		id, value, err := c.env.secret(given)
+		attrs, err := attributes("--secret", given, "", secretKeys...)
+		if err != nil {
+			return err
+		}
+		id, value, err := c.env.secret(given, attrs)
 		if err != nil {
 			return err
 		}
@@ -172,12 +176,11 @@ func (c *buildCall) readSecrets() error {
 	return nil
 }
 
+// secretKeys are those of --secret that say where it is.
+var secretKeys = []string{"id", "type", "src", "source", "env"}
+
 // secret reads what --secret names here, so that the daemon needs no right to the file.
-func (e *environment) secret(given string) (id string, value []byte, err error) {
-	attrs, err := attributes("--secret", given, "", "id", "type", "src", "source", "env")
-	if err != nil {
-		return "", nil, err
-	}
+func (e *environment) secret(given string, attrs map[string]string) (id string, value []byte, err error) {
 	id, file, env := attrs["id"], attrs["src"], attrs["env"]
 	if file == "" {
 		file = attrs["source"]

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"strings"
@@ -8,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
 	gocmp "github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -380,11 +382,18 @@ func TestRequests(t *testing.T) {
 	}{
 		{"logs up", &atollv1.LogsRequest{Machine: "up", Tail: -1, TailAll: true}},
 		{"logs -f -n 3 up", &atollv1.LogsRequest{Machine: "up", Follow: true, Tail: 3}},
-		{"logs --boot --tail 0 --since 2026-01-02T03:04:05Z up", &atollv1.LogsRequest{Machine: "up", Boot: true, Since: timestamppb.New(epoch)}},
+		{"logs --boot --tail 0 up", &atollv1.LogsRequest{Machine: "up", Boot: true}},
+		{"logs --tail 0 --since 2026-01-02T03:04:05Z up", &atollv1.LogsRequest{Machine: "up", Since: timestamppb.New(epoch)}},
 	} {
 		a.ok(strings.Fields(tt.args)...)
 		if d := gocmp.Diff(tt.want, a.fake.logs, protocmp.Transform()); d != "" {
 			t.Errorf("%s: %s", tt.args, d)
+		}
+	}
+
+	for _, args := range []string{"logs --boot -t up", "logs --boot --since 1m up", "logs --boot --until 1m up", "logs --provisioning --until 1m up"} {
+		if r := a.run(strings.Fields(args)...); r.code != 2 || !strings.Contains(r.errOut, "only") {
+			t.Errorf("%s: %+v", args, r)
 		}
 	}
 
@@ -403,7 +412,8 @@ func TestRequests(t *testing.T) {
 	if r.code != 1 || r.out != line || r.errOut != "Error: bus closed\n" {
 		t.Errorf("events: %+v", r)
 	}
-	if r := a.run("events"); !strings.HasSuffix(r.out, " machine start abc (image=hello, name=web)\n") {
+	a.fake.eventsEnd = connect.NewError(connect.CodeCanceled, context.Canceled) // as of a daemon that ends
+	if r := a.run("events"); !strings.HasSuffix(r.out, " machine start abc (image=hello, name=web)\n") || r.code != 1 || r.errOut != "Error: the daemon ended the connection\n" {
 		t.Errorf("events: %+v", r)
 	}
 }

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -55,8 +56,8 @@ alternatives, and an event must pass each key.`,
 				}
 				return ui.Each(e.Stdout, format, []eventView{v})
 			})
-			if err == nil {
-				err = errors.New("the daemon ended")
+			if err == nil || errors.Is(err, context.Canceled) && cmd.Context().Err() == nil { // a daemon that ends cancels what it answers
+				return errDisconnected
 			}
 			return err
 		},

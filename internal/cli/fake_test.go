@@ -83,6 +83,7 @@ type fake struct {
 	stopped     []*atollv1.StopMachineRequest
 	execed      *atollv1.ExecStart
 	events      *atollv1.EventsRequest
+	eventsEnd   error // how the stream of events ends
 	checks      []*atollv1.Check
 	stop        chan struct{}
 	restarted   *atollv1.StartMachineRequest // the last that was to reprovision
@@ -702,6 +703,9 @@ func (f fakeSystem) Events(_ context.Context, r *connect.Request[atollv1.EventsR
 	f.events = r.Msg
 	f.mu.Unlock()
 	s.Send(&atollv1.Event{Seq: 1, Time: timestamppb.New(epoch), Type: "machine", Action: "start", Id: "abc", Attributes: map[string]string{"name": "web", "image": "hello"}})
+	if f.eventsEnd != nil {
+		return f.eventsEnd
+	}
 	return errors.New("bus closed")
 }
 

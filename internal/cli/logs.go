@@ -39,8 +39,11 @@ over one of the daemon.`,
 		ValidArgsFunction: e.completeMachines(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req := &atollv1.LogsRequest{Machine: args[0], Follow: follow, Boot: boot, Provisioning: provisioning}
-			if provisioning && (follow || boot || timestamps || since != "") {
+			if provisioning && (follow || boot || timestamps || since != "" || until != "") {
 				return usagef("--provisioning goes with --tail only")
+			}
+			if boot && (timestamps || since != "" || until != "") {
+				return usagef("--boot goes with --follow and --tail only: the console has no times")
 			}
 			var err error
 			if req.Tail, req.TailAll, err = parseTail(tail); err != nil {

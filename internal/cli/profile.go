@@ -242,6 +242,9 @@ func (e *environment) runEditor(ctx context.Context, file string) error {
 }
 
 func (e *environment) replaceProfile(ctx context.Context, c *client.Client, name string, old, source []byte) error {
+	if len(bytes.TrimSpace(source)) == 0 {
+		return hint.With(fmt.Errorf("profile %q: its new text is empty: %w", name, errdefs.ErrInvalidArgument), "for a profile that sets nothing, write {}; to remove it: atoll profile rm %s", name)
+	}
 	spec, err := e.profileSpec(source)
 	if err != nil {
 		return fmt.Errorf("profile %q: %w: %w", name, err, errdefs.ErrInvalidArgument)

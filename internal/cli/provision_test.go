@@ -77,6 +77,34 @@ func TestParseFile(t *testing.T) {
 	}
 }
 
+func TestParseSecret(t *testing.T) {
+	inFiles(t, map[string]string{"tok": "text"})
+	e := &environment{Env: Env{LookupEnv: os.LookupEnv}}
+	for given, want := range map[string]*atollv1.Secret{
+		"id=a,src=tok":                            {Name: "a", Data: []byte("text")},
+		"id=a,src=tok,uid=1000":                   {Name: "a", Data: []byte("text"), Owner: "1000:0"},
+		"id=a,src=tok,gid=7,mode=0440":            {Name: "a", Data: []byte("text"), Owner: "0:7", Mode: 0o440},
+		"id=a,src=tok,uid=0,gid=0,mode=400":       {Name: "a", Data: []byte("text"), Mode: 0o400},
+		"id=a,type=file,source=tok,uid=1,gid=002": {Name: "a", Data: []byte("text"), Owner: "1:002"},
+	} {
+		got, err := e.machineSecret(given)
+		if err != nil {
+			t.Errorf("%s: %v", given, err)
+		}
+		if d := cmp.Diff(want, got, protocmp.Transform()); d != "" {
+			t.Errorf("%s: %s", given, d)
+		}
+	}
+	for given, want := range map[string]string{
+		"src=tok": "id= is missing", "id=a,src=tok,uid=app": "uid=app: want a number", "id=a,src=tok,mode=9": "mode=9", "id=a,src=tok,mode=04000": "mode=04000",
+		"id=a,src=tok,owner=x": "unknown key",
+	} {
+		if _, err := e.machineSecret(given); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", given, err, want)
+		}
+	}
+}
+
 func TestParseMount(t *testing.T) {
 	for given, want := range map[string]*atollv1.FileSystemMount{
 		"type=tmpfs,target=/t": {Type: "tmpfs", Path: "/t"},

@@ -52,7 +52,7 @@ func addProvisionFlags(cmd *cobra.Command) *provisionFlags {
 	f.StringSliceVar(&p.request.Packages, "package", nil, "install a package of the image's distribution (apt, apk, dnf) by `NAME`")
 	f.StringArrayVar(&p.users, "add-user", nil, "add a user: `NAME[:KEY=VALUE,...]` with the keys uid, groups=A+B, shell,\nhome, sudo, password-hash, password-hash-file, ssh-key")
 	f.StringArrayVar(&p.files, "file", nil, "put a file there: `FILE:PATH[:MODE[:OWNER]]`, with the owner as USER[:GROUP]")
-	f.StringArrayVar(&p.secrets, "secret", nil, "a file in the guest's /run/secrets: `id=NAME[,src=FILE|,env=VAR]`")
+	f.StringArrayVar(&p.secrets, "secret", nil, "a file in the guest's /run/secrets: `id=NAME[,src=FILE|,env=VAR]`\n[,uid=UID][,gid=GID][,mode=0400] (default root's alone)")
 	f.StringArrayVar(&p.mounts, "mount", nil, "mount at each boot: `type=TYPE,target=PATH[,source=DEVICE][,options=A+B]`")
 	complete(cmd, "locale", "C.UTF-8", "en_US.UTF-8", "en_GB.UTF-8", "de_DE.UTF-8", "fr_FR.UTF-8", "es_ES.UTF-8")
 	complete(cmd, "mount", "type=tmpfs,target=", "type=ext4,source=/dev/vdc,target=")
@@ -103,6 +103,11 @@ func (p *provisionFlags) provisioning(e *environment, cmd *cobra.Command) (*atol
 		_, err := zone.Find(p.request.GetTimezone())
 		faults = append(faults, wrapFlag("--timezone", err))
 	}
+	for flag, values := range map[string][]string{"ntp": p.request.GetNtpServers(), "package": p.request.GetPackages()} {
+		if cmd.Flags().Changed(flag) && len(values) == 0 {
+			faults = append(faults, usagef("--%s: it is empty", flag))
+		}
+	}
 	for _, given := range p.users {
 		u, err := parseUser(given)
 		p.request.Users = append(p.request.Users, u)
@@ -114,8 +119,8 @@ func (p *provisionFlags) provisioning(e *environment, cmd *cobra.Command) (*atol
 		faults = append(faults, err)
 	}
 	for _, given := range p.secrets {
-		id, value, err := e.secret(given)
-		p.request.Secrets = append(p.request.Secrets, &atollv1.Secret{Name: id, Data: value})
+		s, err := e.machineSecret(given)
+		p.request.Secrets = append(p.request.Secrets, s)
 		faults = append(faults, err)
 	}
 	for _, given := range p.mounts {
@@ -309,6 +314,36 @@ func parseFile(given string) (*atollv1.File, error) {
 		return f, fmt.Errorf("--file: %w", err)
 	}
 	return f, nil
+}
+
+// machineSecret reads --secret; who may read it is said as of a RUN --mount=type=secret, by the numbers of a user and a group.
+func (e *environment) machineSecret(given string) (*atollv1.Secret, error) {
+	attrs, err := attributes("--secret", given, "", append([]string{"uid", "gid", "mode"}, secretKeys...)...)
+	if err != nil {
+		return nil, err
+	}
+	s := &atollv1.Secret{}
+	if s.Name, s.Data, err = e.secret(given, attrs); err != nil {
+		return nil, err
+	}
+	for _, key := range []string{"uid", "gid"} {
+		if v, ok := attrs[key]; !ok {
+			attrs[key] = "0"
+		} else if _, err := strconv.ParseUint(v, 10, 32); err != nil {
+			return nil, usagef("--secret %q: %s=%s: want a number", given, key, v)
+		}
+	}
+	if attrs["uid"] != "0" || attrs["gid"] != "0" {
+		s.Owner = attrs["uid"] + ":" + attrs["gid"]
+	}
+	if v, ok := attrs["mode"]; ok {
+		mode, err := strconv.ParseUint(v, 8, 32)
+		if err != nil || mode > 0o777 || mode == 0 {
+			return nil, usagef("--secret %q: mode=%s: want an octal number such as 0440", given, v)
+		}
+		s.Mode = uint32(mode)
+	}
+	return s, nil
 }
 
 // parseMount reads docker's --mount, as far as it is about file systems.

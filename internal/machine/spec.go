@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -70,7 +71,8 @@ func (s Spec) withDefaults() Spec {
 }
 
 func defaultHostname(name string) string {
-	return strings.Trim(strings.ReplaceAll(name, "_", "-"), ".-")
+	name = strings.Trim(strings.ReplaceAll(name, "_", "-"), ".-")
+	return strings.Join(slices.DeleteFunc(strings.Split(name, "."), func(label string) bool { return label == "" }), ".")
 }
 
 // validate gathers every fault of a spec with its defaults.
@@ -83,7 +85,7 @@ func (s Spec) validate() error {
 		fault("a name starts with a letter or digit, goes on with letters, digits, '_', '.', '-', and has at most 63 characters", "machine name %q", shorten(s.Name))
 	} else if idForm.MatchString(s.Name) {
 		fault("choose a name with a letter after f or fewer than 12 characters", "machine name %q looks like a machine ID", s.Name)
-	} else if !hostnameForm.MatchString(s.Hostname) {
+	} else if !hostnameForm.MatchString(s.Hostname) || strings.Contains(s.Hostname, "..") {
 		fault("a hostname has letters, digits, '-' and '.', at most 64", "hostname %q", shorten(s.Hostname))
 	}
 	if s.Disk != "" {
@@ -154,6 +156,18 @@ func (s Spec) validate() error {
 		}
 	}
 	return errors.Join(faults...)
+}
+
+// CheckPart gathers the faults of a spec that others will be joined with: of a profile.
+func (s Spec) CheckPart() error {
+	s.Name, s.Image = "part", "part"
+	faults := kernelArgsFaults(s.KernelArgs, true) // what is for disk images only may be meant for one
+	s.KernelArgs, s.Firmware = nil, ""
+	_, err := s.Provisioning.Check()
+	for i, f := range faults {
+		faults[i] = fmt.Errorf("%w: %w", f, errdefs.ErrInvalidArgument)
+	}
+	return errors.Join(append(faults, s.withDefaults().validate(), err)...)
 }
 
 func shorten(s string) string {

@@ -6,6 +6,7 @@ import (
 
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/network"
+	"github.com/atollvm/atoll/internal/provision"
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
 )
@@ -63,6 +64,16 @@ func TestValidateGathersEveryFault(t *testing.T) {
 	if hint.Of(err) == "" {
 		t.Error("no hint")
 	}
+	for name, want := range map[string]string{"a_b": "a-b", "a..b": "a.b", "a._b.": "a.-b"} {
+		if s := (Spec{Name: name, Image: "i"}).withDefaults(); s.Hostname != want || s.validate() != nil {
+			t.Errorf("%s: hostname %q: %v", name, s.Hostname, s.validate())
+		}
+	}
+	for _, hostname := range []string{"a..b", "-a", "a b", strings.Repeat("a", 65)} {
+		if err := (Spec{Name: "n", Image: "i", Hostname: hostname}).withDefaults().validate(); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("hostname %q: %v", hostname, err)
+		}
+	}
 	for _, name := range []string{"", strings.Repeat("a", 64), "a b", "-a", "0123456789ab"} {
 		s := Spec{Name: name, Image: "i"}.withDefaults()
 		if err := s.validate(); err == nil {
@@ -80,5 +91,19 @@ func TestValidateGathersEveryFault(t *testing.T) {
 func TestConsoleTailIsHarmless(t *testing.T) {
 	if got := string(printable([]byte("ok\x1b[31m\x00\xffred\u009b2J\u0080\x9d\n\ttab"))); got != "ok[31mred2J\n\ttab" {
 		t.Errorf("got %q", got)
+	}
+}
+
+func TestCheckPart(t *testing.T) {
+	for _, s := range []Spec{{}, {MemoryBytes: 1 << 30, KernelArgs: []string{"root=/dev/vda2"}}, {Ports: []network.PortMapping{{GuestPort: 80, Protocol: "tcp"}}}} {
+		if err := s.CheckPart(); err != nil {
+			t.Errorf("%+v: %v", s, err)
+		}
+	}
+	err := Spec{Hostname: "-bad", KernelArgs: []string{"panic=0"}, Provisioning: provision.Request{Locale: "de DE"}}.CheckPart()
+	for _, part := range []string{`hostname "-bad"`, `"panic=0"`, `locale "de DE"`} {
+		if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), part) {
+			t.Errorf("%q is missing in: %v", part, err)
+		}
 	}
 }

@@ -234,6 +234,12 @@ func (r *Request) checkSecrets(f *faults) {
 			f.add(place, "", "it is given twice")
 		}
 		seen[s.Name] = true
+		if s.Mode > 0o777 {
+			f.add(place, "write a mode as 0440", "mode %#o", s.Mode)
+		}
+		if _, _, err := owners(s.Owner); err != nil {
+			f.wrap(place, err)
+		}
 		total += len(s.Data)
 	}
 	if total > MaxSecrets {

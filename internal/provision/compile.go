@@ -6,11 +6,14 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
+	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/provision/hostkey"
 	"github.com/atollvm/atoll/internal/provision/plan"
 	"github.com/atollvm/atoll/internal/provision/zone"
+	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -36,8 +39,13 @@ func Compile(ctx context.Context, r Request, o Options) (*plan.Plan, error) {
 	if err := r.applyFiles(p); err != nil {
 		return nil, err
 	}
+	if err := keepEachBoot(p); err != nil {
+		return nil, err
+	}
 	r.applyMounts(p)
-	r.applySecrets(p)
+	if err := r.applySecrets(p); err != nil {
+		return nil, err
+	}
 	if r.Timezone != "" {
 		p.Timezone, p.Zone = r.Timezone, nil
 	}
@@ -165,6 +173,45 @@ func (r *Request) applyFiles(p *plan.Plan) error {
 	return nil
 }
 
+// keepEachBoot looks at the files that the machine writes anew at each boot: one that is written at the first would be lost at the second.
+// The hostname's becomes the hostname.
+func keepEachBoot(p *plan.Plan) error {
+	var kept []*agentv1.File
+	for _, f := range p.GetFiles() {
+		help := ""
+		switch f.GetNode().GetPath() {
+		case "/etc/hosts":
+			help = "give the lines by --add-host NAME:ADDRESS; in cloud-config, manage_etc_hosts adds the name of the machine"
+		case "/etc/resolv.conf":
+			help = "give --dns, --dns-search and --dns-option"
+		case "/etc/hostname":
+			name, ok := inline(f)
+			if name = strings.TrimSpace(name); ok && hostForm.MatchString(name) && len(name) <= 64 {
+				p.Hostname = name
+				continue
+			}
+			help = "give it by --hostname, or as nothing but a hostname"
+		default:
+			kept = append(kept, f)
+			continue
+		}
+		return hint.With(fmt.Errorf("file %s: a machine writes it anew at each boot: %w", f.GetNode().GetPath(), errdefs.ErrInvalidArgument), "%s", help)
+	}
+	p.Files = kept
+	return nil
+}
+
+// inline is what a file is to hold, if that is short and no addition to what is there.
+func inline(f *agentv1.File) (text string, ok bool) {
+	for _, piece := range f.GetContents() {
+		if _, ok := piece.GetKind().(*agentv1.Piece_Inline); !ok {
+			return "", false
+		}
+		text += string(piece.GetInline())
+	}
+	return text, f.GetHasContents() && len(f.GetAppend()) == 0
+}
+
 // owner is nil, which is root, for "".
 func owner(s string) *agentv1.Owner {
 	if s == "" {
@@ -187,11 +234,20 @@ func (r *Request) applyMounts(p *plan.Plan) {
 	}
 }
 
-func (r *Request) applySecrets(p *plan.Plan) {
+func (r *Request) applySecrets(p *plan.Plan) error {
 	for _, s := range r.Secrets {
+		user, group, err := owners(s.Owner)
+		if err != nil {
+			return err
+		}
+		out := &agentv1.Secret{Name: s.Name, Data: s.Data, User: owner(user), Group: owner(group)}
+		if s.Mode != 0 {
+			out.Mode = proto.Uint32(s.Mode)
+		}
 		p.Secrets = slices.DeleteFunc(p.Secrets, func(o *agentv1.Secret) bool { return o.GetName() == s.Name })
-		p.Secrets = append(p.Secrets, &agentv1.Secret{Name: s.Name, Data: s.Data})
+		p.Secrets = append(p.Secrets, out)
 	}
+	return nil
 }
 
 // applyHostKeys adds the keys that were given, or generated where neither flags nor a document have any.

@@ -3,6 +3,7 @@ package provision
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +16,7 @@ import (
 	"github.com/atollvm/atoll/internal/provision/plan"
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 )
 
@@ -43,7 +45,7 @@ func TestCheckGathersEveryFault(t *testing.T) {
 		Ignition:          []byte(`{"ignition": {"version": "9.9.9"}}`),
 		Files:             []File{{Path: "rel"}, {Path: "/a/../b"}, {Path: "/ok", Mode: 0o10000, Owner: "a b"}, {Path: "/twice"}, {Path: "/twice"}},
 		Mounts:            []FileSystemMount{{Path: "/m", Type: "bind"}, {Path: "/n", Type: "ext4"}, {Path: "/n", Type: "tmpfs"}, {Path: "/proc", Type: "tmpfs"}},
-		Secrets:           []Secret{{Name: "../x"}, {Name: "big", Data: make([]byte, MaxSecrets+1)}},
+		Secrets:           []Secret{{Name: "../x"}, {Name: "big", Data: make([]byte, MaxSecrets+1)}, {Name: "set", Mode: 0o4400, Owner: "x y"}},
 	}
 	_, err := r.Check()
 	if !errdefs.IsInvalidArgument(err) {
@@ -55,7 +57,7 @@ func TestCheckGathersEveryFault(t *testing.T) {
 		"SSH host key 3: it is a public key", `time zone "Europe/Berlim"`, `locale "german"`, `NTP server "a b"`, `package "-o"`, "user-data: its first line",
 		"ignition: ", `file "rel"`, `file "/a/../b"`, `file "/ok": mode 010000`, `file "/ok": owner "a b"`, `file "/twice": it is given twice`,
 		`mount at "/m": type bind`, `mount at "/n": a mount of type ext4 needs a source`, `mount at "/n": it is given twice`, `mount at "/proc": it is the kernel's`,
-		`secret "../x"`, "secrets: they have",
+		`secret "../x"`, "secrets: they have", `secret "set": mode 04400`, `secret "set": owner "x y"`,
 	} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q is missing", want)
@@ -126,7 +128,7 @@ func TestCompileFlagsBeatDocuments(t *testing.T) {
 		Timezone:          "Europe/Berlin",
 		UserData:          []byte("#!/bin/sh\ntrue\n"),
 		Mounts:            []FileSystemMount{{Path: "/t", Type: "tmpfs"}},
-		Secrets:           []Secret{{Name: "s", Data: []byte("v")}},
+		Secrets:           []Secret{{Name: "s", Data: []byte("v")}, {Name: "app", Data: []byte("v"), Owner: "1000:0", Mode: 0o440}},
 		Packages:          []string{"curl", "curl"},
 		NTPServers:        []string{"ntp.example"},
 	}
@@ -166,8 +168,9 @@ func TestCompileFlagsBeatDocuments(t *testing.T) {
 		t.Errorf("summer time is %q", name)
 	}
 	want := &agentv1.Provision{
-		Mounts:   []*agentv1.FileSystemMount{{Source: "tmpfs", Path: "/t", Type: "tmpfs"}},
-		Secrets:  []*agentv1.Secret{{Name: "s", Data: []byte("v")}},
+		Mounts: []*agentv1.FileSystemMount{{Source: "tmpfs", Path: "/t", Type: "tmpfs"}},
+		Secrets: []*agentv1.Secret{{Name: "s", Data: []byte("v")}, {Name: "app", Data: []byte("v"), User: &agentv1.Owner{Id: proto.Uint32(1000)},
+			Group: &agentv1.Owner{Id: proto.Uint32(0)}, Mode: proto.Uint32(0o440)}},
 		Packages: &agentv1.Packages{Names: []string{"curl"}},
 		Commands: []*agentv1.Command{{Name: "user-data", Script: r.UserData}},
 	}
@@ -255,4 +258,32 @@ func FuzzCheck(f *testing.F) {
 		cancel() // nothing is fetched
 		_, _ = Compile(ctx, r, Options{Spool: dir})
 	})
+}
+
+// What the machine writes at each boot cannot be a file of the first.
+func TestFilesOfEachBoot(t *testing.T) {
+	appended := `{"ignition":{"version":"3.4.0"},"storage":{"files":[{"path":"%s","append":[{"source":"data:,1.2.3.4%%20x"}]}]}}`
+	for name, tt := range map[string]struct {
+		r              Request
+		hostname, want string
+	}{
+		"hostname by flag":     {Request{Files: []File{{Path: "/etc/hostname", Data: []byte("web.example\n")}, {Path: "/etc/motd"}}}, "web.example", ""},
+		"hostname by Ignition": {Request{Ignition: []byte(`{"ignition":{"version":"3.4.0"},"storage":{"files":[{"path":"/etc/hostname","contents":{"source":"data:,web"}}, {"path":"/etc/motd"}]}}`)}, "web", ""},
+		"no hostname":          {Request{Files: []File{{Path: "/etc/hostname", Data: []byte("a b")}}}, "", "--hostname"},
+		"appended hostname":    {Request{Ignition: fmt.Appendf(nil, appended, "/etc/hostname")}, "", "--hostname"},
+		"hosts":                {Request{Files: []File{{Path: "/etc/hosts"}}}, "", "--add-host"},
+		"appended hosts":       {Request{Ignition: fmt.Appendf(nil, appended, "/etc/hosts")}, "", "--add-host"},
+		"resolv.conf":          {Request{UserData: []byte("#cloud-config\nwrite_files:\n- path: /etc/resolv.conf\n  content: x\n")}, "", "--dns"},
+	} {
+		p, err := Compile(t.Context(), tt.r, Options{Spool: t.TempDir()})
+		if tt.want != "" {
+			if !errdefs.IsInvalidArgument(err) || !strings.Contains(hint.Of(err), tt.want) {
+				t.Errorf("%s: %v, hint %q", name, err, hint.Of(err))
+			}
+			continue
+		}
+		if err != nil || p.Hostname != tt.hostname || len(p.GetFiles()) != 1 || p.GetFiles()[0].GetNode().GetPath() != "/etc/motd" {
+			t.Errorf("%s: %v, %q, %v", name, err, p.Hostname, p.GetFiles())
+		}
+	}
 }

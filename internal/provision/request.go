@@ -54,8 +54,10 @@ type FileSystemMount struct {
 
 // Secret becomes a file in /run/secrets, in memory, at each boot.
 type Secret struct {
-	Name string
-	Data []byte `json:",omitempty"`
+	Name  string
+	Data  []byte `json:",omitempty"`
+	Owner string `json:",omitempty"` // NAME|UID[:GROUP|GID]; empty: root
+	Mode  uint32 `json:",omitempty"` // 0: 0400
 }
 
 // Empty says that nothing is asked for.
@@ -89,7 +91,8 @@ func (r *Request) Redacted() Request {
 	}
 	for _, s := range r.Secrets {
 		withhold(true, "secrets.%s", s.Name)
-		out.Secrets = append(out.Secrets, Secret{Name: s.Name})
+		s.Data = nil
+		out.Secrets = append(out.Secrets, s)
 	}
 	return out
 }

@@ -4,6 +4,7 @@ package server
 
 import (
 	"context"
+	"fmt"
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/proto"
@@ -16,6 +17,13 @@ type profiles struct{ Options }
 
 func (s *profiles) Put(_ context.Context, req *connect.Request[atollv1.PutProfileRequest]) (*connect.Response[atollv1.PutProfileResponse], error) {
 	r := req.Msg
+	spec, err := specFrom(r.GetSpec())
+	if err == nil {
+		err = spec.CheckPart()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("profile %q: %w", r.GetName(), err)
+	}
 	p, err := s.Profiles.Put(r.GetName(), r.GetSource(), r.GetSpec(), profile.PutOptions{Create: r.GetCreate(), Replaces: r.GetReplaces()})
 	if err != nil {
 		return nil, err

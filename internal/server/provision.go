@@ -29,7 +29,7 @@ func requestFrom(p *atollv1.Provisioning) provision.Request {
 		r.Mounts = append(r.Mounts, provision.FileSystemMount{Source: m.GetSource(), Path: m.GetPath(), Type: m.GetType(), Options: m.GetOptions()})
 	}
 	for _, s := range p.GetSecrets() {
-		r.Secrets = append(r.Secrets, provision.Secret{Name: s.GetName(), Data: s.GetData()})
+		r.Secrets = append(r.Secrets, provision.Secret{Name: s.GetName(), Data: s.GetData(), Owner: s.GetOwner(), Mode: s.GetMode()})
 	}
 	return r
 }
@@ -58,7 +58,7 @@ func provisioningTo(r provision.Request) *atollv1.Provisioning {
 		p.Mounts = append(p.Mounts, &atollv1.FileSystemMount{Source: m.Source, Path: m.Path, Type: m.Type, Options: m.Options})
 	}
 	for _, s := range r.Secrets {
-		p.Secrets = append(p.Secrets, &atollv1.Secret{Name: s.Name})
+		p.Secrets = append(p.Secrets, &atollv1.Secret{Name: s.Name, Owner: s.Owner, Mode: s.Mode})
 	}
 	return p
 }

@@ -124,6 +124,9 @@ func (a *Agent) putFiles(s net.Conn, req *agentv1.PutFiles) {
 		if err == nil {
 			_, err = io.Copy(io.Discard, content) // what follows the archive
 		}
+		if errors.Is(err, io.ErrUnexpectedEOF) { // "unexpected EOF" would tell the host's user that a connection broke
+			err = errors.New("the archive ends in the middle, or is none")
+		}
 	}
 	finishFiles(s, err)
 }
