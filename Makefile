@@ -69,10 +69,11 @@ cross: agent-amd64 agent-arm64 ## compile for every platform we serve
 .PHONY: generate
 generate: ## write anew what is made from api/*.proto and the commands (needs protobuf-compiler, libprotobuf-dev)
 	@mkdir -p bin
-	go build -o bin/ google.golang.org/protobuf/cmd/protoc-gen-go connectrpc.com/connect/cmd/protoc-gen-connect-go
+	go build -o bin/ google.golang.org/protobuf/cmd/protoc-gen-go connectrpc.com/connect/cmd/protoc-gen-connect-go github.com/planetscale/vtprotobuf/cmd/protoc-gen-go-vtproto
 	protoc -I . --plugin=bin/protoc-gen-go --plugin=bin/protoc-gen-connect-go --go_out=. --go_opt=module=github.com/atollvm/atoll \
 	  --connect-go_out=. --connect-go_opt=module=github.com/atollvm/atoll api/atoll/v1/atoll.proto
-	protoc -I . --plugin=bin/protoc-gen-go --go_out=. --go_opt=module=github.com/atollvm/atoll api/agent/v1/agent.proto
+	protoc -I . --plugin=bin/protoc-gen-go --plugin=bin/protoc-gen-go-vtproto --go_out=. --go_opt=module=github.com/atollvm/atoll \
+	  --go-vtproto_out=. --go-vtproto_opt=module=github.com/atollvm/atoll,features=marshal+unmarshal+size api/agent/v1/agent.proto
 
 .PHONY: clean
 clean: ## remove what was built (not ATOLL_HOME)

@@ -118,7 +118,7 @@ require (
 	github.com/opencontainers/selinux v1.15.1 // indirect
 	github.com/package-url/packageurl-go v0.1.1 // indirect
 	github.com/pkg/errors v0.9.1 // indirect
-	github.com/planetscale/vtprotobuf v0.6.1-0.20240319094008-0393e58bdf10 // indirect
+	github.com/planetscale/vtprotobuf v0.6.1-0.20240319094008-0393e58bdf10
 	github.com/polyfloyd/go-errorlint v1.8.0 // indirect
 	github.com/prometheus/procfs v0.21.1 // indirect
 	github.com/secure-systems-lab/go-securesystemslib v0.11.0 // indirect
@@ -169,6 +169,7 @@ require (
 tool (
 	connectrpc.com/connect/cmd/protoc-gen-connect-go
 	github.com/golangci/misspell/cmd/misspell
+	github.com/planetscale/vtprotobuf/cmd/protoc-gen-go-vtproto
 	github.com/polyfloyd/go-errorlint
 	go-simpler.org/sloglint/cmd/sloglint
 	google.golang.org/protobuf/cmd/protoc-gen-go

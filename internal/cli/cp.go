@@ -39,8 +39,8 @@ input, plain or compressed, unpacked in DST.
 
 Copied files belong to root in the machine and to you here, unless --archive is
 given. What comes from a machine is not trusted: nothing is written outside of
-DST, and without --archive devices are left out and no file gets the setuid or
-setgid bit.`,
+DST, links that lie below it are not followed, and without --archive devices are
+left out and no file gets the setuid or setgid bit.`,
 		Example: `  atoll cp nginx.conf web:/etc/nginx/
   atoll cp web:/var/log/. logs
   atoll cp web:/etc - | tar t`,

@@ -53,9 +53,9 @@ func place(src copySource, dst copyTarget) (dir, name string, err error) {
 	case dst.exists && dst.isDir:
 		return dst.path, src.base, nil
 	case dst.exists && src.isDir:
-		return "", "", fmt.Errorf("%s: %w", dst.path, errDirOntoFile)
+		return "", "", fmt.Errorf("%q: %w", dst.path, errDirOntoFile) // quoted: the path may be what a link of the guest's says
 	case !dst.exists && !src.isDir && strings.HasSuffix(dst.path, "/"), !dst.exists && !src.isDir && strings.HasSuffix(dst.path, "/."):
-		return "", "", fmt.Errorf("%s: %w", dst.path, errNoSuchTarget)
+		return "", "", fmt.Errorf("%q: %w", dst.path, errNoSuchTarget)
 	}
 	clean := filepath.Clean(dst.path)
 	return filepath.Dir(clean), filepath.Base(clean), nil

@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
@@ -94,7 +95,10 @@ func (s *session) left(ctx context.Context, result <-chan outcome) outcome {
 			return outcome{err: fmt.Errorf("detaching: %w", err)}
 		}
 		select {
-		case <-result: // the daemon has ended the stream
+		case r := <-result: // the daemon has ended the stream
+			if errdefs.IsFailedPrecondition(r.err) {
+				return outcome{err: fmt.Errorf("detaching: %w", r.err)}
+			}
 		case <-time.After(lastWord):
 		case <-ctx.Done():
 		}
@@ -105,7 +109,7 @@ func (s *session) left(ctx context.Context, result <-chan outcome) outcome {
 
 // feed closes detached when the detach keys are typed.
 func (s *session) feed(detached chan<- struct{}) {
-	buf := make([]byte, 32<<10)
+	buf := make([]byte, 64<<10)
 	scanner := &keyScanner{}
 	if s.tty {
 		scanner.keys = s.keys

@@ -4,10 +4,13 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -246,4 +249,33 @@ func FuzzOpen(f *testing.F) {
 			t.Error(err)
 		}
 	})
+}
+
+// A process that is killed on the way leaves no secrets behind: they are staged nowhere else.
+func TestSeedIsNotStagedElsewhere(t *testing.T) {
+	staging := t.TempDir()
+	t.Setenv("TMPDIR", staging)
+	path := filepath.Join(t.TempDir(), "seed.iso")
+	if err := syscall.Mkfifo(path+".new", 0o600); err != nil { // holds the writer up
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		done <- WriteSeed(path, "CIDATA", map[string][]byte{"user-data": bytes.Repeat([]byte("secret"), 1<<20)})
+	}()
+	f, err := os.Open(path + ".new")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(f, make([]byte, 64<<10)); err != nil {
+		t.Fatal(err)
+	}
+	filepath.WalkDir(staging, func(name string, _ fs.DirEntry, _ error) error {
+		if data, _ := os.ReadFile(name); bytes.Contains(data, []byte("secret")) {
+			t.Errorf("%s holds the secret", name)
+		}
+		return nil
+	})
+	f.Close()
+	<-done
 }

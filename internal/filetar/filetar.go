@@ -1,6 +1,6 @@
 // Package filetar turns a file or a tree into a tar stream and back, for copies between host and guest: hard links, holes, modes, owners,
-// times. Either end may be hostile to the other: what Unpack writes stays below its directory whatever the stream says, and whatever links
-// lie there. A leaf, imported by the CLI and by the guest's agent; its functions keep no state.
+// times. Either end may be hostile to the other: what Unpack writes stays below its directory whatever the stream says, and goes along no
+// link that lies there unless it is told to. A leaf, imported by the CLI and by the guest's agent; its functions keep no state.
 package filetar
 
 import (

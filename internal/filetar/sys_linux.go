@@ -140,16 +140,6 @@ func setXattrs(dir *os.Root, name string, h *tar.Header) error {
 	return nil
 }
 
-// at calls do with the descriptor of a directory.
-func at(dir *os.Root, do func(fd int) error) error {
-	f, err := dir.Open(".")
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return do(int(f.Fd()))
-}
-
 func setTime(dir *os.Root, name string, t time.Time) error {
 	ts, err := unix.TimeToTimespec(timeOf(t))
 	if err != nil {

@@ -13,7 +13,10 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // UnpackOptions say what of a stream is taken.
@@ -24,6 +27,9 @@ type UnpackOptions struct {
 	Owners        bool // the stream's, and extended attributes; else the files belong to whoever unpacks
 	Trusted       bool // the stream may make devices, and programs that run as their owner
 	NoReplaceKind bool // a directory never replaces a file, nor the other way round
+	// FollowLinks goes along links that lie in the directory, as long as they stay inside it. For who unpacks a friend's stream; a stranger's
+	// brings its own links, to whatever lies beside its tree.
+	FollowLinks bool
 	// Left is told of each file that was left out, its name quoted. May be nil.
 	Left func(name, why string)
 }
@@ -81,6 +87,9 @@ var errLeaves = errors.New("the name leads out of the directory")
 
 // place is where an entry goes, relative to the directory; "." is that itself.
 func (u *unpacker) place(name string) (string, error) {
+	if slices.Contains(strings.Split(name, "/"), "..") {
+		return "", errLeaves
+	}
 	if u.Name != "" {
 		first, rest, _ := strings.Cut(strings.TrimLeft(name, "/"), "/")
 		switch {
@@ -91,9 +100,6 @@ func (u *unpacker) place(name string) (string, error) {
 		}
 		name = u.Name + "/" + rest
 	}
-	if slices.Contains(strings.Split(name, "/"), "..") {
-		return "", errLeaves
-	}
 	name = strings.TrimPrefix(path.Clean("/"+name), "/")
 	if name == "" {
 		name = "."
@@ -101,23 +107,12 @@ func (u *unpacker) place(name string) (string, error) {
 	return name, nil
 }
 
-// in opens the directory of that name, which is made where it is missing. Its links are followed as long as they stay inside.
+// in opens the directory of that name, which is made where it is missing.
 func (u *unpacker) in(name string) (*os.Root, error) {
 	if u.dir != nil && u.parent == name {
 		return u.dir, nil
 	}
-	open := func() (*os.Root, error) { return u.root.OpenRoot(name) }
-	mkdir := func() error { return u.root.MkdirAll(name, 0o755) }
-	if u.path == "/" { // nothing is outside
-		open = func() (*os.Root, error) { return os.OpenRoot("/" + name) }
-		mkdir = func() error { return os.MkdirAll("/"+name, 0o755) }
-	}
-	dir, err := open()
-	if errors.Is(err, fs.ErrNotExist) {
-		if err = mkdir(); err == nil {
-			dir, err = open()
-		}
-	}
+	dir, err := u.open(name, true)
 	if err != nil {
 		return nil, nameError("opening directory", name, err)
 	}
@@ -125,6 +120,76 @@ func (u *unpacker) in(name string) (*os.Root, error) {
 		u.dir.Close()
 	}
 	u.parent, u.dir = name, dir
+	return dir, nil
+}
+
+func (u *unpacker) open(name string, missing bool) (*os.Root, error) {
+	if !u.FollowLinks {
+		return u.walk(name, missing)
+	}
+	stat, open := u.root.Stat, u.root.OpenRoot
+	mkdir := func() error { return u.root.MkdirAll(name, 0o755) }
+	if u.path == "/" { // nothing is outside
+		stat = func(name string) (fs.FileInfo, error) { return os.Stat("/" + name) }
+		open = func(name string) (*os.Root, error) { return os.OpenRoot("/" + name) }
+		mkdir = func() error { return os.MkdirAll("/"+name, 0o755) }
+	}
+	there, err := stat(name)
+	if missing && errors.Is(err, fs.ErrNotExist) {
+		if err = mkdir(); err == nil {
+			there, err = stat(name)
+		}
+	}
+	switch {
+	case err != nil:
+		return nil, err
+	case !there.IsDir():
+		return nil, syscall.ENOTDIR // os.Root would wait for a writer of a pipe
+	}
+	return open(name)
+}
+
+var errLink = errors.New("a symbolic link is on the way there, which is not followed")
+
+// walk opens a directory one component at a time, none of them a link.
+func (u *unpacker) walk(name string, missing bool) (*os.Root, error) {
+	dir, err := u.root.OpenRoot(".")
+	for component := range strings.SplitSeq(name, "/") {
+		if err != nil {
+			return nil, err
+		}
+		up := dir
+		dir, err = step(up, component, missing)
+		up.Close()
+	}
+	return dir, err
+}
+
+func step(up *os.Root, name string, missing bool) (*os.Root, error) {
+	there, err := up.Lstat(name)
+	if missing && errors.Is(err, fs.ErrNotExist) {
+		if err := up.Mkdir(name, 0o755); err != nil {
+			return nil, err
+		}
+		there, err = up.Lstat(name)
+	}
+	switch {
+	case err != nil:
+		return nil, err
+	case there.Mode()&fs.ModeSymlink != 0:
+		return nil, errLink
+	case !there.IsDir():
+		return nil, syscall.ENOTDIR // os.Root would wait for a writer of a pipe
+	}
+	dir, err := up.OpenRoot(name)
+	if err != nil {
+		return nil, err
+	}
+	// What was opened is what was looked at, also where somebody puts a link in between.
+	if opened, err := dir.Stat("."); err != nil || !os.SameFile(there, opened) {
+		dir.Close()
+		return nil, errors.Join(errLink, err)
+	}
 	return dir, nil
 }
 
@@ -242,13 +307,30 @@ func (u *unpacker) link(dir *os.Root, name string, h *tar.Header) error {
 	if err != nil {
 		return err
 	}
-	if path.Dir(target) == u.parent {
-		return dir.Link(path.Base(target), name)
+	from := dir
+	if path.Dir(target) != u.parent {
+		if from, err = u.open(path.Dir(target), false); err != nil {
+			return fmt.Errorf("finding %q, which it is a hard link to: %w", target, err)
+		}
+		defer from.Close()
 	}
-	if u.path == "/" {
-		return os.Link("/"+target, path.Join("/", u.parent, name))
+	return linkBetween(from, path.Base(target), dir, name)
+}
+
+func linkBetween(from *os.Root, target string, to *os.Root, name string) error {
+	return at(from, func(fromFD int) error {
+		return at(to, func(toFD int) error { return unix.Linkat(fromFD, target, toFD, name, 0) })
+	})
+}
+
+// at calls do with the descriptor of a directory.
+func at(dir *os.Root, do func(fd int) error) error {
+	f, err := dir.Open(".")
+	if err != nil {
+		return err
 	}
-	return u.root.Link(target, path.Join(u.parent, name))
+	defer f.Close()
+	return do(int(f.Fd()))
 }
 
 // fill writes a file's content. Blocks of zeros become holes.

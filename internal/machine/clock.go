@@ -2,6 +2,7 @@ package machine
 
 import (
 	"context"
+	"errors"
 	"time"
 )
 
@@ -52,8 +53,8 @@ func (ms *Machines) keepClocks() {
 }
 
 // syncClock compares a guest's clock with the host's and has it corrected.
-func (ms *Machines) syncClock(ctx context.Context, e *entry, r *run) {
-	ctx, cancel := context.WithTimeout(ctx, clockTimeout)
+func (ms *Machines) syncClock(life context.Context, e *entry, r *run) {
+	ctx, cancel := context.WithTimeout(life, clockTimeout)
 	defer cancel()
 	agent, err := r.client()
 	if err != nil {
@@ -61,6 +62,8 @@ func (ms *Machines) syncClock(ctx context.Context, e *entry, r *run) {
 	}
 	ahead, err := agent.SyncTime(ctx, clockPrecise)
 	switch {
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		ms.checkAgent(life, e, r, agent)
 	case err != nil:
 		ms.Log.Debug("comparing clocks", "machine", e.get().ID, "err", err)
 	case ahead.Abs() > clockPrecise:

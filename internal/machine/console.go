@@ -270,11 +270,22 @@ type transcript struct {
 	log  *outlog.Log
 	at   int64  // in the file
 	base uint64 // the number of the file's beginning
+	keep func(base uint64)
+}
+
+// newTranscript goes on where the log ends. keep stores a new base, for a later daemon.
+func newTranscript(path string, log *outlog.Log, base uint64, keep func(base uint64)) *transcript {
+	at := log.LastSeq()
+	return &transcript{path: path, log: log, at: int64(at - min(base, at)), base: base, keep: keep}
 }
 
 // transcribe keeps the console of a running machine in its output, until the run is over and all was read.
 func (ms *Machines) transcribe(ctx context.Context, e *entry, r *run) {
-	t := &transcript{path: filepath.Join(e.dir, vmm.ConsoleFile), log: e.log, at: int64(e.log.LastSeq())}
+	t := newTranscript(filepath.Join(e.dir, vmm.ConsoleFile), e.log, e.get().VMM.ConsoleBase, func(base uint64) {
+		if err := ms.commit(e, "", func(m *Machine) { m.VMM.ConsoleBase = base }); err != nil {
+			ms.Log.Error("recording how far a console was emptied", "machine", e.get().ID, "err", err)
+		}
+	})
 	tick := time.NewTicker(consolePoll)
 	defer tick.Stop()
 	for over := false; ; {
@@ -308,6 +319,7 @@ func (t *transcript) catchUp() error {
 		return err
 	} else if info.Size() < t.at { // it was emptied
 		t.base, t.at = t.base+uint64(t.at), 0
+		t.keep(t.base)
 	}
 	buf := make([]byte, consoleChunk)
 	for {

@@ -2,7 +2,6 @@ package machine
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
@@ -85,18 +84,4 @@ func (ms *Machines) noteHealth(e *entry, r *run, s health.State) {
 	if err := ms.commitLocked(e, "health_status: "+string(s.Status), func(m *Machine) { m.Health = &s }); err != nil {
 		ms.Log.Error("recording a machine's health", "machine", e.m.ID, "err", err)
 	}
-}
-
-// saveHealth writes the results that are in memory only, for the next daemon.
-func (ms *Machines) saveHealth(e *entry) error {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if !e.unsaved || e.gone {
-		return nil
-	}
-	if err := ms.records.Put(string(e.m.ID), e.m); err != nil {
-		return fmt.Errorf("recording the health of machine %q: %w", e.m.Spec.Name, err)
-	}
-	e.unsaved = false
-	return nil
 }

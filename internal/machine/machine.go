@@ -168,6 +168,7 @@ type VMMStatus struct {
 	PID         int
 	Kernel      string
 	Console     string
+	ConsoleBase uint64 // of a guest without an agent: how much of this run's console was emptied away
 }
 
 // StepTime is one step of a start and how long it took.

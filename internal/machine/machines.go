@@ -45,7 +45,7 @@ type Options struct {
 // Machines is all machines of this host.
 type Machines struct {
 	Options
-	records *state.Collection[Machine]
+	records records
 	life    context.Context // ends with Close; supervision stops, machines run on
 	endLife context.CancelFunc
 	workers sync.WaitGroup
@@ -63,7 +63,8 @@ type entry struct {
 
 	mu      sync.Mutex // guards the rest
 	m       Machine
-	unsaved bool          // m has a state of health that its record has not
+	unsaved bool          // m has what its record has not
+	failed  bool          // the record could not be written when it should have been
 	run     *run          // while a VMM runs
 	changed chan struct{} // closed and replaced at every commit
 	gone    bool
@@ -85,6 +86,7 @@ func Open(o Options) (*Machines, error) {
 	ms.life, ms.endLife = context.WithCancel(context.Background())
 	ms.workers.Go(ms.boundConsoles)
 	ms.workers.Go(ms.keepClocks)
+	ms.workers.Go(ms.keepRecords)
 	all, err := records.All()
 	if err != nil {
 		return nil, fmt.Errorf("opening machines: %w", err)
@@ -144,11 +146,21 @@ func (ms *Machines) sweep() error {
 		if known[d.Name()] || !d.IsDir() || !idForm.MatchString(d.Name()) {
 			continue
 		}
-		if _, err := os.Stat(filepath.Join(path, scratchFile)); errors.Is(err, os.ErrNotExist) {
+		if !hasRun(path) {
 			errs = append(errs, os.RemoveAll(path))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// hasRun says whether a machine's directory has a disk with what it wrote; when in doubt it has.
+func hasRun(dir string) bool {
+	for _, disk := range []string{scratchFile, overlayFile} {
+		if _, err := os.Lstat(filepath.Join(dir, disk)); !errors.Is(err, os.ErrNotExist) {
+			return true
+		}
+	}
+	return false
 }
 
 func (ms *Machines) addLocked(m Machine) (*entry, error) {
@@ -173,7 +185,7 @@ func (ms *Machines) Close() error {
 	defer ms.mu.Unlock()
 	var errs []error
 	for _, e := range ms.byID {
-		errs = append(errs, ms.saveHealth(e), e.log.Close())
+		errs = append(errs, ms.save(e), e.log.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -194,6 +206,9 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (m Machine, warnings []s
 	}
 	if err := errors.Join(s.validate(), err); err != nil {
 		return Machine{}, nil, fmt.Errorf("creating machine: %w", err)
+	}
+	if s.Disk != "" && s.Kernel != "" && (s.Network == NoNetwork || s.Metadata.Disabled) && !request.Empty() {
+		warnings = append(warnings, "what is to be set in the guest may not arrive: with --kernel a disk image's cloud-init is told by the metadata service, and this machine has none")
 	}
 	s.Provisioning = request.Redacted()
 	release := ms.Images.Hold() // until the record names the image as in use
@@ -349,29 +364,6 @@ func (e *entry) take(ctx context.Context) error {
 }
 
 func (e *entry) give() { <-e.turn }
-
-// commit changes the record, in memory and on disk, and emits action when it is not empty. A record that cannot be written is
-// still changed in memory, where the truth about a running VMM must not be lost; the error says so.
-func (ms *Machines) commit(e *entry, action string, change func(m *Machine)) error {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return ms.commitLocked(e, action, change)
-}
-
-func (ms *Machines) commitLocked(e *entry, action string, change func(m *Machine)) error {
-	change(&e.m)
-	var err error
-	if !e.gone {
-		err = ms.records.Put(string(e.m.ID), e.m)
-		e.unsaved = e.unsaved && err != nil
-	}
-	if action != "" {
-		ms.publish(&e.m, action, nil)
-	}
-	close(e.changed)
-	e.changed = make(chan struct{})
-	return err
-}
 
 func (ms *Machines) publish(m *Machine, action string, more map[string]string) {
 	a := map[string]string{"name": m.Spec.Name, "image": first(m.Spec.Image, m.Spec.Disk)}

@@ -54,6 +54,13 @@ func (m *Machine) document(n network.Network, request *provision.Request) (json.
 		if m.ownSystem() {
 			d.NoCloud, d.UserData = true, request.UserData
 		}
+		if m.ownSystem() && m.Spec.Kernel != "" { // it may not read its seed disk; what need not be where any process can read it is not
+			seed, err := request.NoCloud(m.instanceID(), m.Spec.Hostname)
+			if err != nil {
+				return nil, fmt.Errorf("writing the metadata of machine %q: %w", m.Spec.Name, err)
+			}
+			d.VendorData = seed["vendor-data"]
+		}
 	}
 	data, err := json.Marshal(d)
 	if err != nil {

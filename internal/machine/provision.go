@@ -206,7 +206,9 @@ func (s *starting) compile(ctx context.Context) (err error) {
 		return err
 	}
 	s.undo = append(s.undo, func(context.Context) error { return os.RemoveAll(spool) })
-	s.plan, err = provision.Compile(ctx, k.Request, provision.Options{HostKeys: k.HostKeys, Spool: spool, Transport: s.ms.Fetch})
+	s.plan, err = provision.Compile(ctx, k.Request, provision.Options{
+		HostKeys: k.HostKeys, Spool: spool, Transport: s.ms.Fetch, Alive: func() { s.patience.Reset(startTimeout) },
+	})
 	if err != nil {
 		return err
 	}

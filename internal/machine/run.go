@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"sync"
 	"time"
+	"unicode"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/host"
@@ -327,6 +328,8 @@ func (r *run) verdict(exit vmm.Exit) (Reason, int, string) {
 	r.e.mu.Lock()
 	defer r.e.mu.Unlock()
 	switch {
+	case r.killed && r.e.m.Last != nil && r.e.m.Last.ExitCode == 137:
+		return ReasonKilled, 137, ""
 	case r.e.m.Last != nil: // the agent's own word, which a guest that writes to its console cannot outdo
 		return r.e.m.Last.Reason, r.e.m.Last.ExitCode, r.e.m.Last.Detail
 	case exit.Reason == vmm.ReasonPanic:
@@ -350,6 +353,9 @@ func (ms *Machines) finish(e *entry, reason Reason, code int, detail string) {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanupTimeout)
 	defer cancel()
 	m := e.get()
+	if m.State == Stopping && reason == ReasonReboot {
+		reason = ReasonPoweroff // a stop was asked for as well, and is what counts
+	}
 	e.log.End() // before the record tells that it stopped: a quick restart begins the log anew
 	if err := ms.detach(ctx, &m); err != nil {
 		ms.Log.Error("detaching a stopped machine", "machine", m.ID, "err", err)
@@ -367,9 +373,6 @@ func (ms *Machines) finish(e *entry, reason Reason, code int, detail string) {
 	e.mu.Unlock()
 	if err != nil {
 		ms.Log.Error("recording a stopped machine", "machine", m.ID, "err", err)
-	}
-	if m.State == Stopping && reason == ReasonReboot {
-		return // a stop was asked for as well, and is what counts
 	}
 	ms.afterwards(e)
 }
@@ -448,9 +451,10 @@ func consoleTail(path string, lines int) string {
 	return string(bytes.Join(all, []byte("\n")))
 }
 
+// printable leaves out control characters, also those above ASCII: U+009B begins a terminal's sequences as ESC [ does.
 func printable(data []byte) []byte {
 	return bytes.Map(func(c rune) rune {
-		if c == '\n' || c == '\t' || c >= ' ' && c != 0x7f && c != '�' {
+		if c == '\n' || c == '\t' || !unicode.IsControl(c) && c != '�' {
 			return c
 		}
 		return -1

@@ -89,7 +89,7 @@ func TestValidateGathersEveryFault(t *testing.T) {
 }
 
 func TestConsoleTailIsHarmless(t *testing.T) {
-	if got := string(printable([]byte("ok\x1b[31m\x00\xffred\n\ttab"))); got != "ok[31mred\n\ttab" {
+	if got := string(printable([]byte("ok\x1b[31m\x00\xffred\u009b2J\u0080\x9d\n\ttab"))); got != "ok[31mred2J\n\ttab" {
 		t.Errorf("got %q", got)
 	}
 }

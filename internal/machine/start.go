@@ -105,7 +105,8 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 	}
 	began := time.Now()
 	// The one write before the VMM runs: after a crash from here on, Recover undoes what it finds.
-	err = ms.commit(e, "", func(m *Machine) {
+	e.mu.Lock()
+	err = ms.commitWholeLocked(e, "", func(m *Machine) {
 		m.State, m.Reason, m.ExitCode, m.Error, m.FailedStep = Starting, "", 0, "", ""
 		m.Started, m.Finished, m.Steps, m.Ports = time.Time{}, time.Time{}, nil, nil
 		m.AgentToken, m.HostBoot, m.Last, m.Health = token, ms.BootID, nil, nil
@@ -113,11 +114,12 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 		m.VMM = VMMStatus{Driver: driver.Name(), Accelerator: caps.Accelerator, Console: filepath.Join(e.dir, vmm.ConsoleFile)}
 		s.m = *m
 	})
+	e.mu.Unlock()
 	if err != nil {
 		e.log.End()
 		return e.get(), s.warnings, fmt.Errorf("starting machine %q: %w", m.Spec.Name, err)
 	}
-	s.m.Steps = []StepTime{{"record", time.Since(began)}}
+	s.m.Steps = []StepTime{{stepRecord, time.Since(began)}}
 	steps := []step{
 		{stepProvisioning, s.compile},
 		{"kernel", s.findKernel},
@@ -133,6 +135,7 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 		steps = s.diskSteps(driver)
 	}
 	err = s.all(ctx, steps)
+	asked := s.m.Provisioning
 	if err == nil {
 		err = s.provisioned()
 	}
@@ -141,25 +144,46 @@ func (ms *Machines) start(ctx context.Context, e *entry) (Machine, []string, err
 	if err == nil {
 		err = ctx.Err() // a kill came with the last step
 	}
+	if err == nil {
+		err = s.recordLocked()
+	}
 	if err != nil {
 		e.mu.Unlock()
+		s.m.Provisioning = asked
 		return s.fail(ctx, err)
 	}
 	e.cancelStart, e.stopAsked = nil, false
 	e.run = s.run
-	err = ms.commitLocked(e, "start", func(m *Machine) {
+	e.mu.Unlock()
+	ms.supervise(e, s.run)
+	return e.get(), s.warnings, nil
+}
+
+// stepRecord writes down that a machine runs.
+const stepRecord = "record"
+
+// recordLocked tells that the machine runs. Where that cannot be written and something was due, the start has failed: the next daemon
+// would take the record at its word and do again what was due, a first boot with a fresh disk in the place of one that was used.
+func (s *starting) recordLocked() error {
+	commit, due := s.ms.commitLocked, s.e.m.Provisioning.Due != DueNothing
+	if due {
+		commit = s.ms.commitWholeLocked
+	}
+	err := commit(s.e, "start", func(m *Machine) {
 		m.State, m.Started, m.Steps, m.Lease, m.Ports = Running, time.Now(), s.m.Steps, s.m.Lease, s.m.Ports
 		m.VMM, m.Spec.Hostname, m.Provisioning = s.m.VMM, s.m.Spec.Hostname, s.m.Provisioning
 		if m.healthArgv() != nil {
 			m.Health = &health.State{Status: health.Starting}
 		}
 	})
-	e.mu.Unlock()
-	if err != nil {
-		ms.Log.Error("recording a started machine", "machine", m.ID, "err", err)
+	switch {
+	case err != nil && due:
+		s.running = stepRecord
+		return hint.With(err, "check the free space in %s", s.ms.Dir)
+	case err != nil:
+		s.ms.Log.Error("recording a started machine", "machine", s.m.ID, "err", err)
 	}
-	ms.supervise(e, s.run)
-	return e.get(), s.warnings, nil
+	return nil
 }
 
 func (ms *Machines) driver(ctx context.Context, name string) (vmm.Driver, vmm.Capabilities, error) {
@@ -412,7 +436,7 @@ func (s *starting) fail(ctx context.Context, cause error) (Machine, []string, er
 		cause = s.withOutput(cause)
 	} else if f := (*host.Failure)(nil); errors.As(cause, &f) { // the agent's own words say more than the console, and the step is named already
 		cause = &host.Failure{Class: f.Class, Message: f.Message}
-	} else if s.reason == "" { // else it is not the guest's fault
+	} else if s.reason == "" && s.running != stepRecord { // else it is not the guest's fault
 		cause = withConsole(cause, s.m.VMM.Console, s.run != nil)
 	}
 	cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)

@@ -46,8 +46,8 @@ func (ms *Machines) stop(ctx context.Context, e *entry, grace *time.Duration) (M
 	e.stopAsked = true
 	err := ms.commitLocked(e, "", func(m *Machine) { m.State = Stopping })
 	e.mu.Unlock()
-	if err != nil {
-		return m, fmt.Errorf("stopping machine %q: %w", m.Spec.Name, err)
+	if err != nil { // as on a full disk, where it must be possible to stop
+		ms.Log.Error("recording a machine that stops", "machine", m.ID, "err", err)
 	}
 	wait := m.Spec.StopTimeout
 	if grace != nil {
@@ -146,8 +146,33 @@ func (ms *Machines) killVMM(ctx context.Context, e *entry, r *run) error {
 	return r.inst.Kill(ctx)
 }
 
-// Kill sends a signal to the entrypoint; KILL ends the machine itself, at once. It takes no turn: it must also work while a stop
-// waits.
+// savePatience is how long a guest whose processes were killed may take to bring to its disk what they had written.
+const savePatience = 3 * time.Second
+
+// killProcesses has the agent kill the guest's processes and take the machine down, as nothing that was written is lost that way. It says
+// whether the machine is down.
+func (ms *Machines) killProcesses(ctx context.Context, e *entry, r *run) bool {
+	e.mu.Lock()
+	agent := r.agent
+	if e.m.State != Running || agent == nil || e.m.imageInit() || e.m.ownSystem() {
+		e.mu.Unlock()
+		return false
+	}
+	r.killed = true
+	e.mu.Unlock()
+	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), savePatience)
+	defer cancel()
+	go func() {
+		if err := agent.Shutdown(asking, "KILL", 0); err != nil {
+			ms.Log.Debug("asking the guest to kill its processes", "machine", e.get().ID, "err", err)
+		}
+	}()
+	down, err := ms.wentDown(ctx, r, savePatience)
+	return down && err == nil
+}
+
+// Kill sends a signal to the entrypoint; KILL ends the machine itself: its processes at once, and the VMM when the guest does not go down
+// then. It takes no turn: it must also work while a stop waits.
 func (ms *Machines) Kill(ctx context.Context, name, signal string) error {
 	e, err := ms.find(name)
 	if err != nil {
@@ -161,6 +186,8 @@ func (ms *Machines) Kill(ctx context.Context, name, signal string) error {
 	}
 	signal = canonical(signal)
 	switch {
+	case signal == "KILL" && r != nil && ms.killProcesses(ctx, e, r):
+		err = e.until(ctx, func(e *entry) bool { return e.run != r })
 	case signal == "KILL":
 		err = ms.end(ctx, e)
 	case r == nil:
@@ -234,18 +261,26 @@ func (ms *Machines) remove(ctx context.Context, e *entry, force bool) error {
 	if err := os.RemoveAll(e.dir); err != nil {
 		return err
 	}
-	if err := ms.records.Delete(string(m.ID)); err != nil {
+	if err := ms.forget(e); err != nil {
 		return err
 	}
+	ms.publish(&m, "destroy", nil)
+	return e.log.Close()
+}
+
+// forget deletes the record of a machine. Nothing may write it again.
+func (ms *Machines) forget(e *entry) error {
 	ms.mu.Lock()
-	delete(ms.byID, m.ID)
-	delete(ms.byName, m.Spec.Name)
-	ms.mu.Unlock()
+	defer ms.mu.Unlock()
 	e.mu.Lock()
+	defer e.mu.Unlock()
+	if err := ms.records.Delete(string(e.m.ID)); err != nil {
+		return err
+	}
+	delete(ms.byID, e.m.ID)
+	delete(ms.byName, e.m.Spec.Name)
 	e.gone = true
 	close(e.changed)
 	e.changed = make(chan struct{})
-	e.mu.Unlock()
-	ms.publish(&m, "destroy", nil)
-	return e.log.Close()
+	return nil
 }

@@ -53,7 +53,9 @@ func (ms *Machines) Exec(ctx context.Context, name string, p Process) (*host.Exe
 	if err != nil {
 		return nil, fmt.Errorf("running a command in machine %q: %w", m.Spec.Name, err)
 	}
+	answered := ms.expectAnswer(e, r, agent)
 	x, err := agent.Exec(ctx, &agentv1.Exec{Detach: p.Detach, Process: m.process(p)})
+	answered()
 	if err != nil {
 		return nil, fmt.Errorf("running a command in machine %q: %w", m.Spec.Name, err)
 	}

@@ -38,7 +38,8 @@ type Document struct {
 	Interfaces  []Interface       `json:"interfaces"`
 	PublicKeys  []string          `json:"public_keys"` // lines of authorized_keys
 	Labels      map[string]string `json:"labels"`
-	UserData    []byte            `json:"user_data,omitempty"` // only of a machine without an agent, which gets it over its own channel
+	UserData    []byte            `json:"user_data,omitempty"`   // only of a machine without an agent, which gets it over its own channel
+	VendorData  []byte            `json:"vendor_data,omitempty"` // where such a machine has no other way to it: what flags ask for, as cloud-config
 
 	// V1 answers requests without a token.
 	V1 bool `json:"v1,omitempty"`

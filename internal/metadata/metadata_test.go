@@ -147,7 +147,7 @@ func TestEmpty(t *testing.T) {
 	s := serviceOf(t, Document{V1: true, InstanceID: "i-1"})
 	for path, want := range map[string]int{
 		"/latest/meta-data/instance-id": 200, "/latest/meta-data/public-keys/": 404, "/latest/meta-data/network/": 404, "/latest/meta-data/local-ipv4": 404,
-		"/nocloud/network-config": 200, "/nocloud/user-data": 200, "/atoll/v1": 200, "/atoll/v1/interfaces/0": 404,
+		"/nocloud/network-config": 200, "/nocloud/vendor-data": 200, "/nocloud/user-data": 200, "/atoll/v1": 200, "/atoll/v1/interfaces/0": 404,
 	} {
 		if r := ask(s, "GET", path); r.StatusCode != want {
 			t.Errorf("%s: %s", path, r.Status)
@@ -159,8 +159,11 @@ func TestAccess(t *testing.T) {
 	v2, v1 := web, web
 	v1.V1 = true
 	seed := web
-	seed.NoCloud, seed.UserData = true, []byte("#!/bin/sh\n")
+	seed.NoCloud, seed.UserData, seed.VendorData = true, []byte("#!/bin/sh\n"), []byte("#cloud-config\n")
 	services := map[string]*Service{"v2": serviceOf(t, v2), "v1": serviceOf(t, v1), "seed": serviceOf(t, seed)}
+	if got := body(t, ask(services["seed"], "GET", "/nocloud/vendor-data")); got != "#cloud-config\n" {
+		t.Errorf("vendor-data %q", got)
+	}
 	token := func(name string) string { return body(t, ask(services[name], "PUT", tokenPath, ttlHeader, "60")) }
 	for _, tt := range []struct {
 		service, method, path string

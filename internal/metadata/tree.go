@@ -177,5 +177,5 @@ func nocloud(d *Document) map[string]string {
 	for i, nic := range d.Interfaces {
 		network += fmt.Sprintf("  nic%d:\n    match: {macaddress: %s}\n    dhcp4: true\n", i, quote(nic.MAC))
 	}
-	return map[string]string{"meta-data": meta, "user-data": string(d.UserData), "vendor-data": "", "network-config": network}
+	return map[string]string{"meta-data": meta, "user-data": string(d.UserData), "vendor-data": string(d.VendorData), "network-config": network}
 }

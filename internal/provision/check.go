@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/atollvm/atoll/internal/hint"
+	"github.com/atollvm/atoll/internal/provision/form"
 	"github.com/atollvm/atoll/internal/provision/hostkey"
 	"github.com/atollvm/atoll/internal/provision/zone"
 	"github.com/containerd/errdefs"
@@ -25,13 +26,8 @@ const (
 )
 
 var (
-	userForm    = regexp.MustCompile(`^[a-zA-Z_][a-zA-Z0-9_.-]{0,30}\$?$`) // useradd(8) of the distributions
-	hashForm    = regexp.MustCompile(`^(\$(1|2[abxy]|5|6|7|y|gy|sha1|md5)\$[!-9;-~]+|[!*]+)$`)
-	localeForm  = regexp.MustCompile(`^(C|POSIX|[a-z]{2,3}(_[A-Z]{2})?)(\.[A-Za-z0-9-]+)?(@[a-z]+)?$`)
-	hostForm    = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9.-]{0,252}[a-zA-Z0-9])?$`)
-	packageForm = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9+._:=~@/<>-]{0,199}$`)
-	secretForm  = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127}$`)
-	typeForm    = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,31}$`)
+	secretForm = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127}$`)
+	typeForm   = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,31}$`)
 )
 
 // faults gathers what is wrong with a request, each with its place.
@@ -67,16 +63,16 @@ func (r *Request) Check() (warnings []string, err error) {
 			f = append(f, hint.With(fmt.Errorf("%w: %w", unclassed(err), errdefs.ErrInvalidArgument), "%s", hint.Of(err)))
 		}
 	}
-	if r.Locale != "" && !localeForm.MatchString(r.Locale) {
+	if r.Locale != "" && !form.Locale(r.Locale) {
 		f.add(fmt.Sprintf("locale %q", short(r.Locale)), "locales are written as de_DE.UTF-8 or C.UTF-8", "not a locale")
 	}
 	for _, s := range r.NTPServers {
-		if _, err := netip.ParseAddr(s); err != nil && !hostForm.MatchString(s) {
+		if _, err := netip.ParseAddr(s); err != nil && !form.Host(s) {
 			f.add(fmt.Sprintf("NTP server %q", short(s)), "give a host name or an address; the port is always 123", "not a host")
 		}
 	}
 	for _, p := range r.Packages {
-		if !packageForm.MatchString(p) {
+		if !form.Package(p) {
 			f.add(fmt.Sprintf("package %q", short(p)), "give the name of one package of the image's distribution", "not the name of a package")
 		}
 	}
@@ -91,7 +87,7 @@ func (r *Request) checkUsers(f *faults) {
 	names, uids := map[string]bool{}, map[uint32]string{}
 	for _, u := range r.Users {
 		place := fmt.Sprintf("user %q", short(u.Name))
-		if !userForm.MatchString(u.Name) {
+		if !form.User(u.Name) {
 			f.add(place, "a user name begins with a letter or _, goes on with letters, digits, '_', '-', '.', and has at most 32 characters", "not a user name")
 			continue
 		}
@@ -114,11 +110,11 @@ func (r *Request) checkUsers(f *faults) {
 			}
 		}
 		for _, g := range u.Groups {
-			if !userForm.MatchString(g) {
+			if !form.User(g) {
 				f.add(place, "", "group %q is not the name of a group", short(g))
 			}
 		}
-		if u.PasswordHash != "" && !hashForm.MatchString(u.PasswordHash) {
+		if u.PasswordHash != "" && !form.PasswordHash(u.PasswordHash) {
 			f.add(place, "give a hash, as of: openssl passwd -6", "the password hash is none of crypt(5)") // without the value: it may be a password
 		}
 		checkKeys(f, place+": SSH key", u.SSHAuthorizedKeys)
@@ -266,7 +262,7 @@ func owners(s string) (user, group string, err error) {
 		group = user
 	}
 	for _, n := range []string{user, group} {
-		if _, err := strconv.ParseUint(n, 10, 32); err != nil && !userForm.MatchString(n) {
+		if _, err := strconv.ParseUint(n, 10, 32); err != nil && !form.User(n) {
 			return "", "", hint.With(fmt.Errorf("owner %q: %w", short(s), errdefs.ErrInvalidArgument), "write an owner as NAME, NAME:GROUP or by numbers, as 1000:1000")
 		}
 	}

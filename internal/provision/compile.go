@@ -23,6 +23,7 @@ type Options struct {
 	Spool    string        // a directory for what documents fetch; it must last until the plan is carried out
 	// Transport makes the requests, with the host's proxy and certificate authorities; nil: Go's default.
 	Transport *http.Transport
+	Alive     func() // is called when a request makes progress; nil: nobody asks
 }
 
 // Compile makes the plan of a request that Check has passed. Documents come first and what flags say after them, so that flags win. It may

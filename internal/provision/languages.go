@@ -11,9 +11,9 @@ import (
 // The doors of the languages that have a room of their own.
 
 func applyCloudConfig(ctx context.Context, doc []byte, p *plan.Plan, o Options) error {
-	return userdata.Apply(ctx, doc, p, userdata.Options{Transport: o.Transport})
+	return userdata.Apply(ctx, doc, p, userdata.Options{Transport: o.Transport, Alive: o.Alive})
 }
 
 func applyIgnition(ctx context.Context, doc []byte, p *plan.Plan, o Options) error {
-	return ignition.Apply(ctx, doc, p, ignition.Options{Transport: o.Transport, Spool: o.Spool})
+	return ignition.Apply(ctx, doc, p, ignition.Options{Transport: o.Transport, Spool: o.Spool, Alive: o.Alive})
 }

@@ -265,8 +265,8 @@ func (e *ext4) super(freeBlocks, freeInodes int64, journal []byte) []byte {
 	copy(b[104:], e.uuid[:])
 	le.PutUint32(b[224:], journalInode)
 	copy(b[236:], e.hashSeed[:])
-	b[252] = 1                     // half MD4 for directory hashes
-	b[253] = 1                     // what follows at 268 is there: the journal's extents, and its size
+	b[252] = 1 // half MD4 for directory hashes
+	b[253] = 1 // what follows at 268 is there: the journal's extents, and its size
 	copy(b[268:328], journal[40:100])
 	copy(b[332:336], journal[4:8])
 	le.PutUint32(b[256:], 0x4|0x8) // mount options user_xattr, acl
@@ -291,8 +291,8 @@ func (e *ext4) encodeInode(b []byte, mode, links uint16, block, blocks int64) {
 	le.PutUint32(b[28:], uint32(blocks*blockSize/512))
 	le.PutUint32(b[32:], extentsFlag)
 	le.PutUint16(b[40:], extentMagic)
-	le.PutUint16(b[42:], 1) // extents
-	le.PutUint16(b[44:], 4) // room for
+	le.PutUint16(b[42:], 1)              // extents
+	le.PutUint16(b[44:], 4)              // room for
 	le.PutUint16(b[56:], uint16(blocks)) // in the extent, from block 0 of the file
 	le.PutUint32(b[60:], uint32(block))
 	le.PutUint16(b[128:], ext4ExtraIsize)

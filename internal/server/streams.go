@@ -46,12 +46,12 @@ func (s *machines) Exec(ctx context.Context, stream *execStream) error {
 	if st.GetDetach() {
 		return nil
 	}
-	left := make(chan struct{})
+	left := make(chan error, 1)
 	go s.execInput(stream, x, left)
 	err = execOutput(stream, x)
 	select {
-	case <-left:
-		return nil
+	case detached := <-left:
+		return detached
 	default:
 		return err
 	}
@@ -69,9 +69,9 @@ func notStarted(stream *execStream, err error) error {
 	)
 }
 
-// execInput carries the client's input until either end goes; execOutput sees the end. left is closed when the client leaves the
-// command to itself.
-func (s *machines) execInput(stream *execStream, x *host.Exec, left chan<- struct{}) {
+// execInput carries the client's input until either end goes; execOutput sees the end. left is told when the client leaves the
+// command to itself, or why it cannot.
+func (s *machines) execInput(stream *execStream, x *host.Exec, left chan<- error) {
 	for {
 		req, err := stream.Receive()
 		if err != nil {
@@ -87,11 +87,9 @@ func (s *machines) execInput(stream *execStream, x *host.Exec, left chan<- struc
 		case *atollv1.ExecRequest_Signal:
 			err = x.Signal(int32(machine.SignalNumber(k.Signal)))
 		case *atollv1.ExecRequest_Detach:
-			if err = x.Detach(); err == nil {
-				close(left)
-				x.Close() // wakes execOutput
-				return
-			}
+			left <- x.Detach()
+			x.Close() // wakes execOutput
+			return
 		}
 		if err != nil {
 			s.Log.Debug("input to a command", "err", err)

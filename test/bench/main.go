@@ -32,6 +32,7 @@ type bench struct {
 	home   string
 	client *client.Client
 	out    *strings.Builder
+	mib    int64 // of each measurement of streams
 }
 
 func main() {
@@ -40,19 +41,20 @@ func main() {
 	home := flag.String("home", "", "an ATOLL_HOME with a kernel and the images busybox and debian:bookworm")
 	rounds := flag.Int("n", 9, "rounds of each measurement that boots a machine")
 	only := flag.String("only", "", "measure only this: boots, kernels, builds, disks, agent, execs, many, ssh, streams, gib, or filesystems, which is measured only then")
+	mib := flag.Int64("mib", 64, "mebibytes of each measurement of streams")
 	flag.Parse()
-	if err := run(*atoll, *home, *out, *rounds, *only); err != nil {
+	if err := run(*atoll, *home, *out, *rounds, *mib, *only); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(atoll, home, out string, rounds int, only string) error {
+func run(atoll, home, out string, rounds int, mib int64, only string) error {
 	path, err := filepath.Abs(atoll)
 	if err != nil {
 		return err
 	}
-	b := &bench{atoll: path, home: home, out: &strings.Builder{}}
+	b := &bench{atoll: path, home: home, mib: mib, out: &strings.Builder{}}
 	if _, err := b.cli("version"); err != nil {
 		return err
 	}

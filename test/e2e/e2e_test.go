@@ -67,7 +67,7 @@ func prepare() error {
 	if err != nil {
 		return err
 	}
-	build := exec.Command("go", "build", "-o", helperDir+"/", "./netcheck", "./registry", "./webserver", "./fscheck", "./execmany")
+	build := exec.Command("go", "build", "-o", helperDir+"/", "./netcheck", "./registry", "./webserver", "./fscheck", "./hostile", "./execmany")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("building the scripts' helpers: %w\n%s", err, out)

@@ -4033,7 +4033,7 @@ type ExecOutput_Error struct {
 }
 
 type ExecOutput_StdinTaken struct {
-	// The process took so many bytes of stdin in all. The host sends at most 256 KiB beyond this, so the agent always goes on
+	// The process took so many bytes of stdin in all; told when it has taken 64 KiB more, or sooner. The host sends at most 256 KiB beyond this, so the agent always goes on
 	// reading and sees signals, resizes and a closed stream at once, also when the process does not read.
 	StdinTaken uint64 `protobuf:"varint,6,opt,name=stdin_taken,json=stdinTaken,proto3,oneof"`
 }

@@ -50,6 +50,7 @@ func (a *Agent) startEntrypoint(p *agentv1.Process) error {
 	}
 	s := spec(p, "entrypoint")
 	s.MakeDir = true // as Docker does with WORKDIR
+	s.LeaveMemory = true
 	s.OnTerminal = mounts.Console
 	proc, err := a.processes.Start(s)
 	if err != nil {
@@ -68,11 +69,11 @@ func (a *Agent) startEntrypoint(p *agentv1.Process) error {
 func (a *Agent) superviseEntrypoint(e *entrypoint) {
 	var copying sync.WaitGroup
 	copying.Go(func() {
-		e.Copy(e.Stdout, func(p []byte) { a.output.add(agentv1.Stream_STREAM_STDOUT, p) })
+		e.Copy(e.Stdout, make([]byte, outputPiece), func(p []byte) { a.output.add(agentv1.Stream_STREAM_STDOUT, p) })
 	})
 	if e.Stderr != nil {
 		copying.Go(func() {
-			e.Copy(e.Stderr, func(p []byte) { a.output.add(agentv1.Stream_STREAM_STDERR, p) })
+			e.Copy(e.Stderr, make([]byte, outputPiece), func(p []byte) { a.output.add(agentv1.Stream_STREAM_STDERR, p) })
 		})
 	}
 	<-e.Done()

@@ -10,6 +10,7 @@ import (
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/guest/process"
+	"github.com/atollvm/atoll/internal/agent/transport"
 	"golang.org/x/sys/unix"
 )
 
@@ -68,22 +69,43 @@ func attend(in *input, p *process.Process) *agentv1.ExecOutput {
 			hangUp(p)
 		}
 	}()
-	carry(p,
-		func(b []byte) { in.send(&agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Stdout{Stdout: b}}) },
-		func(b []byte) { in.send(&agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Stderr{Stderr: b}}) })
+	stdout, stderr := transport.NewPiece(stdoutField, streamPiece), transport.NewPiece(stderrField, outputPiece)
+	carryBy(p, stdout.Data(), stderr.Data(),
+		func(b []byte) { in.sendPiece(stdout, len(b)) },
+		func(b []byte) { in.sendPiece(stderr, len(b)) })
 	if p.Stdin != nil {
 		p.Stdin.Close()
 	}
 	return &agentv1.ExecOutput{Kind: &agentv1.ExecOutput_Exit{Exit: p.Exit()}}
 }
 
+const (
+	// outputPiece is how much of an output is read at once.
+	outputPiece = 32 << 10
+	// streamPiece is that of a command's stdout. With the heads before it, it is what the port takes in two writes; the host takes
+	// pieces of 64 KiB at most.
+	streamPiece = 64<<10 - 64
+)
+
+// The fields of ExecOutput and ExecInput that hold bytes.
+const (
+	stdoutField = 2
+	stderrField = 3
+	stdinField  = 1
+)
+
 // carry copies both outputs and returns when the process has ended and all it wrote was given.
 func carry(p *process.Process, stdout, stderr func([]byte)) {
+	carryBy(p, make([]byte, outputPiece), make([]byte, outputPiece), stdout, stderr)
+}
+
+// carryBy is carry by way of these buffers.
+func carryBy(p *process.Process, outBuf, errBuf []byte, stdout, stderr func([]byte)) {
 	var copying sync.WaitGroup
 	if p.Stderr != nil {
-		copying.Go(func() { p.Copy(p.Stderr, stderr) })
+		copying.Go(func() { p.Copy(p.Stderr, errBuf, stderr) })
 	}
-	p.Copy(p.Stdout, stdout)
+	p.Copy(p.Stdout, outBuf, stdout)
 	copying.Wait()
 	<-p.Done()
 }

@@ -119,7 +119,7 @@ func (a *Agent) putFiles(s net.Conn, req *agentv1.PutFiles) {
 	if a.ready() {
 		content := &contentReader{stream: s}
 		err = filetar.Unpack(context.Background(), content, rooted(req.GetPath()), filetar.UnpackOptions{
-			Owners: req.GetKeepOwners(), Trusted: true, NoReplaceKind: req.GetNoReplaceKind(),
+			Owners: req.GetKeepOwners(), Trusted: true, NoReplaceKind: req.GetNoReplaceKind(), FollowLinks: true,
 		})
 		if err == nil {
 			_, err = io.Copy(io.Discard, content) // what follows the archive

@@ -84,11 +84,10 @@ func (a *Agent) prepareInit(c *agentv1.Config) (*successor, error) {
 			attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, fd
 		}
 	}
-	pid, err := syscall.ForkExec("/proc/self/exe", []string{BesideName}, attr)
-	if err != nil {
+	if _, err := syscall.ForkExec("/proc/self/exe", []string{BesideName}, attr); err != nil {
 		return nil, err
 	}
-	if err := a.passModprobe(pid); err != nil {
+	if err := a.passModprobe(); err != nil {
 		return nil, err
 	}
 	theirs.Close()
@@ -165,7 +164,11 @@ func beside(version string, c *agentv1.Config, life int) error {
 	go func() { vsock <- transport.ServeVsock(a.accept) }()
 	var st unix.Stat_t
 	if err := unix.Fstat(fdPort, &st); err == nil && life == 1 {
-		return transport.Serve(&port{File: os.NewFile(fdPort, portName)}, a.accept)
+		p, err := newPort(fdPort, portName)
+		if err != nil {
+			return err
+		}
+		return transport.Serve(p, a.accept)
 	}
 	p, err := openPort() // the keeper has closed its own, so that the host sees this process die
 	if err != nil {

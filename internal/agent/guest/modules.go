@@ -4,9 +4,10 @@ import (
 	"bufio"
 	"errors"
 	"io"
+	"io/fs"
 	"net"
 	"os"
-	"strconv"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -133,8 +134,14 @@ func (q *moduleQueue) take(p *agentv1.ModulePart) {
 
 // listenForModprobe makes this process the kernel's modprobe.
 func (a *Agent) listenForModprobe() error {
-	// By its process: the file is on no path of the image's root.
-	if err := os.WriteFile(modprobePath, []byte("/proc/"+strconv.Itoa(os.Getpid())+"/exe"), 0); err != nil {
+	program := "/proc/1/exe" // the file itself is on no path of the image's root
+	if os.Getpid() != 1 {
+		program = besideProgram
+		if err := showProgram(besideProgram); err != nil {
+			return err
+		}
+	}
+	if err := os.WriteFile(modprobePath, []byte(program), 0); err != nil {
 		return err
 	}
 	a.mu.Lock()
@@ -164,15 +171,51 @@ func (a *Agent) listenForModprobe() error {
 	return nil
 }
 
-// passModprobe has the kernel run the modprobe of another process of this program, before this one becomes something else.
-func (a *Agent) passModprobe(pid int) error {
+// besideProgram is this program's path once PID 1 is the image's init. Not by its process: that can be killed, and whoever gets its number
+// would have the kernel run their program as root. In a file system of its own, as /dev may forbid execution; a copy, since a file that was
+// removed, as the initramfs's is, cannot be bound to a name.
+const besideProgram = "/dev/.atoll/agent"
+
+// showProgram copies this program to a path whose directory is root's alone, unless it is there from an earlier life.
+func showProgram(path string) error {
+	if _, err := os.Lstat(path); err == nil {
+		return nil
+	}
+	dir := filepath.Dir(path)
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0700,size=16m"); err != nil {
+		return &os.PathError{Op: "mount", Path: dir, Err: err}
+	}
+	from, err := os.Open("/proc/self/exe")
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	to, err := os.OpenFile(path+".new", os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o500)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(to, from)
+	if err := errors.Join(err, to.Close()); err != nil {
+		return errors.Join(err, unix.Unmount(dir, unix.MNT_DETACH))
+	}
+	return os.Rename(path+".new", path)
+}
+
+// passModprobe has the kernel run another process's modprobe of this program, before this one becomes something else.
+func (a *Agent) passModprobe() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.modprobe == nil {
 		return nil
 	}
 	a.modprobe.Close()
-	return os.WriteFile(modprobePath, []byte("/proc/"+strconv.Itoa(pid)+"/exe"), 0)
+	if err := showProgram(besideProgram); err != nil {
+		return err
+	}
+	return os.WriteFile(modprobePath, []byte(besideProgram), 0)
 }
 
 // load answers one modprobe.

@@ -2,12 +2,14 @@ package guest
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/atollvm/atoll/internal/agent/guest/nonblock"
 	"golang.org/x/sys/unix"
 )
 
@@ -33,7 +35,7 @@ func openPort() (*port, error) {
 			if err != nil {
 				return nil, &os.PathError{Op: "opening", Path: "/dev/" + p.Name(), Err: err}
 			}
-			return &port{File: os.NewFile(uintptr(fd), p.Name())}, nil
+			return newPort(fd, p.Name())
 		}
 	}
 	return nil, errors.New("there is no virtio-serial port named " + portName)
@@ -42,10 +44,20 @@ func openPort() (*port, error) {
 // port is a virtio-serial port whose reads wait for a host.
 type port struct {
 	*os.File
+	out     *nonblock.File
 	leaving atomic.Bool
 	parked  chan struct{} // closed when nothing more is read; made by leave
 
 	writing sync.Mutex // held for ever once muted
+}
+
+func newPort(fd int, name string) (*port, error) {
+	f := os.NewFile(uintptr(fd), name)
+	out, err := nonblock.New(f)
+	if err != nil {
+		return nil, fmt.Errorf("taking port %s: %w", name, err)
+	}
+	return &port{File: f, out: out}, nil
 }
 
 // leave ends reading: what the host sends from now on is for the next process that has the port. The reader waits for ever.
@@ -62,7 +74,7 @@ func (p *port) mute() { p.writing.Lock() }
 func (p *port) Write(b []byte) (int, error) {
 	p.writing.Lock()
 	defer p.writing.Unlock()
-	return p.File.Write(b)
+	return p.out.Write(b)
 }
 
 // Read treats the end of the file, which is how the driver says that no host is connected, as nothing to read yet: the next host's
@@ -73,12 +85,7 @@ func (p *port) Read(b []byte) (n int, err error) {
 		return 0, err
 	}
 	cerr := conn.Read(func(fd uintptr) bool {
-		for {
-			n, err = unix.Read(int(fd), b)
-			if !errors.Is(err, unix.EINTR) {
-				break
-			}
-		}
+		n, err = readAll(int(fd), b)
 		return n > 0 || err != nil && !errors.Is(err, unix.EAGAIN)
 	})
 	if cerr != nil && p.leaving.Load() {
@@ -89,4 +96,25 @@ func (p *port) Read(b []byte) (n int, err error) {
 		return 0, cerr
 	}
 	return max(n, 0), err
+}
+
+// portBuffer is what the driver hands out with one read at most.
+const portBuffer = 4 << 10
+
+// readAll reads what is there, which takes as many reads as the driver has buffers filled. One that is not full is the last.
+func readAll(fd int, b []byte) (n int, err error) {
+	for n < len(b) {
+		m, err := nonblock.Read(fd, b[n:])
+		if n > 0 && (m <= 0 || err != nil) {
+			return n, nil // the next read says it again
+		}
+		if err != nil {
+			return 0, err
+		}
+		n += m
+		if m < portBuffer {
+			break
+		}
+	}
+	return n, nil
 }

@@ -11,13 +11,12 @@ import (
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/agent/transport"
 	"github.com/containerd/errdefs"
-	"google.golang.org/protobuf/proto"
 )
 
 // stdinAhead is how much stdin may be on its way to a process that does not read, see ExecOutput.stdin_taken.
 const stdinAhead = 256 << 10
 
-type message = proto.Message
+type message = transport.Message
 
 // stream is one stream of a session, closed when the context it was opened with ends.
 type stream struct {
@@ -28,7 +27,7 @@ type stream struct {
 }
 
 func (s *stream) recv(m message) error {
-	if err := transport.ReadMsg(s.conn, m); err != nil {
+	if err := transport.ReadStranger(s.conn, m); err != nil {
 		return lost(s.ctx, err)
 	}
 	return nil
@@ -75,7 +74,7 @@ func newInput(s *stream) *input {
 func (i *input) Write(p []byte) (int, error) {
 	total := 0
 	for len(p) > 0 {
-		n := min(len(p), 32<<10)
+		n := min(len(p), maxChunk)
 		i.mu.Lock()
 		for i.err == nil && i.sent-i.taken+uint64(n) > stdinAhead {
 			i.moved.Wait()
@@ -112,6 +111,9 @@ func (i *input) Signal(number int32) error {
 
 // Detach lets the process run on when the stream ends.
 func (i *input) Detach() error {
+	if err := i.client.since2("detaching from a running process"); err != nil {
+		return err // it would leave the order unread, and hang the process up
+	}
 	return i.put(&agentv1.ExecInput{Kind: &agentv1.ExecInput_Detach{Detach: true}})
 }
 
@@ -250,6 +252,9 @@ func (x *Exec) Recv() (*agentv1.ExecOutput, error) {
 	switch o.GetKind().(type) {
 	case *agentv1.ExecOutput_Stdout, *agentv1.ExecOutput_Stderr:
 	case *agentv1.ExecOutput_Exit:
+		if code := o.GetExit().GetCode(); code < 0 || code > 255 { // 256 would be success once it is this host's exit code
+			return nil, fmt.Errorf("reading from a process: exit code %d: %w", code, x.client.violation())
+		}
 		x.over = true
 		x.finish(fmt.Errorf("the process has ended: %w", errdefs.ErrFailedPrecondition))
 	default:

@@ -27,11 +27,15 @@ func tooOld(why string) error {
 
 // understood refuses, by name, what an agent of an older version does not know. It would leave out what it does not know of a Config.
 func (c *Client) understood(req *agentv1.Request) error {
-	version := c.protocol.Load()
-	if version >= 2 {
-		return nil
-	}
 	if what := since2(req); what != "" {
+		return c.since2(what)
+	}
+	return nil
+}
+
+// since2 refuses, by name, what only agents of version 2 know.
+func (c *Client) since2(what string) error {
+	if version := c.protocol.Load(); version < 2 {
 		return tooOld(fmt.Sprintf("the machine's agent is too old for %s: it speaks version %d of the protocol, and that came with 2", what, version))
 	}
 	return nil

@@ -60,5 +60,8 @@ func TestWhatAnOlderAgentDoesNotKnowIsRefusedByName(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	x.Close()
+	defer x.Close()
+	if err := x.Detach(); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "too old for detaching") {
+		t.Errorf("detach: %v", err)
+	}
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"math"
 	"net"
 	"sync"
 	"time"
@@ -74,8 +75,9 @@ type hostLink struct {
 	net.Conn
 	rest []byte // read by the session's one reader
 
-	mu  sync.Mutex // guards buf
-	buf []byte
+	mu   sync.Mutex // guards what follows
+	head []byte     // of a yamux frame whose body comes next
+	buf  []byte
 }
 
 func (l *hostLink) Read(p []byte) (int, error) {
@@ -90,18 +92,31 @@ func (l *hostLink) Read(p []byte) (int, error) {
 func (l *hostLink) Write(p []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	total := 0
-	for len(p) > 0 {
-		n := min(len(p), maxChunk)
-		l.buf = binary.BigEndian.AppendUint16(l.buf[:0], uint16(n))
-		l.buf = append(append(l.buf, p[:n]...), 0)
+	if len(l.head) == 0 && hasBody(p) {
+		l.head = append(l.head, p...)
+		return len(p), nil
+	}
+	for total := 0; ; {
+		l.buf = l.buf[:0]
+		n := 0
+		for n < len(p) && len(l.buf) < maxWrite {
+			m := min(len(p)-n, math.MaxUint16-len(l.head))
+			l.buf = binary.BigEndian.AppendUint16(l.buf, uint16(len(l.head)+m))
+			l.buf = append(append(append(l.buf, l.head...), p[n:n+m]...), 0)
+			l.head = l.head[:0]
+			n += m
+		}
 		if _, err := l.Conn.Write(l.buf); err != nil {
 			return total, err
 		}
 		total += n
-		p = p[n:]
+		if p = p[n:]; len(p) == 0 {
+			return total, nil
+		}
 	}
-	return total, nil
 }
+
+// maxWrite is about how much goes to the VMM at once. A message of 64 KiB takes more than one length can say.
+const maxWrite = 64 << 10
 
 var _ io.ReadWriteCloser = (*hostLink)(nil)

@@ -9,7 +9,7 @@ import (
 	"sync/atomic"
 )
 
-// maxChunk is the most data between two checks for a newer session, either way.
+// maxChunk is the most that goes to the port between two checks for a newer session, and what its driver takes at once.
 const maxChunk = 32 << 10
 
 // Serve answers hellos on a port until reading it fails, and hands each new session to accept, which must not block. The
@@ -57,8 +57,7 @@ func (s *server) reset(nonce []byte) error {
 	if err != nil {
 		return err
 	}
-	s.link = &guestLink{server: s}
-	s.link.in, s.link.feed = io.Pipe()
+	s.link = &guestLink{server: s, in: newInbox(64 << 10)}
 	session, err := Server(s.link)
 	if err != nil {
 		return err
@@ -70,9 +69,10 @@ func (s *server) reset(nonce []byte) error {
 // guestLink is one session's view of the port.
 type guestLink struct {
 	server *server
-	in     *io.PipeReader
-	feed   *io.PipeWriter
+	in     *inbox
 	dead   atomic.Bool
+
+	out []byte // the head of a frame that waits for its body; used by the session's one writer
 
 	// deframing, used by Serve's goroutine only
 	head []byte
@@ -82,10 +82,19 @@ type guestLink struct {
 func (l *guestLink) Read(p []byte) (int, error) { return l.in.Read(p) }
 
 func (l *guestLink) Write(p []byte) (int, error) {
+	if len(l.out) == 0 && hasBody(p) {
+		l.out = append(l.out, p...)
+		return len(p), nil
+	}
 	total := 0
 	for len(p) > 0 {
-		n := min(len(p), maxChunk)
-		if err := l.writeChunk(p[:n]); err != nil {
+		n := min(len(p), maxChunk-len(l.out))
+		chunk := p[:n]
+		if len(l.out) > 0 {
+			chunk = append(l.out, chunk...)
+			l.out = chunk[:0]
+		}
+		if err := l.writeChunk(chunk); err != nil {
 			return total, err
 		}
 		total += n
@@ -111,8 +120,7 @@ func (l *guestLink) Close() error {
 
 func (l *guestLink) kill() {
 	l.dead.Store(true)
-	l.in.Close()
-	l.feed.Close()
+	l.in.close()
 }
 
 // deliver takes the framing off and passes the data to the session. Bad framing ends the session.
@@ -129,7 +137,7 @@ func (l *guestLink) deliver(p []byte) {
 			continue
 		}
 		if n := min(len(p), l.left-1); n > 0 {
-			l.feed.Write(p[:n]) // fails when the session has ended; the rest is of no use then
+			l.in.put(p[:n])
 			l.left -= n
 			p = p[n:]
 			continue
@@ -144,10 +152,11 @@ func (l *guestLink) deliver(p []byte) {
 
 // scanner finds hellos in the host's bytes.
 type scanner struct {
-	known      []byte // magic and token, once there was a hello
-	held       []byte // read and not yet passed on
-	collecting bool   // held begins with a whole pattern
-	lost       bool   // the host broke off a hello: it has given up the session, nothing more is data
+	known      []byte     // magic and token, once there was a hello
+	held       []byte     // read and not yet passed on
+	collecting bool       // held begins with a whole pattern
+	skip       *[256]byte // see index; of known, or of the magic
+	lost       bool       // the host broke off a hello: it has given up the session, nothing more is data
 }
 
 // feed passes on what is not part of a hello, in order, and reports each hello's nonce between. Both callbacks may keep nothing.
@@ -159,7 +168,7 @@ func (s *scanner) feed(p []byte, data func([]byte), reset func(nonce []byte) err
 	for {
 		pattern := s.pattern()
 		if !s.collecting {
-			i := bytes.Index(buf, pattern)
+			i := s.index(buf, pattern)
 			if i < 0 {
 				keep := overlap(buf, pattern)
 				if !s.lost {
@@ -187,7 +196,7 @@ func (s *scanner) feed(p []byte, data func([]byte), reset func(nonce []byte) err
 			continue
 		}
 		s.lost = false
-		s.known = append(bytes.Clone(magic), body[:tokenSize]...)
+		s.known, s.skip = append(bytes.Clone(magic), body[:tokenSize]...), nil
 		if err := reset(body[tokenSize:]); err != nil {
 			return err
 		}
@@ -195,6 +204,28 @@ func (s *scanner) feed(p []byte, data func([]byte), reset func(nonce []byte) err
 	}
 	s.held = append(s.held[:0], buf...)
 	return nil
+}
+
+// index is bytes.Index by Horspool's rule, which looks at one byte in thirty. An emulated CPU has no fast way to look at them all.
+func (s *scanner) index(buf, pattern []byte) int {
+	last := len(pattern) - 1
+	if s.skip == nil {
+		s.skip = &[256]byte{}
+		for i := range s.skip {
+			s.skip[i] = byte(len(pattern))
+		}
+		for i, c := range pattern[:last] {
+			s.skip[c] = byte(last - i)
+		}
+	}
+	for end := last; end < len(buf); {
+		c := buf[end]
+		if c == pattern[last] && bytes.Equal(buf[end-last:end+1], pattern) {
+			return end - last
+		}
+		end += int(s.skip[c])
+	}
+	return -1
 }
 
 func (s *scanner) pattern() []byte {

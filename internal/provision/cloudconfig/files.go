@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
+	"github.com/atollvm/atoll/internal/provision/form"
 )
 
 // mostFiles bounds what all files have, unpacked.
@@ -120,7 +121,7 @@ func owners(it item) (user, group *agentv1.Owner) {
 		if n, err := strconv.ParseUint(name, 10, 32); err == nil {
 			return &agentv1.Owner{Id: proto.Uint32(uint32(n))}
 		}
-		if !nameForm.MatchString(name) {
+		if !form.User(name) {
 			it.fault("want USER:GROUP")
 		}
 		return &agentv1.Owner{Name: name}

@@ -8,6 +8,7 @@ import (
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/hint"
+	"github.com/atollvm/atoll/internal/provision/form"
 	"github.com/atollvm/atoll/internal/provision/zone"
 )
 
@@ -92,14 +93,6 @@ var others = strings.Fields(`
 	ssh_publish_hostkeys ssh_quiet_keygen ssh_svcname swap syslog_fix_perms system_info ubuntu_advantage ubuntu_pro unverified_modules
 	updates vendor_data vendor_data2 version wireguard write_files_deferred yum_repo_dir yum_repos zypper`)
 
-var (
-	nameForm    = regexp.MustCompile(`^[a-zA-Z_][a-zA-Z0-9_.-]{0,30}\$?$`)
-	hashForm    = regexp.MustCompile(`^(\$(1|2[abxy]|5|6|7|y|gy|sha1|md5)\$[!-9;-~]+|[!*]+)$`)
-	hostForm    = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9.-]{0,252}[a-zA-Z0-9])?$`)
-	localeForm  = regexp.MustCompile(`^(C|POSIX|[a-z]{2,3}(_[A-Z]{2})?)(\.[A-Za-z0-9-]+)?(@[a-z]+)?$`)
-	packageForm = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9+._:=~@/<>-]{0,199}$`)
-)
-
 // want refuses the value that cannot be had.
 func (it item) want(is bool, why string) {
 	if it.bool() != is {
@@ -107,20 +100,20 @@ func (it item) want(is bool, why string) {
 	}
 }
 
-func (it item) formed(form *regexp.Regexp, what string) string {
+func (it item) formed(ok func(string) bool, what string) string {
 	s := it.text()
-	if s != "" && !form.MatchString(s) {
+	if s != "" && !ok(s) {
 		it.fault("not %s", what)
 	}
 	return s
 }
 
-func (it item) host() string { return it.formed(hostForm, "a host name") }
-func (it item) name() string { return it.formed(nameForm, "a name of a user or group") }
+func (it item) host() string { return it.formed(form.Host, "a host name") }
+func (it item) name() string { return it.formed(form.User, "a name of a user or group") }
 
 // hash never shows its value: it may be a password.
 func (it item) hash() string {
-	return it.formed(hashForm, "a hash of crypt(5): passwords in the clear are not taken; make one with openssl passwd -6")
+	return it.formed(form.PasswordHash, "a hash of crypt(5): passwords in the clear are not taken; make one with openssl passwd -6")
 }
 
 func (it item) absolute() string {
@@ -164,9 +157,9 @@ func readPackages(s *settings, it item) {
 				e.fault("want a name and a version")
 				continue
 			}
-			p.Names = append(p.Names, words[0].formed(packageForm, "a name of a package")+"="+words[1].formed(packageForm, "a version"))
+			p.Names = append(p.Names, words[0].formed(form.Package, "a name of a package")+"="+words[1].formed(form.Package, "a version"))
 		default:
-			p.Names = append(p.Names, e.formed(packageForm, "a name of a package"))
+			p.Names = append(p.Names, e.formed(form.Package, "a name of a package"))
 		}
 	}
 }
@@ -192,7 +185,7 @@ func readLocale(s *settings, it item) {
 	if it.isBool() && !it.bool() {
 		return // as it is
 	}
-	s.locale = it.formed(localeForm, "a locale, as de_DE.UTF-8")
+	s.locale = it.formed(form.Locale, "a locale, as de_DE.UTF-8")
 }
 
 func readNTP(s *settings, it item) {
@@ -206,7 +199,7 @@ func readNTP(s *settings, it item) {
 		}
 		for _, e := range it.items() {
 			h := e.text()
-			if _, err := netip.ParseAddr(h); err != nil && h != "" && !hostForm.MatchString(h) {
+			if _, err := netip.ParseAddr(h); err != nil && h != "" && !form.Host(h) {
 				e.fault("not a host")
 			}
 			s.ntp = append(s.ntp, h)

@@ -8,6 +8,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
+	"github.com/atollvm/atoll/internal/provision/form"
 	"github.com/atollvm/atoll/internal/provision/hostkey"
 )
 
@@ -46,7 +47,7 @@ func readUsers(s *settings, it item) {
 				s.noDefault = false
 				continue
 			}
-			if !nameForm.MatchString(name) {
+			if !form.User(name) {
 				e.fault("not a name of a user")
 				continue
 			}
@@ -144,7 +145,7 @@ func groupNames(it item) []string {
 	}
 	names := commas(it)
 	for _, n := range names {
-		if !nameForm.MatchString(n) {
+		if !form.User(n) {
 			it.fault("not names of groups")
 			break
 		}
@@ -185,7 +186,7 @@ func (it item) publicKey() string {
 func readGroups(s *settings, it item) {
 	withMembers := func(it item) {
 		it.each(func(name string, v item) {
-			if !nameForm.MatchString(name) {
+			if !form.User(name) {
 				v.fault("not a name of a group")
 				return
 			}
@@ -219,7 +220,7 @@ func readGroups(s *settings, it item) {
 func readPasswords(s *settings, it item) {
 	line := func(it item, text string) {
 		name, hash, ok := strings.Cut(text, ":")
-		if !ok || !nameForm.MatchString(name) || !hashForm.MatchString(hash) {
+		if !ok || !form.User(name) || !form.PasswordHash(hash) {
 			it.fault("want USER:HASH, with a hash of crypt(5): passwords in the clear, and random ones, are not taken")
 		}
 		s.passwords = append(s.passwords, password{name, hash, it})

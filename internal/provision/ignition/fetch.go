@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -27,6 +28,7 @@ import (
 	"golang.org/x/net/http/httpproxy"
 
 	"github.com/atollvm/atoll/internal/hint"
+	"github.com/atollvm/atoll/internal/provision/outbound"
 )
 
 const (
@@ -46,6 +48,8 @@ const (
 // fetcher gets what configs refer to. Its requests are as the last configure said. It belongs to one goroutine.
 type fetcher struct {
 	base     *http.Transport
+	guard    *outbound.Guard
+	alive    func()
 	client   *http.Client
 	total    time.Duration
 	patience time.Duration
@@ -60,7 +64,29 @@ func newFetcher(o Options) *fetcher {
 	if base == nil {
 		base = http.DefaultTransport.(*http.Transport)
 	}
-	return &fetcher{base: base, client: newClient(base.Clone()), patience: patience, spool: o.Spool, left: mostContent, bundles: map[string][]byte{}}
+	f := &fetcher{base: base, guard: outbound.New(), alive: o.Alive, patience: patience, spool: o.Spool, left: mostContent, bundles: map[string][]byte{}}
+	if f.alive == nil {
+		f.alive = func() {}
+	}
+	f.client = newClient(f.guard.Transport(base))
+	return f
+}
+
+// allow takes notice of what the operator's own config names.
+func (f *fetcher) allow(c types.Config) {
+	named := []*string{c.Ignition.Proxy.HTTPProxy, c.Ignition.Proxy.HTTPSProxy, c.Ignition.Config.Replace.Source}
+	sources := append(slices.Clone(c.Ignition.Config.Merge), c.Ignition.Security.TLS.CertificateAuthorities...)
+	for _, file := range c.Storage.Files {
+		sources = append(append(sources, file.Contents), file.Append...)
+	}
+	for _, res := range sources {
+		named = append(named, res.Source)
+	}
+	for _, s := range named {
+		if u, err := url.Parse(value(s)); err == nil && u.Host != "" {
+			f.guard.Allow(u)
+		}
+	}
 }
 
 func newClient(t *http.Transport) *http.Client {
@@ -78,11 +104,7 @@ func (f *fetcher) close() { f.client.CloseIdleConnections() }
 
 // configure makes later requests with the timeouts, the proxy and the certificate authorities of a config.
 func (f *fetcher) configure(ctx context.Context, c types.Ignition) error {
-	t := f.base.Clone()
-	t.ResponseHeaderTimeout = headerTimeout
-	if n := c.Timeouts.HTTPResponseHeaders; n != nil {
-		t.ResponseHeaderTimeout = time.Duration(*n) * time.Second
-	}
+	t := f.guard.Transport(f.base)
 	f.total = 0
 	if n := c.Timeouts.HTTPTotal; n != nil {
 		f.total = time.Duration(*n) * time.Second
@@ -93,7 +115,13 @@ func (f *fetcher) configure(ctx context.Context, c types.Ignition) error {
 			no = append(no, string(item))
 		}
 		of := (&httpproxy.Config{HTTPProxy: value(p.HTTPProxy), HTTPSProxy: value(p.HTTPSProxy), NoProxy: strings.Join(no, ",")}).ProxyFunc()
+		t = f.base.Clone()
 		t.Proxy = func(req *http.Request) (*url.URL, error) { return of(req.URL) }
+		t = f.guard.Bind(t)
+	}
+	t.ResponseHeaderTimeout = headerTimeout
+	if n := c.Timeouts.HTTPResponseHeaders; n != nil {
+		t.ResponseHeaderTimeout = time.Duration(*n) * time.Second
 	}
 	// The bundles are requested as the config has it but for themselves.
 	f.close()
@@ -276,7 +304,7 @@ func (f *fetcher) try(ctx context.Context, res types.Resource, most int64, open 
 	}
 	watch := time.AfterFunc(stall, func() { cancel(fmt.Errorf("nothing came for %s", stall)) })
 	defer watch.Stop()
-	body := &watchedBody{Reader: resp.Body, alive: func() { watch.Reset(stall) }}
+	body := &watchedBody{Reader: resp.Body, alive: func() { watch.Reset(stall); f.alive() }}
 	c, err := take(body, res, most, open)
 	if body.err != nil && ctx.Err() != nil {
 		return content{}, &passing{context.Cause(ctx)}
@@ -293,6 +321,9 @@ func classed(err error) error {
 	var unknown *tls.CertificateVerificationError
 	if errors.As(err, &unknown) {
 		return hint.With(fmt.Errorf("%w: %w", err, errdefs.ErrFailedPrecondition), "name its authority in ignition.security.tls.certificateAuthorities, or in tls.ca of the host's config.toml")
+	}
+	if errdefs.IsPermissionDenied(err) { // by the guard
+		return err
 	}
 	var dns *net.DNSError
 	if errors.As(err, &dns) && dns.IsNotFound {

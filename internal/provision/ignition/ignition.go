@@ -28,6 +28,7 @@ type Options struct {
 	// Spool is the directory for what was fetched, which the plan reads when it is sent. It is made where it is not there (0700); its
 	// files are 0600. The caller removes it, also after an error.
 	Spool string
+	Alive func() // is called when bytes come; nil: nobody asks
 }
 
 // mostDocument bounds a config and a bundle of certificates.

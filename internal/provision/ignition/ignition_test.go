@@ -5,6 +5,7 @@ import (
 	"compress/gzip"
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/hex"
 	"fmt"
 	"io"
@@ -355,6 +356,50 @@ func TestApplyFails(t *testing.T) {
 				t.Errorf("the spool has %v", left)
 			}
 		})
+	}
+}
+
+// What was fetched cannot lead the host to itself, unless to where the operator's own config leads.
+func TestFetchedConfigsDoNotReachLoopback(t *testing.T) {
+	inside := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "internal") }))
+	defer inside.Close()
+	mux := http.NewServeMux()
+	mux.HandleFunc("/file", func(w http.ResponseWriter, r *http.Request) {
+		w.Write(config(`{"path": "/a", "contents": {"source": "%s"}}`, inside.URL))
+	})
+	mux.HandleFunc("/same", func(w http.ResponseWriter, r *http.Request) {
+		w.Write(config(`{"path": "/a", "contents": {"source": "http://%s/text"}}`, r.Host))
+	})
+	mux.HandleFunc("/text", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "text") })
+	mux.HandleFunc("/away", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, inside.URL, http.StatusFound) })
+	mux.HandleFunc("/embedded", func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(w, `{"ignition": {"version": "3.4.0", "config": {"replace": {"source": "data:;base64,%s"}}}}`, base64.StdEncoding.EncodeToString(config(`{"path": "/a", "contents": {"source": "%s"}}`, inside.URL)))
+	})
+	mux.HandleFunc("/proxy", func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(w, `{"ignition": {"version": "3.4.0", "proxy": {"httpProxy": %q}, "config": {"replace": {"source": "http://config.example.org/"}}}}`, inside.URL)
+	})
+	s := httptest.NewServer(mux)
+	defer s.Close()
+	merge := func(path string) []byte {
+		return fmt.Appendf(nil, `{"ignition": {"version": "3.4.0", "config": {"merge": [{"source": %q}]}}}`, s.URL+path)
+	}
+	own := config(`{"path": "/a", "contents": {"source": "%s"}}`, inside.URL)
+	for name, tc := range map[string]struct {
+		doc []byte
+		ok  bool
+	}{
+		"own": {own, true}, "own, embedded": {fmt.Appendf(nil, `{"ignition": {"version": "3.4.0", "config": {"merge": [{"source": "data:;base64,%s"}]}}}`, base64.StdEncoding.EncodeToString(own)), true},
+		"same server": {merge("/same"), true}, "fetched": {merge("/file"), false}, "fetched, embedded": {merge("/embedded"), false}, "redirect": {config(`{"path": "/a", "contents": {"source": "%s/away"}}`, s.URL), false},
+		"proxy": {merge("/proxy"), false}, "metadata": {config(`{"path": "/a", "contents": {"source": "http://169.254.169.254/latest/"}}`), false},
+	} {
+		alive := 0
+		err := Apply(t.Context(), tc.doc, plan.New(), Options{Spool: t.TempDir(), Alive: func() { alive++ }})
+		if tc.ok != (err == nil) || err != nil && (!errdefs.IsPermissionDenied(err) || hint.Of(err) == "") {
+			t.Errorf("%s: %v, hint %q", name, err, hint.Of(err))
+		}
+		if tc.ok && alive == 0 {
+			t.Errorf("%s: nobody was told that bytes came", name)
+		}
 	}
 }
 

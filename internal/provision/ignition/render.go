@@ -25,6 +25,7 @@ type renderer struct {
 	faults    []string
 	documents int
 	skipped   bool // a config was not requested
+	outside   int  // how many of the configs that led here were fetched
 }
 
 // whole renders raw and checks what comes out. The faults of all documents are gathered; another error is one of fetching.
@@ -33,6 +34,7 @@ func (r *renderer) whole(ctx context.Context, raw []byte) (types.Config, error) 
 	if err != nil {
 		return types.Config{}, err
 	}
+	r.fetch.allow(config)
 	if err := r.settings(ctx, config); err != nil {
 		return types.Config{}, err
 	}
@@ -60,7 +62,7 @@ func (r *renderer) render(ctx context.Context, config types.Config) (types.Confi
 		if err := r.settings(ctx, child); err != nil {
 			return types.Config{}, err
 		}
-		return r.render(ctx, child)
+		return r.renderOf(ctx, res, child)
 	}
 	merged := config
 	for _, res := range config.Ignition.Config.Merge {
@@ -72,12 +74,21 @@ func (r *renderer) render(ctx context.Context, config types.Config) (types.Confi
 		if err := r.settings(ctx, latest.Merge(merged, child)); err != nil {
 			return types.Config{}, err
 		}
-		if child, err = r.render(ctx, child); err != nil {
+		if child, err = r.renderOf(ctx, res, child); err != nil {
 			return types.Config{}, err
 		}
 		merged = latest.Merge(merged, child)
 	}
 	return merged, nil
+}
+
+// renderOf renders the config that came from res.
+func (r *renderer) renderOf(ctx context.Context, res types.Resource, config types.Config) (types.Config, error) {
+	if !isData(res) {
+		r.outside++
+		defer func() { r.outside-- }()
+	}
+	return r.render(ctx, config)
 }
 
 // referred reads a config that another one names.
@@ -91,7 +102,11 @@ func (r *renderer) referred(ctx context.Context, res types.Resource) (types.Conf
 	if err != nil {
 		return types.Config{}, fmt.Errorf("fetching %s: %w", where, err)
 	}
-	return r.parse(raw, where+": ")
+	config, err := r.parse(raw, where+": ")
+	if err == nil && isData(res) && r.outside == 0 {
+		r.fetch.allow(config)
+	}
+	return config, err
 }
 
 func (r *renderer) parse(raw []byte, where string) (types.Config, error) {

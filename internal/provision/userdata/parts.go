@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/atollvm/atoll/internal/provision/outbound"
 )
 
 // gunzip unpacks what begins as gzip does; more than most bytes is an error.
@@ -205,12 +207,17 @@ func (w *walker) include(ctx context.Context, p part, depth int) {
 		if w.fetch == nil {
 			continue
 		}
+		if w.outside == 0 {
+			w.fetch.guard.Allow(u)
+		}
 		data, err := w.fetch.get(ctx, u)
 		if err != nil {
 			w.faults = append(w.faults, fmt.Errorf("including %s: %w", u.Redacted(), err))
 			return
 		}
+		w.outside++
 		w.walk(ctx, part{name: u.Redacted(), data: data}, depth+1)
+		w.outside--
 	}
 	if n == 0 && !w.full {
 		w.fault(p, "it includes nothing")
@@ -220,14 +227,22 @@ func (w *walker) include(ctx context.Context, p part, depth int) {
 const fetchTime = time.Minute
 
 // fetcher gets what is included.
-type fetcher struct{ http *http.Client }
-
-func newFetcher(t *http.Transport) *fetcher {
-	if t == nil {
-		t = http.DefaultTransport.(*http.Transport)
-	}
-	return &fetcher{&http.Client{Transport: t, Timeout: fetchTime}}
+type fetcher struct {
+	http  *http.Client
+	guard *outbound.Guard
+	alive func()
 }
+
+func newFetcher(o Options) *fetcher {
+	base := o.Transport
+	if base == nil {
+		base = http.DefaultTransport.(*http.Transport)
+	}
+	g := outbound.New()
+	return &fetcher{&http.Client{Transport: g.Transport(base), Timeout: fetchTime}, g, o.Alive}
+}
+
+func (f *fetcher) close() { f.http.CloseIdleConnections() }
 
 func (f *fetcher) get(ctx context.Context, u *url.URL) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
@@ -242,6 +257,9 @@ func (f *fetcher) get(ctx context.Context, u *url.URL) ([]byte, error) {
 		return nil, err
 	}
 	defer resp.Body.Close()
+	if f.alive != nil {
+		f.alive()
+	}
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("the server says %s", resp.Status)
 	}

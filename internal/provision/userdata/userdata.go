@@ -37,6 +37,7 @@ const (
 type Options struct {
 	// Transport makes the requests of #include, with the host's proxy and certificate authorities. nil: http.DefaultTransport's settings.
 	Transport *http.Transport
+	Alive     func() // is called when a request is answered; nil: nobody asks
 }
 
 // Check finds every fault that can be found without the network: what is included is not looked at.
@@ -48,7 +49,9 @@ func Check(raw []byte) (warnings []string, err error) {
 
 // Apply fetches what is included and adds all to p. After an error p may have some of it.
 func Apply(ctx context.Context, raw []byte, p *plan.Plan, o Options) error {
-	return apply(ctx, raw, p, newFetcher(o.Transport))
+	f := newFetcher(o)
+	defer f.close()
+	return apply(ctx, raw, p, f)
 }
 
 func apply(ctx context.Context, raw []byte, p *plan.Plan, f *fetcher) error {
@@ -102,6 +105,7 @@ type walker struct {
 	leaves  int // that are configs or scripts
 	bytes   int
 	fetched int
+	outside int  // how many of the documents that led here were fetched
 	full    bool // a bound was met
 }
 

@@ -217,6 +217,24 @@ func TestInclude(t *testing.T) {
 			t.Errorf("%s: %v", path, err)
 		}
 	}
+	// What is included cannot lead to where only the operator's own document may.
+	inside := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "#!/bin/sh\n") }))
+	defer inside.Close()
+	outside := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/redirect" {
+			http.Redirect(w, r, inside.URL, http.StatusFound)
+			return
+		}
+		fmt.Fprint(w, packed(multi(part1("text/x-include-url", inside.URL+"\n"))))
+	}))
+	defer outside.Close()
+	for url, ok := range map[string]bool{inside.URL: true, outside.URL + "/document": false, outside.URL + "/redirect": false, "http://169.254.169.254/latest/user-data": false} {
+		alive := 0
+		err := Apply(t.Context(), []byte("#include "+url), plan.New(), Options{Alive: func() { alive++ }})
+		if ok != (err == nil) || err != nil && !errdefs.IsPermissionDenied(err) || ok && alive == 0 {
+			t.Errorf("%s: %v", url, err)
+		}
+	}
 	// A password in a URL is not shown.
 	err := Apply(t.Context(), []byte("#include "+strings.Replace(s.URL, "//", "//me:secret1@", 1)+"/none"), plan.New(), Options{})
 	if err == nil || strings.Contains(err.Error(), "secret1") {

@@ -62,19 +62,26 @@ func findUEFI(arch string) (uefi, error) {
 // makeVariables gives an instance its variables, unless it has them from an earlier start.
 func (u uefi) makeVariables(dir string) error {
 	path := filepath.Join(dir, variablesFile)
-	if _, err := os.Stat(path); err == nil {
-		return nil
-	}
 	from, err := os.Open(u.variables)
 	if err != nil {
 		return fmt.Errorf("reading the firmware's variables: %w", err)
 	}
 	defer from.Close()
+	template, err := from.Stat()
+	if err != nil {
+		return fmt.Errorf("reading the firmware's variables: %w", err)
+	}
+	if have, err := os.Stat(path); err == nil && have.Size() == template.Size() {
+		return nil // of another size they would not fit the code: another build's, or cut short
+	}
 	to, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
 		return fmt.Errorf("keeping the firmware's variables: %w", err)
 	}
 	_, err = io.Copy(to, from)
+	if err == nil {
+		err = to.Sync() // a name for what a power cut may leave without its content is worse than none
+	}
 	if err := errors.Join(err, to.Close()); err != nil {
 		return fmt.Errorf("keeping the firmware's variables: %w", err)
 	}

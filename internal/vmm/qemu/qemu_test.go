@@ -34,6 +34,28 @@ func TestSuite(t *testing.T) {
 	}, f)
 }
 
+func TestFirmwareVariablesAreKeptUnlessShort(t *testing.T) {
+	dir := t.TempDir()
+	u := uefi{variables: filepath.Join(dir, "template")}
+	path := filepath.Join(dir, variablesFile)
+	for _, step := range []struct{ there, want string }{{"", "template"}, {"machine!", "machine!"}, {"tem", "template"}} {
+		if err := os.WriteFile(u.variables, []byte("template"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if step.there != "" {
+			if err := os.WriteFile(path, []byte(step.there), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := u.makeVariables(dir); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := os.ReadFile(path); string(got) != step.want {
+			t.Errorf("with %q there: %q, %v", step.there, got, err)
+		}
+	}
+}
+
 func TestArguments(t *testing.T) {
 	small := vmm.Spec{ID: "small", Dir: "/run/small", CPUs: 1, MemoryBytes: 256 << 20, Kernel: vmm.Kernel{Path: "/k/vmlinux", Initramfs: "/k/initramfs"}}
 	full := small

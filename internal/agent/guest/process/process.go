@@ -33,7 +33,8 @@ type Spec struct {
 	OnTerminal func(slave int) error // called with the process's terminal before it starts; nil: nothing is to be done
 	Cgroup     string                // a directory, made when absent; empty: the agent's own
 	// CgroupFile is that directory, where its path does not lead to it from the root that Start is called in; else nil.
-	CgroupFile *os.File
+	CgroupFile  *os.File
+	LeaveMemory bool // the group Cgroup gets less than all the memory there is
 }
 
 // Process is a started process. Its owner reads Stdout and Stderr to their end and closes all three.
@@ -188,6 +189,9 @@ func (s *Supervisor) Start(spec Spec) (p *Process, err error) {
 		if group, err = OpenCgroup(spec.Cgroup); err == nil {
 			defer group.Close()
 		}
+	}
+	if spec.LeaveMemory {
+		leaveMemory(spec.Cgroup)
 	}
 	if group != nil {
 		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, int(group.Fd())

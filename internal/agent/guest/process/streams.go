@@ -5,6 +5,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/atollvm/atoll/internal/agent/guest/nonblock"
 	"golang.org/x/sys/unix"
 )
 
@@ -31,6 +32,10 @@ func (p *Process) openStreams(spec Spec, u *user) (theirs []int, err error) {
 	return theirs, nil
 }
 
+// pipeSize is what a pipe holds at most. The more, the fewer turns a process and the agent take, and each costs an emulated CPU what
+// it knows of the memory.
+const pipeSize = 256 << 10
+
 // pipe makes a pipe whose end number end is the process's. The agent's end does not block, so that closing it wakes a reader.
 func pipe(ours **os.File, end int, u *user) (theirs int, err error) {
 	var fds [2]int
@@ -38,6 +43,7 @@ func pipe(ours **os.File, end int, u *user) (theirs int, err error) {
 		return -1, err
 	}
 	unix.SetNonblock(fds[1-end], true)
+	unix.FcntlInt(uintptr(fds[0]), unix.F_SETPIPE_SZ, pipeSize) // where the kernel refuses, its own size does
 	*ours = os.NewFile(uintptr(fds[1-end]), "pipe")
 	// /dev/stdout and the like open the pipe anew, which its owner may.
 	unix.Fchown(fds[end], int(u.uid), int(u.gid))
@@ -134,8 +140,8 @@ const quiet = 50 * time.Millisecond
 const pipeMost = 1 << 20
 
 // Copy hands one of the process's outputs to emit, to its end or to the process's. Output that a process left behind writes later
-// is thrown away, so that it does not die of it.
-func (p *Process) Copy(f *os.File, emit func([]byte)) {
+// is thrown away, so that it does not die of it. buf is what it reads into.
+func (p *Process) Copy(f *os.File, buf []byte, emit func([]byte)) {
 	ended := make(chan struct{})
 	defer close(ended)
 	go func() {
@@ -145,7 +151,10 @@ func (p *Process) Copy(f *os.File, emit func([]byte)) {
 		case <-ended:
 		}
 	}()
-	buf := make([]byte, 32<<10)
+	from, err := nonblock.New(f)
+	if err != nil {
+		return
+	}
 	for left := pipeMost; left > 0; {
 		over := false
 		select {
@@ -154,7 +163,7 @@ func (p *Process) Copy(f *os.File, emit func([]byte)) {
 			f.SetReadDeadline(time.Now().Add(quiet))
 		default:
 		}
-		n, err := f.Read(buf)
+		n, err := from.Read(buf)
 		if over {
 			left -= n
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
@@ -122,6 +123,7 @@ var packagers = []struct {
 	binary                   string
 	update, upgrade, install []string
 	env                      []string
+	joint                    string // between a package and its version; "": =
 }{
 	{
 		binary: "apt-get",
@@ -129,9 +131,9 @@ var packagers = []struct {
 		env: []string{"DEBIAN_FRONTEND=noninteractive", "APT_LISTCHANGES_FRONTEND=none", "NEEDRESTART_SUSPEND=1"},
 	},
 	{binary: "apk", update: []string{"update"}, upgrade: []string{"upgrade"}, install: []string{"add", "--no-progress", "--"}},
-	{binary: "dnf", update: []string{"-y", "makecache"}, upgrade: []string{"-y", "upgrade"}, install: []string{"-y", "install", "--"}},
-	{binary: "microdnf", update: []string{"-y", "makecache"}, upgrade: []string{"-y", "upgrade"}, install: []string{"-y", "install", "--"}},
-	{binary: "yum", update: []string{"-y", "makecache"}, upgrade: []string{"-y", "update"}, install: []string{"-y", "install", "--"}},
+	{binary: "dnf", update: []string{"-y", "makecache"}, upgrade: []string{"-y", "upgrade"}, install: []string{"-y", "install", "--"}, joint: "-"},
+	{binary: "microdnf", update: []string{"-y", "makecache"}, upgrade: []string{"-y", "upgrade"}, install: []string{"-y", "install", "--"}, joint: "-"},
+	{binary: "yum", update: []string{"-y", "makecache"}, upgrade: []string{"-y", "update"}, install: []string{"-y", "install", "--"}, joint: "-"},
 }
 
 var aptOptions = []string{"-q", "-y", "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"}
@@ -174,11 +176,25 @@ func (r *Provisioner) packages() (err error) {
 			}
 		}
 		if len(k.GetNames()) > 0 {
-			return run(append(m.install[:len(m.install):len(m.install)], k.GetNames()...)...)
+			return run(append(m.install[:len(m.install):len(m.install)], joined(k.GetNames(), m.joint)...)...)
 		}
 		return nil
 	}
 	return errors.New("packages: the image has no package manager that is known here: apt-get, apk, dnf, microdnf or yum")
+}
+
+// joined writes NAME=VERSION as a package manager has it.
+func joined(names []string, joint string) []string {
+	if joint == "" {
+		return names
+	}
+	out := slices.Clone(names)
+	for i, n := range out {
+		if name, version, ok := strings.Cut(n, "="); ok && !strings.ContainsAny(n, "<>") {
+			out[i] = name + joint + version
+		}
+	}
+	return out
 }
 
 // verb is the first argument that is neither an option nor one's value.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"path"
 	"slices"
 	"strconv"
@@ -243,25 +244,80 @@ func (r *Provisioner) authorizeKeys(c *account) error {
 		return err
 	}
 	defer p.close()
+	d, err := p.sshDir(c.uid, c.gid)
+	if err != nil {
+		return fmt.Errorf("%q: %w", dir, err)
+	}
+	defer d.Close()
+	file := place{int(d.Fd()), "authorized_keys"}
+	if err := file.addKeys(c); err != nil {
+		return fmt.Errorf("%q: %w", path.Join(dir, file.name), err)
+	}
+	return nil
+}
+
+// sshDir opens a user's .ssh, which is made where it is missing. It is the user's to change at any time, and what is done there is done as
+// root: no link of it is followed.
+func (p *place) sshDir(uid, gid uint32) (*os.File, error) {
 	st, err := p.stat()
 	switch {
 	case err != nil:
-		return err
+		return nil, err
 	case st == nil:
-		err = mkdirAt(p.dir, p.name, c.uid, c.gid, 0o700)
-	case isDir(st):
-		var d int
-		if d, err = unix.Openat(p.dir, p.name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0); err == nil {
-			err = own(d, c.uid, c.gid, 0o700)
-			unix.Close(d)
+		if err := mkdirAt(p.dir, p.name, uid, gid, 0o700); err != nil {
+			return nil, err
 		}
+	case isLink(st):
+		return nil, errUsersLink
 	}
+	d, err := p.open(unix.O_RDONLY | unix.O_DIRECTORY)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	file := path.Join(dir, "authorized_keys")
-	old, _, err := r.root.read(file, mostKeys)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := own(int(d.Fd()), uid, gid, 0o700); err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+var (
+	errUsersLink = errors.New("it is a symbolic link, which is not followed where its user could have made it")
+	errHardLink  = errors.New("it is a hard link to a file that may be another's")
+)
+
+// usersFile reads a file that a user could have put there, as root but not through links; nothing when there is none.
+func (p *place) usersFile(most int64) ([]byte, error) {
+	there, err := p.stat()
+	switch {
+	case err != nil || there == nil:
+		return nil, err
+	case isLink(there):
+		return nil, errUsersLink
+	}
+	f, err := p.open(unix.O_RDONLY | unix.O_NONBLOCK) // a fifo must not hold us up
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return nil, err
+	}
+	switch {
+	case !isRegular(&st):
+		return nil, errors.New("it is no regular file")
+	case st.Nlink > 1:
+		return nil, errHardLink
+	case st.Size > most:
+		return nil, fmt.Errorf("its %d bytes are more than %d", st.Size, most)
+	}
+	return io.ReadAll(io.LimitReader(f, most))
+}
+
+func (p *place) addKeys(c *account) error {
+	old, err := p.usersFile(mostKeys)
+	if err != nil {
 		return err
 	}
 	text := string(old)
@@ -276,7 +332,10 @@ func (r *Provisioner) authorizeKeys(c *account) error {
 			text += key + "\n"
 		}
 	}
-	return r.root.putAs(file, []byte(text), c.uid, c.gid, 0o600)
+	return p.write(c.uid, c.gid, 0o600, func(w io.Writer) error {
+		_, err := io.WriteString(w, text)
+		return err
+	})
 }
 
 // sudoersFile is where a user's rules are. sudo leaves files with a dot or a tilde in their names alone.

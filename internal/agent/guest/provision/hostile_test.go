@@ -1,6 +1,7 @@
 package provision
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -62,6 +63,39 @@ func TestHostileLinks(t *testing.T) {
 	// Inside the root, what a link leads to is what the path stands for.
 	if got := look(t, root, filepath.Join(outside, "a")); got != "0644 0:0 x" {
 		t.Errorf("where the link leads inside the root: %q", got)
+	}
+}
+
+// TestUsersOwnLinks has a user who gets more keys, and had links made before: what only root may read does not become theirs, and nothing is
+// written where they lead.
+func TestUsersOwnLinks(t *testing.T) {
+	for name, tc := range map[string]struct {
+		lay  func(root string) error
+		want string
+	}{
+		"file":      {func(root string) error { return os.Symlink("/etc/secret", root+"/home/ada/.ssh/authorized_keys") }, `"/home/ada/.ssh/authorized_keys": it is a symbolic link`},
+		"hard link": {func(root string) error { return os.Link(root+"/etc/secret", root+"/home/ada/.ssh/authorized_keys") }, `"/home/ada/.ssh/authorized_keys": it is a hard link`},
+		"directory": {func(root string) error {
+			return errors.Join(os.Remove(root+"/home/ada/.ssh"), os.Symlink("/root/.ssh", root+"/home/ada/.ssh"))
+		}, `"/home/ada/.ssh": it is a symbolic link`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			root := accountsRoot(t, map[string]string{
+				"etc/passwd": "root:x:0:0:root:/root:/bin/sh\nada:x:1000:1000::/home/ada:/bin/sh\n", "etc/group": "root:x:0:\nada:x:1000:\n",
+				"etc/secret": "s3cr3t", "root/.ssh/authorized_keys": "roots", "home/ada/.ssh/config": "x",
+			})
+			if err := errors.Join(os.Chmod(root+"/etc/secret", 0o600), os.Remove(root+"/home/ada/.ssh/config"), tc.lay(root)); err != nil {
+				t.Fatal(err)
+			}
+			err := apply(t, root, &agentv1.Provision{Users: []*agentv1.User{{Name: "ada", SshAuthorizedKeys: []string{"key"}}}})
+			if err == nil || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("got %v", err)
+			}
+			wantLooks(t, root, map[string]string{"etc/secret": "0600 0:0 s3cr3t", "root/.ssh/authorized_keys": "0644 0:0 roots"})
+			if data, _ := os.ReadFile(root + "/home/ada/.ssh/authorized_keys"); name == "file" && len(data) > 0 {
+				t.Errorf("it holds %q", data)
+			}
+		})
 	}
 }
 

@@ -281,6 +281,19 @@ func TestMounts(t *testing.T) {
 	}
 }
 
+func TestAVersionIsWrittenAsThePackageManagerHasIt(t *testing.T) {
+	root := busyboxRoot(t, map[string]string{"usr/bin/dnf": "#!/bin/sh\necho $*\n", "usr/sbin/": "", "dev/null": ""})
+	os.Chmod(root+"/usr/bin/dnf", 0o755)
+	var said bytes.Buffer
+	p := &agentv1.Provision{First: true, Packages: &agentv1.Packages{Names: []string{"curl=8.6.0-3.fc40", "ssh"}}}
+	if err := Apply(p, Options{Root: root, Run: runIn(root), Output: func(p []byte) { said.Write(p) }}); err != nil {
+		t.Fatal(err, said.String())
+	}
+	if got := said.String(); got != "-y install -- curl-8.6.0-3.fc40 ssh\n" {
+		t.Errorf("got %q", got)
+	}
+}
+
 func TestPackages(t *testing.T) {
 	log := "#!/bin/sh\nread x && echo stdin; echo \"$0 $* $DEBIAN_FRONTEND\"; /usr/sbin/policy-rc.d; echo $?\n"
 	root := busyboxRoot(t, map[string]string{
