@@ -10,6 +10,7 @@ import (
 
 	agentv1 "github.com/atollvm/atoll/api/agent/v1"
 	"github.com/atollvm/atoll/internal/hint"
+	"github.com/atollvm/atoll/internal/provision/form"
 	"github.com/atollvm/atoll/internal/provision/hostkey"
 	"github.com/atollvm/atoll/internal/provision/plan"
 	"github.com/atollvm/atoll/internal/provision/zone"
@@ -186,7 +187,7 @@ func keepEachBoot(p *plan.Plan) error {
 			help = "give --dns, --dns-search and --dns-option"
 		case "/etc/hostname":
 			name, ok := inline(f)
-			if name = strings.TrimSpace(name); ok && hostForm.MatchString(name) && len(name) <= 64 {
+			if name = strings.TrimSpace(name); ok && form.Host(name) && len(name) <= 64 {
 				p.Hostname = name
 				continue
 			}

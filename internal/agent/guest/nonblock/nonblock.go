@@ -6,6 +6,7 @@
 package nonblock
 
 import (
+	"errors"
 	"io"
 	"os"
 	"syscall"
@@ -37,7 +38,7 @@ func (f *File) Read(b []byte) (n int, err error) {
 	}
 	cerr := f.conn.Read(func(fd uintptr) bool {
 		n, err = Read(int(fd), b)
-		return err != unix.EAGAIN
+		return !errors.Is(err, unix.EAGAIN)
 	})
 	switch {
 	case cerr != nil:
@@ -57,7 +58,7 @@ func (f *File) Write(b []byte) (total int, err error) {
 			var n int
 			n, err = call(unix.SYS_WRITE, int(fd), b[total:])
 			if err != nil {
-				return err != unix.EAGAIN
+				return !errors.Is(err, unix.EAGAIN)
 			}
 			total += n
 		}
