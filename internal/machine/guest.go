@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"math"
@@ -15,6 +16,7 @@ import (
 	"github.com/atollvm/atoll/internal/hint"
 	"github.com/atollvm/atoll/internal/network"
 	"github.com/atollvm/atoll/internal/provision"
+	"github.com/containerd/errdefs"
 	"github.com/docker/go-units"
 	"github.com/moby/sys/mount"
 )
@@ -263,6 +265,16 @@ func kernelArgsFaults(args []string, disk bool) (faults []error) {
 		faults = append(faults, fmt.Errorf("kernel arguments of %d bytes: there is room for %d on the kernel's command line", total, maxKernelArgs))
 	}
 	return faults
+}
+
+// checkRequest gathers the faults of a request for a machine that has an image.
+func checkRequest(r provision.Request) (warnings []string, err error) {
+	warnings, err = r.Check()
+	faults := kernelArgsFaults(r.KernelArgs(), false)
+	for i, f := range faults {
+		faults[i] = fmt.Errorf("ignition: %w: %w", f, errdefs.ErrInvalidArgument)
+	}
+	return warnings, errors.Join(append(faults, err)...)
 }
 
 // ports are those to publish: the ones asked for and, where that is asked for, the others that the image exposes, on host ports that

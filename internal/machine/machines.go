@@ -202,7 +202,7 @@ func (ms *Machines) Create(ctx context.Context, s Spec) (m Machine, warnings []s
 	if s.Disk != "" {
 		err = request.CheckNoCloud()
 	} else {
-		warnings, err = request.Check()
+		warnings, err = checkRequest(request)
 	}
 	if err := errors.Join(s.validate(), err); err != nil {
 		return Machine{}, nil, fmt.Errorf("creating machine: %w", err)

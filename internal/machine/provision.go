@@ -156,7 +156,7 @@ func (ms *Machines) Reprovision(ctx context.Context, name string, r *provision.R
 		if m.ownSystem() {
 			err = r.CheckNoCloud()
 		} else {
-			warnings, err = r.Check()
+			warnings, err = checkRequest(*r)
 		}
 		if err != nil {
 			return fail(err)

@@ -163,7 +163,7 @@ func (s Spec) CheckPart() error {
 	s.Name, s.Image = "part", "part"
 	faults := kernelArgsFaults(s.KernelArgs, true) // what is for disk images only may be meant for one
 	s.KernelArgs, s.Firmware = nil, ""
-	_, err := s.Provisioning.Check()
+	_, err := checkRequest(s.Provisioning)
 	for i, f := range faults {
 		faults[i] = fmt.Errorf("%w: %w", f, errdefs.ErrInvalidArgument)
 	}

@@ -100,8 +100,11 @@ func TestCheckPart(t *testing.T) {
 			t.Errorf("%+v: %v", s, err)
 		}
 	}
-	err := Spec{Hostname: "-bad", KernelArgs: []string{"panic=0"}, Provisioning: provision.Request{Locale: "de DE"}}.CheckPart()
-	for _, part := range []string{`hostname "-bad"`, `"panic=0"`, `locale "de DE"`} {
+	err := Spec{Hostname: "-bad", KernelArgs: []string{"panic=0"}, Provisioning: provision.Request{
+		Locale:   "de DE",
+		Ignition: []byte(`{"ignition": {"version": "3.4.0"}, "kernelArguments": {"shouldExist": ["quiet", "init=/bin/sh"]}}`),
+	}}.CheckPart()
+	for _, part := range []string{`hostname "-bad"`, `"panic=0"`, `locale "de DE"`, `ignition: kernel argument "init=/bin/sh" would break`} {
 		if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), part) {
 			t.Errorf("%q is missing in: %v", part, err)
 		}

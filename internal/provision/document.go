@@ -62,6 +62,16 @@ func (r *Request) checkDocuments(f *faults) (warnings []string) {
 	return warnings
 }
 
+// KernelArgs are those that a document adds to the kernel's command line, as far as that can be told without the network.
+func (r *Request) KernelArgs() (args []string) {
+	for _, doc := range [][]byte{r.Ignition, r.UserData} {
+		if kindOf(doc) == ignitionOrButane {
+			args = append(args, ignition.KernelArgs(doc)...)
+		}
+	}
+	return args
+}
+
 func checkUserData(doc []byte) ([]string, error) {
 	switch kindOf(doc) {
 	case script:

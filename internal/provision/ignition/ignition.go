@@ -83,6 +83,21 @@ func Check(raw []byte) (warnings []string, err error) {
 	return r.warnings, nil
 }
 
+// KernelArgs are those that a config adds to the kernel's command line, as far as that can be told without the network; none of one
+// that has faults.
+func KernelArgs(raw []byte) (args []string) {
+	f := newFetcher(Options{})
+	f.discard = true
+	config, err := (&renderer{offline: true, fetch: f}).whole(context.Background(), raw)
+	if err != nil {
+		return nil
+	}
+	for _, a := range config.KernelArguments.ShouldExist {
+		args = append(args, string(a))
+	}
+	return args
+}
+
 // Apply fetches what the config refers to and adds what it says to p. After an error p is as before.
 func Apply(ctx context.Context, raw []byte, p *plan.Plan, o Options) error {
 	f := newFetcher(o)
