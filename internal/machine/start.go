@@ -210,7 +210,7 @@ func (s *starting) all(ctx context.Context, steps []step) error {
 
 func (s *starting) findKernel(ctx context.Context) error {
 	if s.plan != nil {
-		if faults := kernelArgsFaults(s.plan.KernelArgs, s.m.ownSystem()); faults != nil {
+		if faults := kernelArgsFaults(slices.Concat(s.plan.KernelArgs, s.plan.DropArgs), s.m.ownSystem()); faults != nil {
 			return fmt.Errorf("%w: %w", errors.Join(faults...), errdefs.ErrInvalidArgument)
 		}
 	}
@@ -327,7 +327,7 @@ func (s *starting) spec() vmm.Spec {
 	}
 	kernel := s.kernel
 	if s.plan != nil { // else it is only to be recovered
-		kernel.Args = kernelArgs(kernel.Args, s.plan)
+		kernel.Args, kernel.DropArgs = kernelArgs(kernel.Args, s.plan), s.plan.DropArgs
 	}
 	return vmm.Spec{
 		ID:          s.m.ID.Short(),

@@ -43,6 +43,8 @@ type Kernel struct {
 	Path      string
 	Initramfs string // empty: none
 	Args      string // the kernel's own part of the command line; the driver adds what its machine type needs
+	// DropArgs are words that the driver would add and is not to: those that make a boot faster can be left out.
+	DropArgs []string
 	// NeedsACPI: the kernel cannot find virtio-mmio devices from its command line (Debian's kernels).
 	NeedsACPI bool
 	// BuiltIn: it reaches a disk without modules.

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -294,6 +295,7 @@ func kernelArguments(spec vmm.Spec, h host) string {
 	if h.arch == "amd64" && h.accelerator == "tcg" {
 		args = append(args, emulatedArguments(spec, h.tscKHz)...)
 	}
+	args = slices.DeleteFunc(args, func(a string) bool { return slices.Contains(spec.Kernel.DropArgs, a) })
 	if spec.Kernel.Args != "" {
 		args = append(args, spec.Kernel.Args)
 	}

@@ -415,3 +415,12 @@ func TestStrangeBinary(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 }
+
+func TestDroppedKernelArguments(t *testing.T) {
+	h := host{arch: "amd64", accelerator: "tcg", tscKHz: 1}
+	spec := vmm.Spec{CPUs: 1, Kernel: vmm.Kernel{Args: "mitigations=off own", DropArgs: []string{"mitigations=off", "quiet"}}}
+	got := kernelArguments(spec, h)
+	if strings.Contains(got, "quiet") || strings.Count(got, "mitigations=off") != 1 || !strings.HasPrefix(got, "panic=-1 ") {
+		t.Errorf("%q: want neither quiet nor the driver's mitigations=off", got)
+	}
+}
