@@ -13,16 +13,12 @@ import (
 
 	"connectrpc.com/connect"
 	atollv1 "github.com/atollvm/atoll/api/atoll/v1"
-	"github.com/atollvm/atoll/api/atoll/v1/atollv1connect"
 	"github.com/atollvm/atoll/internal/machine"
 	"github.com/atollvm/atoll/internal/machine/outlog"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
-type machines struct {
-	atollv1connect.UnimplementedMachineServiceHandler // goes with the last method that is missing
-	Options
-}
+type machines struct{ Options }
 
 func (s *machines) Create(ctx context.Context, req *connect.Request[atollv1.CreateMachineRequest]) (*connect.Response[atollv1.CreateMachineResponse], error) {
 	asked, err := s.Profiles.Apply(req.Msg.GetSpec())

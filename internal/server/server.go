@@ -88,7 +88,7 @@ const (
 func Handler(o Options) http.Handler {
 	mux := http.NewServeMux()
 	errs := connect.WithInterceptors(&errorInterceptor{o.Log})
-	mux.Handle(atollv1connect.NewMachineServiceHandler(&machines{Options: o}, errs))
+	mux.Handle(atollv1connect.NewMachineServiceHandler(&machines{o}, errs))
 	mux.Handle(atollv1connect.NewImageServiceHandler(&images{o}, errs))
 	mux.Handle(atollv1connect.NewBuildServiceHandler(&builds{o}, errs))
 	mux.Handle(atollv1connect.NewBaseServiceHandler(&bases{o}, errs))
