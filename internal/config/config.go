@@ -3,6 +3,7 @@
 package config
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -57,7 +58,7 @@ func Load(lookup func(string) (string, bool), uid int, flags Flags) (Config, err
 	}
 
 	own := "unix://" + c.Socket()
-	c.Host = first(flags.Host, get("ATOLL_HOST"), own)
+	c.Host = cmp.Or(flags.Host, get("ATOLL_HOST"), own)
 	c.HostChosen = c.Host != own
 	return c, nil
 }
@@ -84,13 +85,4 @@ func homeDir(get func(string) string, uid int, userHome string) (string, error) 
 		return "", hint.With(errors.New("finding the state directory: HOME is not set"), "set ATOLL_HOME to a directory of your own")
 	}
 	return filepath.Join(userHome, ".local/share/atoll"), nil
-}
-
-func first(values ...string) string {
-	for _, v := range values {
-		if v != "" {
-			return v
-		}
-	}
-	return ""
 }

@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -64,7 +65,7 @@ func checkInit(s Spec, img Image) error {
 	if !imageInit(s, img) {
 		return nil
 	}
-	if u := first(s.User, img.User); !slices.Contains([]string{"", "0", "root", "0:0", "root:root", "root:0", "0:root"}, u) {
+	if u := cmp.Or(s.User, img.User); !slices.Contains([]string{"", "0", "root", "0:0", "root:root", "root:0", "0:root"}, u) {
 		return hint.With(fmt.Errorf("user %q: the image's init must be root: %w", u, errdefs.ErrInvalidArgument),
 			"leave out --user, or give --init agent to run the image's command as that user")
 	}

@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -366,7 +367,7 @@ func (e *entry) take(ctx context.Context) error {
 func (e *entry) give() { <-e.turn }
 
 func (ms *Machines) publish(m *Machine, action string, more map[string]string) {
-	a := map[string]string{"name": m.Spec.Name, "image": first(m.Spec.Image, m.Spec.Disk)}
+	a := map[string]string{"name": m.Spec.Name, "image": cmp.Or(m.Spec.Image, m.Spec.Disk)}
 	if action == "die" {
 		a["exitCode"], a["reason"] = fmt.Sprint(m.ExitCode), string(m.Reason)
 	}

@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"net/netip"
@@ -35,7 +36,7 @@ func (m *Machine) document(n network.Network, request *provision.Request) (json.
 		InstanceID:  m.instanceID(),
 		Name:        m.Spec.Name,
 		Hostname:    m.Spec.Hostname,
-		Image:       first(m.Image.Reference, m.Spec.Disk),
+		Image:       cmp.Or(m.Image.Reference, m.Spec.Disk),
 		ImageDigest: m.Image.Digest.String(),
 		Arch:        runtime.GOARCH,
 		CPUs:        m.Spec.CPUs,

@@ -225,15 +225,6 @@ func environment(tty bool, hostname string, layers ...[]string) []string {
 	return env
 }
 
-func first(values ...string) string {
-	for _, v := range values {
-		if v != "" {
-			return v
-		}
-	}
-	return ""
-}
-
 // Argv is the entrypoint as it is, or will be, run.
 func (m *Machine) Argv() []string {
 	words, _ := argv(m.Spec, m.Image) // checked at create

@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -387,11 +388,11 @@ func (s *starting) config() (*agentv1.Config, error) {
 		Process: &agentv1.Process{
 			Argv:       words,
 			Env:        environment(sp.TTY, sp.Hostname, img.Env, sp.Env),
-			WorkingDir: first(sp.WorkingDir, img.WorkingDir, "/"),
-			User:       first(sp.User, img.User),
+			WorkingDir: cmp.Or(sp.WorkingDir, img.WorkingDir, "/"),
+			User:       cmp.Or(sp.User, img.User),
 			Tty:        sp.TTY,
 			Stdin:      sp.Stdin,
-			StopSignal: first(sp.StopSignal, img.StopSignal),
+			StopSignal: cmp.Or(sp.StopSignal, img.StopSignal),
 			Rlimits:    rlimits(sp.Ulimits),
 		},
 		Volumes: volumes(img),

@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -59,7 +60,7 @@ func (ms *Machines) Exec(ctx context.Context, name string, p Process) (*host.Exe
 	if err != nil {
 		return nil, fmt.Errorf("running a command in machine %q: %w", m.Spec.Name, err)
 	}
-	ms.publish(&m, "exec_create", map[string]string{"command": first(p.Argv...)})
+	ms.publish(&m, "exec_create", map[string]string{"command": cmp.Or(p.Argv...)})
 	return x, nil
 }
 
@@ -72,8 +73,8 @@ func (m *Machine) process(p Process) *agentv1.Process {
 	return &agentv1.Process{
 		Argv:       p.Argv,
 		Env:        env,
-		WorkingDir: first(p.WorkingDir, m.Spec.WorkingDir, m.Image.WorkingDir, "/"),
-		User:       first(p.User, m.Spec.User, m.Image.User),
+		WorkingDir: cmp.Or(p.WorkingDir, m.Spec.WorkingDir, m.Image.WorkingDir, "/"),
+		User:       cmp.Or(p.User, m.Spec.User, m.Image.User),
 		Tty:        p.TTY, Stdin: p.Stdin, Rows: p.Rows, Cols: p.Cols,
 		Rlimits: rlimits(m.Spec.Ulimits),
 	}

@@ -4,6 +4,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -135,7 +136,7 @@ func (c *Client) ConfigureWith(ctx context.Context, config *agentv1.Config, cont
 		name := printable(p.GetStep())
 		switch {
 		case p.GetError() != "":
-			f := &Failure{Step: first(name, step), Class: p.GetFailure(), Message: printable(p.GetError())}
+			f := &Failure{Step: cmp.Or(name, step), Class: p.GetFailure(), Message: printable(p.GetError())}
 			if p.ExitCode != nil {
 				code := int(p.GetExitCode()) & 0xff
 				f.ExitCode = &code
@@ -152,13 +153,6 @@ func (c *Client) ConfigureWith(ctx context.Context, config *agentv1.Config, cont
 		tell.Step(step)
 	}
 	return fmt.Errorf("configuring the guest: more than %d steps: %w", maxSteps, c.violation())
-}
-
-func first(a, b string) string {
-	if a != "" {
-		return a
-	}
-	return b
 }
 
 // sendContents sends the contents one after the other, each with its end marked.
